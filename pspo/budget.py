@@ -1,0 +1,59 @@
+"""How long a run trains: exactly one of steps, prompts or completion tokens."""
+
+from dataclasses import asdict, dataclass
+
+from pspo.schema import ConfigError, Schema, key
+
+
+@dataclass
+class Progress:
+    """What a run has spent so far; all four are logged, whichever the budget counts."""
+
+    steps: int = 0
+    prompts: int = 0
+    completion_tokens: int = 0
+    optimizer_steps: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """The counters as ``budget/*`` metrics."""
+        return {f"budget/{name}": value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Schema, block="budget"):
+    """The length of a run. A step is one rollout with all its updates."""
+
+    steps: int | None = key("rollouts, each with all its updates; 0 evaluates only", within="[0, inf)")
+    prompts: int | None = key("prompts sampled from", within="[1, inf)")
+    completion_tokens: int | None = key("tokens sampled", within="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}
+        if len(given) != 1:
+            got = ", ".join(f"budget.{name}={value}" for name, value in given.items()) or "none"
+            raise ConfigError(
+                f"give exactly one of budget.steps, budget.prompts and budget.completion_tokens, got {got}; "
+                "set the others to null"
+            )
+
+    @property
+    def unit(self) -> str:
+        """The counter of ``Progress`` that this budget limits."""
+        return next(name for name in UNITS if getattr(self, name) is not None)
+
+    @property
+    def total(self) -> int:
+        """How much of ``unit`` a run may spend."""
+        return int(getattr(self, self.unit))
+
+    def fraction(self, progress: Progress) -> float:
+        """The share of the budget spent, in [0, 1]."""
+        return min(1.0, getattr(progress, self.unit) / self.total) if self.total else 1.0
+
+    def spent(self, progress: Progress) -> bool:
+        """Whether the run has come to its end."""
+        return bool(getattr(progress, self.unit) >= self.total)
+
+
+UNITS = ("steps", "prompts", "completion_tokens")

@@ -1,0 +1,145 @@
+"""Checkpoints at step boundaries: written beside, flushed, digested, renamed; the newest whole one is resumed from."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from pspo import __version__
+from pspo.files import replace_directory, write_json
+from pspo.model import Policy
+from pspo.schema import Schema, key
+
+log = logging.getLogger("pspo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Schema, block="checkpoint"):
+    """How often a run can be resumed from."""
+
+    every: int = key("steps from one checkpoint to the next; the last step always has one", within="[1, inf)")
+    keep: int = key("how many of the newest are kept", within="[1, inf)")
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the one before is intact."""
+
+
+def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, float]) -> None:
+    """Write ``directory/name/`` with ``state.pt``, its digest and the clock. Raises SaveError, leaving others intact."""
+    beside = directory / f".{name}.{os.getpid()}"
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with (beside / "state.pt").open("wb") as file:
+            writer = _Hashing(file)
+            torch.save(state, writer)
+        write_json(beside / "meta.json", {"version": __version__, "sha256": writer.digest.hexdigest()} | clock)
+        replace_directory(beside, directory / name)
+    except (OSError, RuntimeError) as error:  # torch.save wraps an OSError of the file in a RuntimeError
+        shutil.rmtree(beside, ignore_errors=True)
+        kept = newest(directory)
+        raise SaveError(
+            f"cannot save {directory / name} ({_cause(error)}); "
+            + (f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint")
+            + "; make room or mend the permissions, then run the same command again to resume"
+        ) from error
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints of steps."""
+    for path in _steps(directory)[keep:]:
+        shutil.rmtree(path)
+
+
+def newest(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """The newest checkpoint that is whole: its path, state and meta. Torn ones are passed over with a warning."""
+    for path in _steps(directory):
+        loaded = load(path)
+        if loaded is not None:
+            return path, *loaded
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """State and meta of one checkpoint, or None (with a warning) where it does not match its digest."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        with (path / "state.pt").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        log.warning("passing over checkpoint %s: %s", path, error)
+        return None
+    if digest != meta.get("sha256"):
+        log.warning("passing over checkpoint %s: its digest does not match; it is torn or was changed", path)
+        return None
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True), meta
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators. Nothing of ours draws from them, but a user's reward or an adapter's dropout may."""
+    _, words, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [torch.from_numpy(np.asarray(words).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo ``random_state``."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    words, *rest = state["numpy"]
+    np.random.set_state(("MT19937", words.numpy().astype(np.uint32), *rest))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def weights(policy: Policy) -> dict[str, torch.Tensor]:
+    """The trained parameters, by name."""
+    return {name: p.detach() for name, p in policy.trainable().items()}
+
+
+def restore_weights(policy: Policy, saved: dict[str, torch.Tensor]) -> None:
+    """Copy saved parameters into the policy. Raises ValueError if the names differ."""
+    trainable = policy.trainable()
+    if trainable.keys() != saved.keys():
+        raise ValueError(f"checkpoint of another model: parameters {sorted(trainable.keys() ^ saved.keys())[:3]} differ")
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(saved[name])
+
+
+def _steps(directory: Path) -> list[Path]:
+    return sorted(directory.glob("step_*"), reverse=True)
+
+
+def _cause(error: BaseException) -> str:
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error).partition("\n")[0]
+
+
+class _Hashing:
+    """A file that keeps the SHA-256 of what passes through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()

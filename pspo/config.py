@@ -1,0 +1,146 @@
+"""The whole configuration: its schemas, the rejection of what does not fit, and the name of a run's directory."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pspo.advantage import Advantage
+from pspo.budget import Budget
+from pspo.checkpoint import Checkpoint
+from pspo.dataset import DatasetConfig
+from pspo.evaluation import Evaluation
+from pspo.model import Model
+from pspo.objective import OBJECTIVES, Objective
+from pspo.optimizer import Optimizer
+from pspo.reward import RewardConfig
+from pspo.rollout import Rollout
+from pspo.schema import ConfigError, Schema, as_dict, build, key
+from pspo.smoothing import Smoothing
+from pspo.tracker import TrackerConfig
+from pspo.update import Update
+
+_PACKAGE = Path(__file__).parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""The YAML files: inside an installed wheel, else beside the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Schema):
+    """One run. Every block stands in the module of its name."""
+
+    group: str = key("directory under output_dir, and group in the tracker, that holds the runs of one comparison")
+    output_dir: str = key("where run directories are made")
+    seed: int = key("of the warm start, the data order, the samples and the minibatches", within="[0, 4294967295]")
+    device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
+    threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
+    selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
+    model: Model
+    dataset: DatasetConfig
+    reward: RewardConfig
+    objective: Objective
+    smoothing: Smoothing
+    advantage: Advantage
+    rollout: Rollout
+    update: Update
+    optimizer: Optimizer
+    budget: Budget
+    evaluation: Evaluation
+    checkpoint: Checkpoint
+    tracker: TrackerConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[\w.+-]+", self.group):
+            raise self.refuse("group", "names a directory; use letters, digits, _ . + -")
+        rows = self.rollout.prompts * self.rollout.group_size
+        if self.update.num_minibatches > rows:
+            raise ConfigError(
+                f"update.num_minibatches={self.update.num_minibatches} must be at most the {rows} completions of a step "
+                "(rollout.prompts x rollout.group_size)"
+            )
+
+
+NOT_SCIENCE = ("group", "output_dir", "device", "threads", "checkpoint", "tracker")
+"""Keys that say where and how comfortably a run is made, not what is run."""
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """The typed tree of a composed configuration. Raises ConfigError."""
+    chosen = values.get("smoothing", {}).get("name", "none")
+    objective = OBJECTIVES.get(values.get("objective", {}).get("name"))
+    if chosen != "none" and objective is not None and not objective.takes_alpha:
+        takes = ", ".join(name for name, cls in OBJECTIVES.items() if cls.takes_alpha)
+        name = values["objective"]["name"]
+        raise ConfigError(
+            f"smoothing={chosen} sets objective.alpha, which objective={name} does not have; objectives with alpha: "
+            f"{takes} (or leave smoothing=none)"
+        )
+    return build(Config, values)
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What was run: the configuration without ``NOT_SCIENCE``."""
+    return {name: value for name, value in as_dict(config).items() if name not in NOT_SCIENCE}
+
+
+def identity(config: Config) -> str:
+    """Eight hexadecimal digits that name what was run."""
+    return hashlib.sha256(json.dumps(science(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_directory(config: Config, overrides: Sequence[str]) -> Path:
+    """``output_dir/group/<objective>_<what was set>_seed<seed>_<identity>``; the identity alone decides.
+
+    The same run asked for in other words (a default spelt out, say) finds the directory that it already has.
+    """
+    parent = Path(config.output_dir) / config.group
+    found = sorted(parent.glob(f"*_{identity(config)}")) if parent.is_dir() else []
+    return found[0] if found else parent / f"{_label(config, overrides)}_seed{config.seed}_{identity(config)}"
+
+
+def _label(config: Config, overrides: Sequence[str]) -> str:
+    told = []
+    for override in sorted(overrides):
+        name, _, value = override.lstrip("+").partition("=")
+        if name.split(".")[0] not in (*NOT_SCIENCE, "objective", "seed") or name.startswith("objective."):
+            told.append(f"{name.removeprefix('objective.')}={Path(value).name}")
+    return re.sub(r"[^\w.=,+-]", "", "_".join([config.objective.name, *told]))[:120]
+
+
+def groups() -> dict[str, list[str]]:
+    """Every configuration group with its options."""
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir() and folder.name != "hydra"
+    }
+
+
+def open_keys(arguments: Sequence[str]) -> list[str]:
+    """Let every ``key=value`` through Hydra, so that an unknown key is refused by the schema, which lists the known ones.
+
+    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key.
+    """
+    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in arguments]
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that ``python -m pspo.run <overrides>`` would run with."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra_compose("config", overrides=open_keys(overrides))
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    return resolve({str(name): value for name, value in values.items()})
+
+
+def _sets_value(argument: str) -> bool:
+    name, equals, _ = argument.lstrip("+").partition("=")
+    return bool(equals) and re.fullmatch(r"[\w.]+", name) is not None and name not in groups() and name[:6] != "hydra."

@@ -1,0 +1,57 @@
+"""What a person sees: one console, one log, progress bars on a terminal and quiet elsewhere."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+log = logging.getLogger("pspo")
+T = TypeVar("T")
+
+
+def progress_bar(*, transient: bool = True) -> Progress:
+    """A bar with a rate of its own in ``{task.fields[info]}``; nothing at all where the output is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=transient)
+
+
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Iterate with a progress bar."""
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total, info="")
+        for number, item in enumerate(items, 1):
+            yield item
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=number, info=f"{speed:.1f}/s" if speed else "")
+
+
+def log_to_console() -> None:
+    """Send the log to the console."""
+    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
+        log.addHandler(RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None))
+    log.setLevel(logging.INFO)
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """Send the log to a file as well; the clock stands in a field of its own that begins with ``time/``."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_Clocked("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return handler
+
+
+class _Clocked(logging.Formatter):
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  logging's name
+        return "time/" + datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds")

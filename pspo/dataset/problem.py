@@ -1,0 +1,27 @@
+"""The records that every loader makes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer; ``id`` is unique and stable, the sampler's random numbers are keyed by it."""
+
+    id: str
+    question: str
+    answer: str  # the final answer only: "18"
+    solution: str  # gold working that ends in "#### 18"; "" where the source has none
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a data set gives: ``validation`` is held out of the training problems, ``test`` is for the end only."""
+
+    train: list[Problem]
+    validation: list[Problem]
+    test: dict[str, list[Problem]]
+
+
+def worked(working: str, answer: str) -> str:
+    """A gold working closed by the one line that the reward looks for, ``#### <answer>``."""
+    return f"{working.strip()}\n#### {answer}".lstrip()

@@ -1,0 +1,158 @@
+"""The real sets: where each comes from and how one of its rows becomes a problem."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pspo.dataset import files
+from pspo.dataset.files import Row
+from pspo.dataset.problem import Problem, worked
+from pspo.schema import ConfigError
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A row that was understood; ``key`` names it inside its split where the source has names of its own."""
+
+    question: str
+    answer: str
+    solution: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: its repository on the Hub, and how its files and rows are read."""
+
+    name: str
+    parse: Callable[[Row], Parsed]
+    repo: str = ""  # on the Hub; "" for a user's own files
+    subset: str = ""  # the folder in the repository whose files are wanted
+    whole: str = ""  # a file of the authors' that holds the entire set, which is then for testing
+    lone: str = "test"  # the split of such a file, and of any file whose name tells none
+    splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # theirs -> ours
+
+
+def gsm8k(row: Row) -> Parsed:
+    """The answer follows ``####``; calculator marks ``<<48/2=24>>`` go, as a policy should not learn to write them."""
+    working, mark, answer = row.text("answer").rpartition("####")
+    if not mark or not answer.strip():
+        raise row.error("answer must end in '#### <number>'")
+    answer = answer.strip().replace(",", "")
+    return Parsed(row.text("question"), answer, worked(re.sub(r"<<.*?>>", "", working), answer))
+
+
+def svamp(row: Row) -> Parsed:
+    """Body and question joined by a space, as in the Hub's question_concat, so that both sources give one prompt."""
+    question = f"{row.text('Body')} {row.text('Question')}"
+    return Parsed(question, re.sub(r"\.0+$", "", row.scalar("Answer")), key=row.text("ID"))
+
+
+def asdiv(row: Row) -> Parsed:
+    """``9 (apples)`` becomes 9 and ``5 (cm); 6 (cm)`` becomes ``5; 6``; names, times and ratios stay as they are."""
+    answer = re.sub(r"\s+\([^()]*\)", "", row.text("answer"))
+    return Parsed(f"{row.text('body')} {row.text('question')}", answer)
+
+
+def math500(row: Row) -> Parsed:
+    """The gold answer is LaTeX, as given."""
+    answer = row.scalar("answer")
+    solution = worked(row.text("solution"), answer) if row.has("solution") else ""
+    return Parsed(row.text("problem"), answer, solution, row.text("unique_id").removeprefix("test/"))
+
+
+def hendrycks(row: Row) -> Parsed:
+    r"""The gold answer is what the solution's last ``\boxed`` or ``\fbox`` holds."""
+    solution = row.text("solution")
+    answer = boxed(solution)
+    if not answer:
+        raise row.error("solution must hold its answer in \\boxed{...}")
+    return Parsed(row.text("problem"), answer, worked(solution, answer))
+
+
+def jsonl(row: Row) -> Parsed:
+    """A user's own line: question or prompt, answer, and where given solution and id."""
+    answer = row.scalar("answer")
+    if "####" in answer:
+        raise row.error("answer must be the final answer alone; put the working into solution")
+    solution = worked(row.text("solution").partition("####")[0], answer) if row.has("solution") else ""
+    return Parsed(row.text("question", "prompt"), answer, solution, row.scalar("id") if row.has("id") else "")
+
+
+def boxed(text: str) -> str:
+    r"""What the last ``\boxed{...}``, ``\boxed ...`` or ``\fbox{...}`` of a LaTeX text holds; "" for none."""
+    found = list(re.finditer(r"\\(?:boxed|fbox)\s*", text))
+    if not found:
+        return ""
+    rest = text[found[-1].end() :]
+    if not rest.startswith("{"):
+        return re.split(r"[$\s]", rest, maxsplit=1)[0].rstrip(".,")
+    depth = 0
+    for i, letter in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return rest[1:i].strip()
+    return ""
+
+
+MATH500 = Source("math500", math500, "HuggingFaceH4/MATH-500", splits={"test": "test"})
+OWN = {split: split for split in ("train", "validation", "test")}
+SETS = {
+    "gsm8k": [Source("gsm8k", gsm8k, "openai/gsm8k", subset="main")],
+    "svamp": [Source("svamp", svamp, "ChilleD/SVAMP", whole="SVAMP.json")],
+    "asdiv": [Source("asdiv", asdiv, "EleutherAI/asdiv", whole="ASDiv.xml", splits=OWN | {"validation": "test"})],
+    "math500": [MATH500],
+    # the official 7500 training problems; MATH-500 was drawn from the official test problems
+    "math": [Source("math", hendrycks, "EleutherAI/hendrycks_math", splits={"train": "train"}), MATH500],
+    "jsonl": [Source("jsonl", jsonl, lone="train", splits=OWN)],
+}
+
+
+def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Path]]]]:
+    """The files of each split, by our names, for each source of data set ``name``. Raises ConfigError."""
+    located = []
+    for source in SETS[name]:
+        folder = _download(source, name) if path is None else Path(path).expanduser()
+        if path is not None and len(SETS[name]) > 1:
+            folder /= source.repo.partition("/")[2]  # MATH stands in two repositories, so in two folders
+        found = files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)
+        ours = {source.splits[split]: paths for split, paths in found.items() if split in source.splits}
+        if not ours:
+            wanted = " or ".join(source.splits)
+            raise ConfigError(f"{folder} holds no {wanted} file, only {', '.join(found)}; dataset={name} needs it")
+        located.append((source, ours))
+    return located
+
+
+def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
+    """The problems of one split, with ids ``<source>/<split>/<key or index>``. Raises ConfigError."""
+    problems: dict[str, Problem] = {}
+    for row in (row for path in paths for row in files.read(path)):
+        parsed = source.parse(row)
+        name = f"{source.name}/{split}/{parsed.key or len(problems)}"
+        if name in problems:
+            raise row.error(f"id {parsed.key or len(problems)} stands here for the second time; ids must be unique")
+        problems[name] = Problem(name, parsed.question, parsed.answer, parsed.solution)
+    if not problems:
+        raise ConfigError(f"{paths[0]} has no rows; put at least one there, or remove it")
+    return list(problems.values())
+
+
+def _download(source: Source, name: str) -> Path:
+    """The folder of a repository in the Hub's cache, fetched if need be.
+
+    Not ``datasets.load_dataset``: offline it finds only what it has itself prepared before, not what ``hf download``
+    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0, huggingface_hub 2.4.0).
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.repo, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ConfigError(
+            f"dataset={name} is not in the cache and the Hub cannot be reached ({type(error).__name__}); run "
+            f"`hf download {source.repo} --repo-type dataset` on a machine with internet and the same HF_HOME, "
+            f"or set dataset.path=<folder with the files>"
+        ) from error

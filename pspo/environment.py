@@ -1,0 +1,71 @@
+"""Where a run runs: threads, device, versions and the code's commit, recorded beside its results."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pspo.schema import ConfigError
+
+PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "transformers", "wandb")
+
+
+def choose_threads(configured: int | None) -> int:
+    """CPU threads: as configured, else SLURM's processors per task, else those this process may run on; never the load."""
+    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
+
+
+def choose_device(configured: str) -> torch.device:
+    """The device named. Raises ConfigError where a GPU is asked for and absent."""
+    if configured == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but this process sees no GPU; ask SLURM for one (--gres=gpu:1) or set device=auto")
+    return torch.device("cuda" if configured != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def describe(threads: int, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to repeat the run, and to judge why it may differ."""
+    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return {
+        "code": {"sha256": code_digest(), "commit": commit, "uncommitted_changes": None if dirty is None else bool(dirty)},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "threads": threads,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+    }
+
+
+def code_digest() -> str:
+    """A digest of the package's source, whether or not it is a git checkout."""
+    source = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(source.rglob("*.py")):
+        digest.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

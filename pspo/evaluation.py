@@ -1,0 +1,86 @@
+"""Held-out problems: one answer each, and the interval that their accuracy carries."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pspo.dataset import Prompt
+from pspo.model import Policy
+from pspo.reward import Reward
+from pspo.rollout import Completion, Rollout, sample
+from pspo.schema import Schema, key
+from pspo.statistics import wilson_interval
+
+VALIDATION, TEST = 1, 2
+"""Words of the random key that keep validation and test apart from training (0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Schema, block="evaluation"):
+    """When and how held-out problems are answered."""
+
+    every: int = key("steps from one validation to the next, on held-out training problems", within="[1, inf)")
+
+
+def answer(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    rollout: Rollout,
+    *,
+    seed: Sequence[int],
+    greedy: bool,
+    track: Callable[[Sequence[Any]], Any] = iter,
+) -> list[dict[str, Any]]:
+    """One completion for each prompt with its score, as rows for a file; sampled like in training unless ``greedy``."""
+    rows: list[dict[str, Any]] = []
+    chunks = [prompts[i : i + rollout.max_rows] for i in range(0, len(prompts), rollout.max_rows)]
+    for chunk in track(chunks):
+        completions = sample(
+            policy,
+            chunk,
+            seed=seed,
+            group_size=1,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=0.0 if greedy else rollout.temperature,
+            top_p=1.0 if greedy else rollout.top_p,
+            max_rows=rollout.max_rows,
+        )
+        rows += [completion_row(completion, reward) for completion in completions]
+    return rows
+
+
+def completion_row(completion: Completion, reward: Reward) -> dict[str, Any]:
+    """A completion and its score as one line of a file."""
+    problem = completion.prompt.problem
+    score = reward(completion.text, problem)
+    return {
+        "problem": problem.id,
+        "question": problem.question,
+        "answer": problem.answer,
+        "completion": completion.text,
+        "sample": completion.sample,
+        "reward": score.reward,
+        "correct": score.correct,
+        "parsed": score.parsed,
+        "components": score.components,
+        "tokens": len(completion.token_ids),
+        "truncated": not completion.finished,
+    }
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy with its Wilson 95 % interval over problems, mean length in tokens, truncated and unparsable shares."""
+    n = len(rows)
+    correct = sum(row["correct"] for row in rows)
+    low, high = wilson_interval(correct, n)
+    return {
+        "accuracy": correct / n,
+        "ci95_low": low,
+        "ci95_high": high,
+        "n": n,
+        "reward_mean": sum(row["reward"] for row in rows) / n,
+        "length_mean": sum(row["tokens"] for row in rows) / n,
+        "truncated_rate": sum(row["truncated"] for row in rows) / n,
+        "unparsed_rate": sum(not row["parsed"] for row in rows) / n,
+    }

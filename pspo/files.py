@@ -1,0 +1,69 @@
+"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, at any instant and after any crash, sees the old one or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON by the rule of ``write_text``; keys keep their order."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def replace_directory(beside: Path, directory: Path) -> None:
+    """Move a finished directory into place, over an earlier one; its files are flushed to the disk first."""
+    for path in (beside, *beside.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+        beside.rename(directory)
+        shutil.rmtree(old)
+    else:
+        beside.rename(directory)
+
+
+class JsonLines:
+    """An append-only file of JSON objects, one a line, that can be cut back to an earlier size."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one line; it is with the operating system when this returns. Raises ValueError for NaN and infinity."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.path.stat().st_size
+
+    def cut(self, size: int) -> None:
+        """Drop what was written after the file had this size."""
+        os.truncate(self.path, size)

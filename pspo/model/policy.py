@@ -1,0 +1,160 @@
+"""The policy and the ways to get one: from a local directory, from the hub, or made here and warm-started."""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pspo.files import replace_directory
+from pspo.model import hub, warm_start
+from pspo.model.tiny import Architecture
+from pspo.model.warm_start import WarmStart
+from pspo.schema import ConfigError, Schema, key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Schema, block="model.lora"):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through ``peft``, the extra ``pspo[lora]``."""
+
+    rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
+    alpha: float = key("the adapters' output is scaled by alpha / rank", within="(0, inf)")
+    target_modules: str = key("which linear layers: all-linear, or a regular expression on their names")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank:
+            try:
+                import peft  # noqa: F401
+            except ImportError:
+                raise self.refuse("rank", "needs the package peft; run pip install 'pspo[lora]'") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Schema, block="model"):
+    """The policy that all arms of a comparison start from. Weights are float32 masters, so that small steps are kept."""
+
+    name: str = key("what the run calls it")
+    hub_id: str | None = key("repository on the Hugging Face hub")
+    path: str | None = key("a local directory in its place: safetensors weights, tokenizer and chat template")
+    dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
+    autocast: bool = key("matrix products in bfloat16, on float32 masters")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = key("attention implementation of transformers")
+    gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
+    lora: Lora
+    architecture: Architecture | None
+    warm_start: WarmStart | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path is None and self.hub_id is None and self.architecture is None:
+            raise self.refuse("path", "name a local directory, or choose a model option that has a hub_id")
+        if self.autocast and self.dtype == "float64":
+            raise self.refuse("autocast", "goes with model.dtype=float32 only")
+        if self.attention == "flash_attention_2" and not self.autocast:
+            raise self.refuse("attention", "flash attention needs model.autocast=true")
+
+
+@dataclass
+class Policy:
+    """A model in one process, sampled from and trained alike."""
+
+    model: Any
+    tokenizer: Any
+    stop_ids: list[int]
+    autocast: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.model.parameters())).device
+
+    @property
+    def pad_id(self) -> int:
+        """A token for positions that nothing looks at."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad_id is None else pad_id
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that the optimizer changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def check(config: Model) -> None:
+    """Refuse a model that cannot be had, before anything is loaded. Raises ConfigError."""
+    if config.path is not None:
+        hub.check_directory(Path(config.path))
+    elif config.hub_id is not None:
+        hub.locate(config.hub_id)
+
+
+def load(config: Model, seed: int, device: torch.device) -> Policy:
+    """The policy that a run starts from: the same weights for every objective at one seed."""
+    if config.path is not None or config.hub_id is not None:
+        directory = Path(config.path) if config.path is not None else hub.locate(str(config.hub_id))
+    else:
+        directory = warm_start.cached(config, seed)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attention,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora.rank:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            targets = config.lora.target_modules
+            adapters = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets)
+            model = inject_adapter_in_model(adapters, model)
+    model.to(device).eval()
+    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast)
+
+
+def save(policy: Policy, directory: Path) -> None:
+    """Write a plain Hugging Face directory, adapters merged into the weights; written beside and renamed."""
+    model = policy.model
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        model = _merged(model)
+    beside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    model.save_pretrained(beside, safe_serialization=True)
+    policy.tokenizer.save_pretrained(beside)
+    replace_directory(beside, directory)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Where generation stops: the end of a document and the chat template's end of a turn, which may differ.
+
+    Base models such as Qwen2.5 name ``<|endoftext|>`` as EOS while their template closes turns with ``<|im_end|>``.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
+    if tokenizer.chat_template is not None:
+        marker = "7"
+        turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": marker}]
+        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+        ids |= set([i for i in tokenizer.encode(after, add_special_tokens=False) if i in special][:1])
+    found = sorted(i for i in ids if i is not None)
+    if not found:
+        raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
+    return found
+
+
+def _merged(model: Any) -> Any:
+    from peft.tuners.lora import LoraLayer
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    return model

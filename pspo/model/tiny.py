@@ -1,0 +1,87 @@
+"""The embedded policy: the Qwen2 architecture with random weights, and a tokenizer of its own, both made in a second."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from pspo.schema import Schema, key
+
+PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Schema, block="model.architecture"):
+    """The shape of the embedded policy."""
+
+    vocab_size: int = key("tokens of the tokenizer trained on the embedded task", within="[128, 1000000]")
+    hidden_size: int = key("width of the residual stream", within="[8, inf)")
+    intermediate_size: int = key("width of the gated feed-forward layers", within="[8, inf)")
+    num_layers: int = key("decoder layers", within="[1, inf)")
+    num_heads: int = key("attention heads", within="[1, inf)")
+    num_kv_heads: int = key("key and value heads, shared by groups of attention heads", within="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_heads:
+            raise self.refuse("num_heads", f"must divide model.architecture.hidden_size={self.hidden_size}")
+        if self.num_heads % self.num_kv_heads:
+            raise self.refuse("num_kv_heads", f"must divide model.architecture.num_heads={self.num_heads}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding with every digit a token of its own; bytes outside ASCII are unknown unless seen in ``texts``."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    ascii_symbols = sorted({symbol for code in [10, *range(32, 127)] for symbol in _byte_symbols(chr(code))})
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, UNKNOWN, END, *ROLES],
+        initial_alphabet=ascii_symbols,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=END,
+        extra_special_tokens=ROLES,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(architecture: Architecture, tokenizer: Any, seed: int, attention: str) -> Qwen2ForCausalLM:
+    """A Qwen2 model with weights drawn from ``seed``, in float32 on the CPU."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.intermediate_size,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def _byte_symbols(text: str) -> list[str]:
+    return [symbol for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text) for symbol in piece]

@@ -1,0 +1,118 @@
+"""Warm start of the embedded policy by supervised learning, cached by everything that influences it.
+
+First solutions that show the working, then a mix in which most give the bare answer. The policy then mostly answers
+directly and is mostly wrong, yet is mostly right when it works step by step: reinforcement learning has a latent way of
+working to discover.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import torch
+
+from pspo.console import track
+from pspo.dataset import Problem, embedded, render
+from pspo.files import replace_directory
+from pspo.logprob import make_batch, token_logprobs
+from pspo.model import tiny
+from pspo.schema import Schema, as_dict, key
+
+if TYPE_CHECKING:
+    from pspo.model.policy import Model
+
+log = logging.getLogger("pspo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart(Schema, block="model.warm_start"):
+    """Supervised learning before the run: fixed steps, so that every machine does the same work."""
+
+    worked_steps: int = key("steps on solutions that show the working", within="[0, inf)")
+    mixed_steps: int = key("steps on a mix of worked solutions and bare answers", within="[0, inf)")
+    worked_share: float = key("share of worked solutions in the mix", within="[0, 1]")
+    batch_size: int = key("problems of one step", within="[1, inf)")
+    num_problems: int = key("different problems of the embedded task to learn from", within="[1, inf)")
+    lr: float = key("highest learning rate (AdamW, linear warm-up and decay)", within="(0, inf)")
+
+
+def cached(config: "Model", seed: int) -> Path:
+    """The directory of the warm-started policy and its tokenizer; made on first use, shared by all arms at one seed."""
+    assert config.warm_start is not None
+    problems = embedded.load("train", config.warm_start.num_problems)
+    directory = cache_directory() / "warm_start" / _digest(config, seed, problems)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{directory}.lock"):
+        if not directory.is_dir():
+            beside = directory.with_name(f".{directory.name}.{os.getpid()}")
+            model, tokenizer = _train(config, seed, problems)
+            model.save_pretrained(beside, safe_serialization=True)
+            tokenizer.save_pretrained(beside)
+            replace_directory(beside, directory)
+    return directory
+
+
+def cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/pspo``, by default ``~/.cache/pspo``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspo"
+
+
+def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
+    """A name for everything that influences the weights: settings, data, code, versions and thread count."""
+    source = Path(__file__).parent
+    code = [source / "tiny.py", source / "warm_start.py", source.parent / "logprob.py"]
+    content = {
+        "model": as_dict(config),
+        "seed": seed,
+        "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, Any]:
+    """Next-token cross-entropy on the solutions' tokens, mean over the batch."""
+    settings, architecture = config.warm_start, config.architecture
+    assert settings is not None and architecture is not None
+    texts = [text for p in problems for text in (p.question, p.solution)]
+    tokenizer = tiny.train_tokenizer(texts, architecture.vocab_size)
+    model = tiny.make_model(architecture, tokenizer, seed, config.attention).to(getattr(torch, config.dtype))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    num_steps = settings.worked_steps + settings.mixed_steps
+    model.train()
+    for step, batch in enumerate(track(_batches(settings, seed, problems), "warm start", num_steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
+        prompts = [render(tokenizer, "", problem.question) for problem, _ in batch]
+        targets = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for _, text in batch]
+        tensors = make_batch(prompts, targets, tokenizer.pad_token_id, torch.device("cpu"))
+        logprob_BT, _ = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast)
+        loss = -logprob_BT.sum() / tensors.mask_BT.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, float(loss))
+    return model.eval(), tokenizer
+
+
+def _batches(settings: WarmStart, seed: int, problems: list[Problem]) -> Iterator[list[tuple[Problem, str]]]:
+    """Problems with the text to learn: worked solutions first, then the mix."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1])))
+    for step in range(settings.worked_steps + settings.mixed_steps):
+        worked_share = 1.0 if step < settings.worked_steps else settings.worked_share
+        chosen = random.integers(len(problems), size=settings.batch_size)
+        worked = random.random(settings.batch_size) < worked_share
+        yield [
+            (problems[i], problems[i].solution if w else embedded.direct_solution(problems[i]))
+            for i, w in zip(chosen, worked, strict=True)
+        ]

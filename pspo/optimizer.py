@@ -1,0 +1,70 @@
+"""Optimizers and the learning rate over the budget."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+import torch
+
+from pspo.schema import Schema, key, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(Schema, ABC, block="optimizer"):
+    """What every optimizer has: a learning rate, its schedule and a bound on the gradient norm."""
+
+    name: str
+    lr: float = key("highest learning rate", within="(0, inf)")
+    warmup_steps: int = key("optimizer steps over which the learning rate rises linearly", within="[0, inf)")
+    decay: Literal["constant", "linear"] = key("learning rate after the warm-up: constant, or linear to 0 at the end")
+    max_grad_norm: float = key("the gradient is scaled down to this norm", within="(0, inf]")
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class that ``optimizer.name`` names. Raises ConfigError with the list of optimizers."""
+        if values.get("name") not in OPTIMIZERS:
+            raise unknown(str(values.get("name")), OPTIMIZERS, "optimizer")
+        return cast(type[Self], OPTIMIZERS[values["name"]])
+
+    @abstractmethod
+    def make(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+
+    def lr_at(self, step: int, fraction: float, warmup_fraction: float) -> float:
+        """The learning rate of optimizer step ``step`` (from 0), when ``fraction`` of the budget is spent.
+
+        lr · (step + 1) / W in the warm-up of W steps, then lr · (1 − f) / (1 − f_W) under linear decay, where f_W is
+        the fraction at the end of the warm-up: transformers' linear schedule, told in any unit of budget, except that
+        the first step is not taken at 0.
+        """
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        return self.lr if self.decay == "constant" else self.lr * (1 - fraction) / max(1 - warmup_fraction, 1e-12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): scale-free, so a constant factor on the loss cancels."""
+
+    beta1: float = key("decay of the mean of gradients", within="[0, 1)")
+    beta2: float = key("decay of the mean of squared gradients", within="[0, 1)")
+    eps: float = key("added to the root of the mean of squares", within="(0, inf)")
+    weight_decay: float = key("decoupled weight decay", within="[0, inf)")
+
+    def make(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        betas = (self.beta1, self.beta2)
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent: under it the (1 − α) of linear smoothing is a factor on the learning rate."""
+
+    momentum: float = key("decay of the mean of gradients; 0 is plain", within="[0, 1)")
+
+    def make(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum)
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD}

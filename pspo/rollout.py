@@ -1,0 +1,198 @@
+"""The sampler: completions from the current policy, each from random numbers of its own.
+
+Shape suffixes: B rows, V vocabulary, T completion positions.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pspo.dataset import Problem, Prompt
+from pspo.logprob import autocast_to_bfloat16
+from pspo.model import Policy
+from pspo.schema import Schema, key
+
+COMPACT_BELOW = 0.75
+"""Finished rows leave the batch once fewer than this share of its rows is still being written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Schema, block="rollout"):
+    """What is sampled in one step, and how."""
+
+    prompts: int = key("prompts of one step", within="[1, inf)")
+    group_size: int = key("completions of one prompt, compared with each other", within="[2, inf)")
+    max_new_tokens: int = key("tokens after which a completion is cut off", within="[1, inf)")
+    temperature: float = key("logits are divided by it, in sampling and in training alike", within="(0, inf)")
+    top_p: float = key("sample from the smallest set of tokens that holds this much probability", within="(0, 1]")
+    max_rows: int = key("completions decoded at one time; bounds memory", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    Attributes:
+        prompt: what it answers.
+        sample: its index in its group.
+        token_ids: the tokens, the stop token included.
+        logprobs: log π of each under the temperature-scaled, untruncated policy.
+        finished: whether it ended with a stop token; else it was cut off at ``max_new_tokens``.
+        text: the tokens decoded, without special tokens.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    text: str
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    seed: Sequence[int],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    max_rows: int,
+) -> list[Completion]:
+    """``group_size`` completions of every prompt, grouped by prompt in the order given; temperature 0 is greedy.
+
+    The random numbers of a completion depend on (seed, problem, sample index, position) alone: not on what else is in
+    the batch, nor on its order. Prompts of like length are decoded together.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
+    per_batch = max(1, max_rows // group_size)
+    groups: dict[int, list[Completion]] = {}
+    for start in range(0, len(prompts), per_batch):
+        chosen = by_length[start : start + per_batch]
+        batch = [prompts[i] for i in chosen]
+        random_BT = np.concatenate(
+            [uniforms([*seed, *_words(p.problem), g], max_new_tokens)[None] for p in batch for g in range(group_size)]
+        )
+        rows = _decode(policy, batch, random_BT, group_size, temperature, top_p)
+        for j, i in enumerate(chosen):
+            groups[i] = rows[j * group_size : (j + 1) * group_size]
+    return [completion for i in range(len(prompts)) for completion in groups[i]]
+
+
+def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """``count`` numbers uniform in [0, 1) from a counter-based generator keyed by ``words`` (Philox, Salmon 2011)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(words)))).random(count)
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the distribution function at ``uniform_B``, and its untruncated log-probability.
+
+    The nucleus is the smallest set of most probable tokens whose probability reaches ``top_p`` (Holtzman et al. 2020,
+    arXiv 1904.09751). Temperature 0 takes the most probable token; its log-probability is that of temperature 1.
+    """
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    logprob_BV = (logits_BV / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token_B = logits_BV.argmax(-1)
+    else:
+        # Sums over a large vocabulary need float64 to keep their error far below a token's probability.
+        probability_BV = logprob_BV.double().exp()
+        if top_p < 1:
+            sorted_BV, order_BV = probability_BV.sort(-1, descending=True, stable=True)
+            outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+            probability_BV = probability_BV.masked_fill(torch.zeros_like(outside_BV).scatter(-1, order_BV, outside_BV), 0)
+        cumulative_BV = probability_BV.cumsum(-1)
+        total_B1 = cumulative_BV[:, -1:]
+        token_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * total_B1, right=True).squeeze(-1)
+        token_B = torch.minimum(token_B, (cumulative_BV < total_B1).sum(-1))  # u·total may round up to total
+    return token_B, logprob_BV.gather(-1, token_B[:, None]).squeeze(-1)
+
+
+@torch.inference_mode()
+def _decode(
+    policy: Policy,
+    prompts: list[Prompt],
+    random_BT: np.ndarray[Any, np.dtype[np.float64]],
+    group_size: int,
+    temperature: float,
+    top_p: float,
+) -> list[Completion]:
+    """Prefill each prompt once, repeat its cache for the group, then one token at a time for the rows still alive."""
+    device, (num_rows, length_T) = policy.device, random_BT.shape
+    input_ids, attention = _left_pad([p.token_ids for p in prompts], policy.pad_id, device)
+    uniform_BT = torch.from_numpy(random_BT).to(device)
+    stop_ids = torch.tensor(policy.stop_ids, device=device)
+    token_BT = torch.full((num_rows, length_T), policy.pad_id, device=device)
+    logprob_BT = torch.zeros(num_rows, length_T, dtype=torch.float64, device=device)
+    length_B = torch.full((num_rows,), length_T, device=device)
+    finished_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    row_of = torch.arange(num_rows, device=device)  # which row of the result each row of the batch writes
+    cache = DynamicCache(config=policy.model.config)
+    with autocast_to_bfloat16(device, policy.autocast):
+        logits = _forward(policy, input_ids, attention, cache).repeat_interleave(group_size, dim=0)
+        cache.batch_repeat_interleave(group_size)
+        attention = attention.repeat_interleave(group_size, dim=0)
+        for t in range(length_T):
+            token, logprob = draw(logits, uniform_BT[row_of, t], temperature, top_p)
+            alive = ~finished_B[row_of]
+            token_BT[row_of[alive], t] = token[alive]
+            logprob_BT[row_of[alive], t] = logprob[alive].double()
+            stopped = alive & torch.isin(token, stop_ids)
+            finished_B[row_of[stopped]] = True
+            length_B[row_of[stopped]] = t + 1
+            alive = alive & ~stopped
+            num_alive = int(alive.sum())
+            if num_alive == 0 or t + 1 == length_T:
+                break
+            if num_alive < COMPACT_BELOW * len(alive):
+                keep = alive.nonzero().squeeze(-1)
+                cache.batch_select_indices(keep)
+                row_of, token, attention = row_of[keep], token[keep], attention[keep]
+            attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
+            logits = _forward(policy, token[:, None], attention, cache)
+    lengths, finished = length_B.tolist(), finished_B.tolist()
+    tokens, logprobs = token_BT.tolist(), logprob_BT.tolist()
+    completions = []
+    for row in range(num_rows):
+        ids = tokens[row][: lengths[row]]
+        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        completions.append(
+            Completion(
+                prompts[row // group_size], row % group_size, ids, logprobs[row][: lengths[row]], finished[row], text
+            )
+        )
+    return completions
+
+
+def _forward(policy: Policy, input_ids: Tensor, attention: Tensor, cache: DynamicCache) -> Tensor:
+    """Logits of the last position, (B, V); the cache grows by the positions given."""
+    position_ids = (attention.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    logits: Tensor = policy.model(
+        input_ids=input_ids,
+        attention_mask=attention,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    return logits[:, -1]
+
+
+def _left_pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
+    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return input_ids, attention
+
+
+def _words(problem: Problem) -> tuple[int, int]:
+    """A problem's name as two words of a random key."""
+    digest = hashlib.blake2b(problem.id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")

@@ -1,0 +1,150 @@
+"""Typed configuration keys.
+
+A block of the configuration is a frozen dataclass that stands in the module that uses it and owns its fields, their
+ranges and their one-line meanings; the values stand in ``conf/`` and nowhere else. ``build`` turns plain mappings into
+that tree and refuses, in one sentence, what does not fit.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union
+
+
+class ConfigError(ValueError):
+    """A user's mistake, told in one sentence: the key, the value got, the values allowed, the remedy."""
+
+
+def key(meaning: str, *, within: str | None = None) -> Any:
+    """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``."""
+    return dataclasses.field(metadata={"meaning": meaning, "within": within})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """Base of every configuration block; ``class Rollout(Schema, block="rollout")`` names where its keys live."""
+
+    block: ClassVar[str] = ""
+
+    def __init_subclass__(cls, block: str | None = None) -> None:
+        super().__init_subclass__()
+        if block is not None:
+            cls.block = block
+
+    def __post_init__(self) -> None:
+        """Check every field's type and interval. Raises ConfigError."""
+        for name, hint in fields_of(type(self)).items():
+            check(self.dotted(name), getattr(self, name), hint, self.within(name))
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class that describes ``values``: this one, unless a block is one of several kinds chosen by name."""
+        return cls
+
+    @classmethod
+    def dotted(cls, name: str) -> str:
+        """``rollout.top_p`` for field ``top_p`` of block ``rollout``."""
+        return f"{cls.block}.{name}" if cls.block else name
+
+    @classmethod
+    def within(cls, name: str) -> str | None:
+        """The interval that a field must lie in, or None."""
+        return {f.name: f.metadata.get("within") for f in dataclasses.fields(cls)}[name]
+
+    def refuse(self, name: str, reason: str) -> ConfigError:
+        """The error for a field whose value does not fit the others."""
+        return ConfigError(f"{self.dotted(name)}={getattr(self, name)!r}: {reason}")
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def fields_of(cls: type[Schema]) -> dict[str, Any]:
+    """Field name -> resolved type, in order of declaration."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def build(cls: type[S], values: Mapping[str, Any]) -> S:
+    """Construct ``cls`` from a plain mapping. Raises ConfigError on unknown, missing, mistyped or out-of-range keys."""
+    cls = cls.select(values)
+    hints = fields_of(cls)
+    for name in values:
+        if name not in hints:
+            raise unknown(cls.dotted(name), [cls.dotted(known) for known in hints])
+    missing = [cls.dotted(name) for name in hints if name not in values]
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
+    made = {name: _value(cls.dotted(name), hint, values[name]) for name, hint in hints.items()}
+    return cls(**made)
+
+
+def unknown(name: str, known: Iterable[str], noun: str = "key") -> ConfigError:
+    """The error for a misspelt name: what it was, the nearest known one and all the known ones."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(known)}")
+
+
+def as_dict(node: Any) -> Any:
+    """The configuration tree as plain dictionaries, lists and scalars, for files."""
+    if isinstance(node, Schema):
+        return {f.name: as_dict(getattr(node, f.name)) for f in dataclasses.fields(node)}
+    return [as_dict(item) for item in node] if isinstance(node, list) else node
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    for option in _options(hint):
+        if isinstance(option, type) and issubclass(option, Schema) and isinstance(value, Mapping):
+            return build(option, value)
+    check(name, value, hint)
+    return float(value) if float in _options(hint) and value is not None else value
+
+
+def check(name: str, value: Any, hint: Any, within: str | None = None) -> None:
+    """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
+    if not any(_fits(value, option) for option in _options(hint)):
+        raise ConfigError(f"{name} must be {' or '.join(_describe(o) for o in _options(hint))}, got {value!r}")
+    if within is not None and value is not None and not _inside(float(value), within):
+        raise ConfigError(f"{name} must be in {within}, got {value!r}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if origin is list:
+        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+    if isinstance(hint, type) and issubclass(hint, Schema):
+        return "a block of keys"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return not math.isnan(value) and above and below

@@ -1,0 +1,49 @@
+"""Sums over counts across a whole step, and the interval that a proportion carries."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Statistics:
+    """Accumulates metrics as sums, counts and maxima on the device, so that a mean is over all tokens of the step.
+
+    A mean of micro-batch means, or the last micro-batch alone, would depend on how the step was cut up.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def mean(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add the values under ``mask`` to the mean ``name``."""
+        kept = values.detach()[mask].double()
+        self._sums[name] = self._sums[name] + kept.sum() if name in self._sums else kept.sum()
+        self._counts[name] = self._counts[name] + mask.sum() if name in self._counts else mask.sum()
+
+    def max(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Let ``name`` be the largest value seen under ``mask``."""
+        largest = torch.where(mask, values.detach().double(), -math.inf).max()
+        self._maxima[name] = torch.maximum(self._maxima[name], largest) if name in self._maxima else largest
+
+    def result(self) -> dict[str, float]:
+        """Every metric by name."""
+        means = {name: (total / self._counts[name].clamp(min=1)).item() for name, total in self._sums.items()}
+        return means | {name: largest.item() for name, largest in self._maxima.items()}
+
+
+def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The Wilson score interval of a proportion, 95 % by default (Wilson 1927, JASA 22:209).
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with p = num_correct / n. Raises ValueError for n = 0.
+    """
+    if not 0 <= num_correct <= num_total or num_total == 0:
+        raise ValueError(f"need 0 <= num_correct <= num_total and num_total > 0, got {num_correct} of {num_total}")
+    p = num_correct / num_total
+    spread = z * math.sqrt(p * (1 - p) / num_total + (z / (2 * num_total)) ** 2)
+    centre, scale = p + z**2 / (2 * num_total), 1 + z**2 / num_total
+    low = 0.0 if num_correct == 0 else (centre - spread) / scale
+    high = 1.0 if num_correct == num_total else (centre + spread) / scale
+    return low, high

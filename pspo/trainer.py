@@ -1,0 +1,254 @@
+"""The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pspo import checkpoint
+from pspo.advantage import has_spread
+from pspo.budget import Progress
+from pspo.checkpoint import SaveError
+from pspo.config import Config
+from pspo.console import log, progress_bar
+from pspo.dataset import Prompt, order
+from pspo.evaluation import VALIDATION, answer, completion_row, summarize
+from pspo.files import JsonLines
+from pspo.model import Policy
+from pspo.reward import Reward
+from pspo.rollout import Completion, sample
+from pspo.statistics import Statistics
+from pspo.tracker import Tracker
+from pspo.update import make_rows, update
+
+TRAIN = 0
+NO_SPREAD_STEPS = 5
+"""After so many steps in a row in which every group has equal rewards, the run says that it learns nothing."""
+
+
+@dataclass
+class State:
+    """Everything beside weights and optimizer that influences what comes next."""
+
+    progress: Progress = field(default_factory=Progress)
+    warmup_fraction: float = 0.0
+    best_reward: float = -1e300
+    best_step: int = 0
+    no_spread_steps: int = 0
+
+
+@dataclass
+class Trainer:
+    """One run's training, from its newest checkpoint to the end of its budget."""
+
+    config: Config
+    directory: Path
+    policy: Policy
+    train: list[Prompt]
+    validation: list[Prompt]
+    reward: Reward
+    tracker: Tracker
+    wall_s: float = 0.0
+    state: State = field(default_factory=State)
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.config.optimizer.make(self.policy.trainable().values())
+        self.completions = JsonLines(self.directory / "completions.jsonl")
+        self.checkpoints = self.directory / "checkpoints"
+
+    def run(self) -> State:
+        """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
+        config, progress = self.config, self.state.progress
+        started = time.perf_counter() - self.wall_s
+        if progress.steps == 0 and not config.budget.spent(progress):
+            self.tracker.log(self._validate(), 0)
+        with progress_bar(transient=False) as bar:
+            task = bar.add_task("training", total=config.budget.total, info="")
+            while not config.budget.spent(progress):
+                metrics = self._step()
+                if progress.steps % config.evaluation.every == 0 or config.budget.spent(progress):
+                    metrics |= self._validate()
+                self.tracker.log(metrics, progress.steps)
+                self.wall_s = time.perf_counter() - started
+                if progress.steps % config.checkpoint.every == 0 or config.budget.spent(progress):
+                    self._save()
+                bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
+        if config.selection == "best":
+            self._restore_best()
+        return self.state
+
+    def _step(self) -> dict[str, float]:
+        """One rollout with all its updates."""
+        config, progress, statistics = self.config, self.state.progress, Statistics()
+        begun = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        number = progress.steps + 1
+        fraction = config.budget.fraction(progress)
+        chosen = order(len(self.train), config.seed, progress.prompts, config.rollout.prompts)
+        completions = self._collect([self.train[i] for i in chosen], number)
+        rollout_s = time.perf_counter() - begun
+        scores = [self.reward(c.text, c.prompt.problem) for c in completions]
+        reward_PG = torch.tensor([s.reward for s in scores], dtype=torch.float64).view(-1, config.rollout.group_size)
+        advantage_PG = config.advantage(reward_PG)
+
+        progress.steps, progress.prompts = number, progress.prompts + len(chosen)
+        progress.completion_tokens += sum(len(c.token_ids) for c in completions)
+        spent = config.budget.fraction(progress) - fraction
+        updates = config.update.num_epochs * config.update.num_minibatches
+        first_update = progress.optimizer_steps
+
+        def learning_rate(i: int) -> float:
+            at = fraction + spent * i / updates
+            if first_update + i <= config.optimizer.warmup_steps:
+                self.state.warmup_fraction = at
+            progress.optimizer_steps = first_update + i + 1
+            return config.optimizer.lr_at(first_update + i, at, self.state.warmup_fraction)
+
+        update(
+            self.policy,
+            config.objective,
+            self.optimizer,
+            make_rows(completions, advantage_PG.flatten()),
+            config=config.update,
+            temperature=config.rollout.temperature,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            learning_rate=learning_rate,
+            random=np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, TRAIN, number]))),
+            statistics=statistics,
+            failure=self.directory / f"failed_step_{number:06d}.pt",
+        )
+        self._warn_without_spread(reward_PG)
+        for completion in completions[: config.rollout.group_size]:
+            self.completions.append({"step": number} | completion_row(completion, self.reward))
+        step_s = time.perf_counter() - begun
+        tokens = sum(len(c.token_ids) for c in completions)
+        return {
+            "reward/mean": reward_PG.mean().item(),
+            "reward/std": reward_PG.std().item(),
+            **{f"reward/{name}_mean": float(np.mean([s.components[name] for s in scores])) for name in scores[0].components},
+            "reward/unparsed_rate": float(np.mean([not s.parsed for s in scores])),
+            "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
+            "completion/length_mean": tokens / len(completions),
+            "completion/truncated_rate": float(np.mean([not c.finished for c in completions])),
+            **statistics.result(),
+            "optimizer/lr": self.optimizer.param_groups[0]["lr"],
+            **progress.metrics(),
+            "time/step_s": step_s,
+            "time/rollout_s": rollout_s,
+            "time/update_s": step_s - rollout_s,
+            "time/tokens_per_s": tokens / step_s,
+            "memory/peak_gib": _peak_gib(),
+        }
+
+    def _collect(self, prompts: list[Prompt], number: int) -> list[Completion]:
+        rollout = self.config.rollout
+        return sample(
+            self.policy,
+            prompts,
+            seed=[self.config.seed, TRAIN, number],
+            group_size=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_rows=rollout.max_rows,
+        )
+
+    def _validate(self) -> dict[str, float]:
+        """Greedy and sampled answers to held-out training problems; keeps the best weights where they are asked for."""
+        if not self.validation:
+            return {}
+        begun = time.perf_counter()
+        seed = [self.config.seed, VALIDATION, self.state.progress.steps]
+        rollout, prompts = self.config.rollout, self.validation
+        greedy = summarize(answer(self.policy, prompts, self.reward, rollout, seed=seed, greedy=True))
+        sampled = summarize(answer(self.policy, prompts, self.reward, rollout, seed=seed, greedy=False))
+        if self.config.selection == "best" and sampled["reward_mean"] > self.state.best_reward:
+            self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps
+            checkpoint.save(self.checkpoints, "best", {"weights": checkpoint.weights(self.policy)}, {})
+        log.info(
+            "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens",
+            self.state.progress.steps,
+            100 * greedy["accuracy"],
+            100 * sampled["accuracy"],
+            sampled["length_mean"],
+        )
+        return {
+            "validation/greedy_accuracy": greedy["accuracy"],
+            "validation/greedy_length_mean": greedy["length_mean"],
+            "validation/sampled_accuracy": sampled["accuracy"],
+            "validation/sampled_reward_mean": sampled["reward_mean"],
+            "validation/sampled_length_mean": sampled["length_mean"],
+            "time/validation_s": time.perf_counter() - begun,
+        }
+
+    def _warn_without_spread(self, reward_PG: torch.Tensor) -> None:
+        self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
+        if self.state.no_spread_steps == NO_SPREAD_STEPS:
+            log.warning(
+                "in the last %d steps all completions of every group had the same reward (%.2f on average): there is "
+                "nothing to learn from; try more prompts or completions, a higher temperature, or other problems",
+                NO_SPREAD_STEPS,
+                reward_PG.mean().item(),
+            )
+
+    def _save(self) -> None:
+        state = {
+            "weights": checkpoint.weights(self.policy),
+            "optimizer": self.optimizer.state_dict(),
+            "random": checkpoint.random_state(),
+            "state": asdict(self.state),
+            "tracker": self.tracker.state(),
+            "completions": self.completions.size(),
+        }
+        name = f"step_{self.state.progress.steps:06d}"
+        checkpoint.save(self.checkpoints, name, state, {"time/wall_s": self.wall_s})
+        self.tracker.commit(self.state.progress.steps)
+        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+
+    def resume(self) -> bool:
+        """Continue from the newest whole checkpoint, cutting the files back to it; False where there is none."""
+        found = checkpoint.newest(self.checkpoints)
+        if found is None:
+            self.tracker.rewind(None)
+            self.completions.cut(0)
+            return False
+        path, saved, meta = found
+        checkpoint.restore_weights(self.policy, saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.restore_random_state(saved["random"])
+        progress = Progress(**saved["state"].pop("progress"))
+        self.state = replace(State(**saved["state"]), progress=progress)
+        self.tracker.rewind(saved["tracker"])
+        self.completions.cut(saved["completions"])
+        self.wall_s = meta["time/wall_s"]
+        log.info("resumed from %s", path)
+        return True
+
+    def _restore_best(self) -> None:
+        found = checkpoint.load(self.checkpoints / "best")
+        if found is None:
+            raise SaveError(f"selection=best, but {self.checkpoints / 'best'} cannot be read")
+        checkpoint.restore_weights(self.policy, found[0]["weights"])
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    return (
+        f"reward {metrics['reward/mean']:.2f}  accuracy {metrics.get('reward/correct_mean', float('nan')):.2f}  "
+        f"KL(old‖new) {metrics['policy/kl_old_new_k3']:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
+    )
+
+
+def _peak_gib() -> float:
+    """Peak memory: of the GPU in this step where there is one, else of the process so far."""
+    import resource
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
