@@ -8,7 +8,7 @@ import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, flo
         beside.mkdir(parents=True, exist_ok=True)
         with (beside / "state.pt").open("wb") as file:
             writer = _Hashing(file)
-            torch.save(state, writer)
+            torch.save(state, cast(IO[bytes], writer))
         write_json(beside / "meta.json", {"version": __version__, "sha256": writer.digest.hexdigest()} | clock)
         replace_directory(beside, directory / name)
     except (OSError, RuntimeError) as error:  # torch.save wraps an OSError of the file in a RuntimeError
@@ -115,7 +115,9 @@ def restore_weights(policy: Policy, saved: dict[str, torch.Tensor]) -> None:
     """Copy saved parameters into the policy. Raises ValueError if the names differ."""
     trainable = policy.trainable()
     if trainable.keys() != saved.keys():
-        raise ValueError(f"checkpoint of another model: parameters {sorted(trainable.keys() ^ saved.keys())[:3]} differ")
+        raise ValueError(
+            f"checkpoint of another model: parameters {sorted(trainable.keys() ^ saved.keys())[:3]} differ"
+        )
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(saved[name])

@@ -53,5 +53,5 @@ def log_to_file(path: Path) -> logging.Handler:
 
 
 class _Clocked(logging.Formatter):
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  logging's name
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return "time/" + datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds")

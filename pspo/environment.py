@@ -23,7 +23,9 @@ def choose_threads(configured: int | None) -> int:
 def choose_device(configured: str) -> torch.device:
     """The device named. Raises ConfigError where a GPU is asked for and absent."""
     if configured == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but this process sees no GPU; ask SLURM for one (--gres=gpu:1) or set device=auto")
+        raise ConfigError(
+            "device=cuda, but this process sees no GPU; ask SLURM for one (--gres=gpu:1) or set device=auto"
+        )
     return torch.device("cuda" if configured != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -31,7 +33,11 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run, and to judge why it may differ."""
     commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
-        "code": {"sha256": code_digest(), "commit": commit, "uncommitted_changes": None if dirty is None else bool(dirty)},
+        "code": {
+            "sha256": code_digest(),
+            "commit": commit,
+            "uncommitted_changes": None if dirty is None else bool(dirty),
+        },
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -68,4 +74,6 @@ def _version(package: str) -> str | None:
 def _cpu() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

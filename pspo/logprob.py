@@ -78,7 +78,9 @@ def token_logprobs(model: Any, batch: Batch, temperature: float, autocast: bool 
         ).last_hidden_state
         row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
         hidden_NH = hidden_BSH[row_N, batch.position_BT[row_N, column_N]]
-        logprob_N, entropy_N = _chunked(head, hidden_NH, batch.token_ids_BT[batch.mask_BT], temperature)
+        logprob_N, entropy_N = _chunked(
+            head, hidden_NH, batch.token_ids_BT[batch.mask_BT], temperature, model.config.vocab_size
+        )
     zeros_BT = torch.zeros(batch.mask_BT.shape, dtype=logprob_N.dtype, device=logprob_N.device)
     return (
         zeros_BT.masked_scatter(batch.mask_BT, logprob_N),
@@ -87,7 +89,7 @@ def token_logprobs(model: Any, batch: Batch, temperature: float, autocast: bool 
 
 
 def log_ratio(logprob_BT: Tensor, old_logprob_BT: Tensor) -> Tensor:
-    """log r = log π_θ − log π_old, clamped to ±``LOG_RATIO_CLAMP``; beyond it the gradient is zero."""
+    """Log r = log π_θ − log π_old, clamped to ±``LOG_RATIO_CLAMP``; beyond it the gradient is zero."""
     return (logprob_BT - old_logprob_BT).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
 
@@ -96,16 +98,16 @@ def autocast_to_bfloat16(device: torch.device, enabled: bool) -> contextlib.Abst
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def _chunked(head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    vocabulary = head.weight.shape[0]
-    assert isinstance(vocabulary, int)
-    size = max(1, CHUNK_LOGITS // vocabulary)
+def _chunked(
+    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    size = max(1, CHUNK_LOGITS // num_tokens)
     pieces = [
         # One chunk is no more than what recomputation would hold again, so it keeps its logits.
         checkpoint(_logprob_entropy, head, hidden, token, temperature, use_reentrant=False, preserve_rng_state=False)
         if len(hidden_NH) > size
         else _logprob_entropy(head, hidden, token, temperature)
-        for hidden, token in zip(hidden_NH.split(size), token_N.split(size), strict=True)
+        for hidden, token in zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
     ]
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 

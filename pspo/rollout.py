@@ -105,9 +105,11 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
         # Sums over a large vocabulary need float64 to keep their error far below a token's probability.
         probability_BV = logprob_BV.double().exp()
         if top_p < 1:
-            sorted_BV, order_BV = probability_BV.sort(-1, descending=True, stable=True)
+            sorted_BV, order_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
             outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
-            probability_BV = probability_BV.masked_fill(torch.zeros_like(outside_BV).scatter(-1, order_BV, outside_BV), 0)
+            probability_BV = probability_BV.masked_fill(
+                torch.zeros_like(outside_BV).scatter(-1, order_BV, outside_BV), 0
+            )
         cumulative_BV = probability_BV.cumsum(-1)
         total_B1 = cumulative_BV[:, -1:]
         token_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * total_B1, right=True).squeeze(-1)

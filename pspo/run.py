@@ -1,6 +1,6 @@
 """The main job: compose, validate, load, evaluate, train, evaluate, report.
 
-    python -m pspo.run objective=pspo model=qwen1_5b
+python -m pspo.run objective=pspo model=qwen1_5b
 """
 
 import json
@@ -79,7 +79,9 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         lock.acquire()
     except filelock.Timeout:
         owner = (directory / ".owner").read_text() if (directory / ".owner").is_file() else "unknown"
-        raise ConfigError(f"another process ({owner}) is at work in {directory}; wait for it, or change seed or group") from None
+        raise ConfigError(
+            f"another process ({owner}) is at work in {directory}; wait for it, or change seed or group"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"output_dir={config.output_dir}: cannot write {directory} ({error.strerror}); set output_dir=<directory>"
@@ -119,7 +121,11 @@ class _Run:
         log.info("%s in %s", "resuming" if (directory / "checkpoints").is_dir() else "starting", directory)
         policy = model.load(config.model, config.seed, self.device)
         prompts, dropped = self._encode(policy.tokenizer)
-        notes = [f"{n} {split} problems with prompts over {config.dataset.max_prompt_tokens} tokens were dropped" for split, n in dropped.items() if n]
+        notes = [
+            f"{n} {split} problems with prompts over {config.dataset.max_prompt_tokens} tokens were dropped"
+            for split, n in dropped.items()
+            if n
+        ]
         for note in notes:
             log.warning(note)
         tracker = Tracker(
@@ -177,7 +183,9 @@ class _Run:
         encoded = {name: dataset.encode(tokenizer, self.config.dataset, split) for name, split in splits.items()}
         for name, (kept, dropped) in encoded.items():
             if dropped and not kept:
-                raise self.config.dataset.refuse("max_prompt_tokens", f"all {dropped} {name} problems have longer prompts")
+                raise self.config.dataset.refuse(
+                    "max_prompt_tokens", f"all {dropped} {name} problems have longer prompts"
+                )
         return {name: kept for name, (kept, _) in encoded.items()}, {name: n for name, (_, n) in encoded.items()}
 
     def _evaluate(self, policy: model.Policy, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
@@ -201,7 +209,9 @@ class _Run:
 
 
 def _say_done(directory: Path) -> None:
-    log.info("already done: %s (another seed or group makes a new run; delete the directory to run it again)", directory)
+    log.info(
+        "already done: %s (another seed or group makes a new run; delete the directory to run it again)", directory
+    )
     if (directory / "DONE").read_text().strip() != environment.code_digest():
         log.warning("the code has changed since that run was made")
 

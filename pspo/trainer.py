@@ -1,10 +1,8 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -130,7 +128,10 @@ class Trainer:
         return {
             "reward/mean": reward_PG.mean().item(),
             "reward/std": reward_PG.std().item(),
-            **{f"reward/{name}_mean": float(np.mean([s.components[name] for s in scores])) for name in scores[0].components},
+            **{
+                f"reward/{name}_mean": float(np.mean([s.components[name] for s in scores]))
+                for name in scores[0].components
+            },
             "reward/unparsed_rate": float(np.mean([not s.parsed for s in scores])),
             "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
             "completion/length_mean": tokens / len(completions),
@@ -250,5 +251,3 @@ def _peak_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-

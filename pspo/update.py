@@ -72,7 +72,9 @@ def update(
         for chosen in np.array_split(random.permutation(len(rows)), config.num_minibatches):
             minibatch = [rows[i] for i in chosen]
             optimizer.zero_grad(set_to_none=True)
-            loss = accumulate(policy, objective, minibatch, config.max_tokens, temperature, statistics, first=number == 0)
+            loss = accumulate(
+                policy, objective, minibatch, config.max_tokens, temperature, statistics, first=number == 0
+            )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
             if not (loss.isfinite() and grad_norm.isfinite()):
                 torch.save([vars(row) for row in minibatch], failure)
@@ -104,7 +106,7 @@ def accumulate(
     ``first`` says that the weights are still those that sampled the rows: then the difference of log-probabilities is
     the numerical gap between sampler and trainer.
     """
-    policy.model.train(getattr(policy.model, "is_gradient_checkpointing", False))
+    policy.model.train(policy.gradient_checkpointing)  # the library recomputes activations in training mode only
     num_tokens = sum(len(row.token_ids) for row in rows)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for micro in pack(rows, max_tokens):

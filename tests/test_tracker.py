@@ -76,8 +76,8 @@ def test_configuration_files_build(path):
 def test_configuration_errors_name_the_choices():
     with pytest.raises(ConfigError, match=r"tracker\.name must be one of jsonl, wandb, got 'tensorboard'"):
         build(TrackerConfig, WANDB | {"name": "tensorboard"})
-    with pytest.raises(ConfigError, match=r"unknown key tracker\.projct \(did you mean tracker\.project\?\)"):
-        build(TrackerConfig, {"name": "wandb", "projct": "x", "entity": None})
+    with pytest.raises(ConfigError, match=r"unknown key tracker\.projects \(did you mean tracker\.project\?\)"):
+        build(TrackerConfig, {"name": "wandb", "projects": "x", "entity": None})
 
 
 def test_jsonl_does_not_import_wandb(tmp_path):

@@ -62,18 +62,17 @@ FAMILIES = {
         "a+b",
         "x-c",
     ),
-    "nest": Family(
-        "{name} has {a} rooms with {b} {bags} each and {c} {things} in each {bag}. How many {things} are there?",
-        "a*b",
-        "x*c",
-        ("{bags}", "{things}"),
+    "join": Family(
+        "{name} has {a} {things} and gets {b} {bags} with {c} {things} each. How many {things} does {name} have?",
+        "b*c",
+        "a+x",
     ),
 }
 NAMES = ("Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Zoe", "Leo", "Amy")
 THINGS = ("pens", "books", "cards", "coins", "eggs", "nuts", "toys", "balls")
 BAGS = ("bag", "jar", "tray", "tin", "crate", "pack")
 NUMBERS = range(2, 11)
-LARGEST = 999  # every result has at most three digits
+LARGEST = 100  # so that the facts to know are few, and the warm start short
 SHARES = {"test": 1 / 8, "validation": 1 / 16}  # of all (family, numbers); the rest is for training
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,

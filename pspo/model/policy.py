@@ -4,7 +4,7 @@ import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,17 +66,18 @@ class Policy:
     tokenizer: Any
     stop_ids: list[int]
     autocast: bool
+    gradient_checkpointing: bool
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.model.parameters())).device
+        return cast(torch.device, self.model.device)
 
     @property
     def pad_id(self) -> int:
         """A token for positions that nothing looks at."""
         pad_id = self.tokenizer.pad_token_id
-        return self.stop_ids[0] if pad_id is None else pad_id
+        return self.stop_ids[0] if pad_id is None else int(pad_id)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that the optimizer changes, by name."""
@@ -98,7 +99,7 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
     else:
         directory = warm_start.cached(config, seed)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         trust_remote_code=False,
         use_safetensors=True,
@@ -116,7 +117,7 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
             adapters = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets)
             model = inject_adapter_in_model(adapters, model)
     model.to(device).eval()
-    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast)
+    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing)
 
 
 def save(policy: Policy, directory: Path) -> None:

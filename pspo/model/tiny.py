@@ -12,6 +12,9 @@ from pspo.schema import Schema, key
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+INITIALIZER_RANGE = 0.06
+"""The library's 0.02 is for wide models: at width 128 it left the warm policy right in 54 % of worked answers, not 78 %."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -73,15 +76,20 @@ def make_model(architecture: Architecture, tokenizer: Any, seed: int, attention:
         num_key_value_heads=architecture.num_kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        attn_implementation=attention,
     )
+    config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config)
 
 
 def _byte_symbols(text: str) -> list[str]:
-    return [symbol for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text) for symbol in piece]
+    return [
+        symbol
+        for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+        for symbol in piece
+    ]

@@ -88,31 +88,31 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
     model = tiny.make_model(architecture, tokenizer, seed, config.attention).to(getattr(torch, config.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     num_steps = settings.worked_steps + settings.mixed_steps
+    prompts = [render(tokenizer, "", p.question) for p in problems]
+    worked, direct = (
+        [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
+        for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
+    )
     model.train()
-    for step, batch in enumerate(track(_batches(settings, seed, problems), "warm start", num_steps)):
+    for step, batch in enumerate(track(_batches(settings, seed, len(problems)), "warm start", num_steps)):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
-        prompts = [render(tokenizer, "", problem.question) for problem, _ in batch]
-        targets = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for _, text in batch]
-        tensors = make_batch(prompts, targets, tokenizer.pad_token_id, torch.device("cpu"))
+        targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
+        tensors = make_batch([prompts[i] for i, _ in batch], targets, tokenizer.pad_token_id, torch.device("cpu"))
         logprob_BT, _ = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast)
         loss = -logprob_BT.sum() / tensors.mask_BT.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, float(loss))
+    log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, loss.item())
     return model.eval(), tokenizer
 
 
-def _batches(settings: WarmStart, seed: int, problems: list[Problem]) -> Iterator[list[tuple[Problem, str]]]:
-    """Problems with the text to learn: worked solutions first, then the mix."""
+def _batches(settings: WarmStart, seed: int, num_problems: int) -> Iterator[list[tuple[int, bool]]]:
+    """Indices of problems, each with whether its working is shown: always at first, then in a share of the mix."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1])))
     for step in range(settings.worked_steps + settings.mixed_steps):
-        worked_share = 1.0 if step < settings.worked_steps else settings.worked_share
-        chosen = random.integers(len(problems), size=settings.batch_size)
-        worked = random.random(settings.batch_size) < worked_share
-        yield [
-            (problems[i], problems[i].solution if w else embedded.direct_solution(problems[i]))
-            for i, w in zip(chosen, worked, strict=True)
-        ]
+        share = 1.0 if step < settings.worked_steps else settings.worked_share
+        chosen = random.integers(num_problems, size=settings.batch_size)
+        yield list(zip(chosen.tolist(), (random.random(settings.batch_size) < share).tolist(), strict=True))

@@ -1,0 +1,69 @@
+"""What stands in ``metrics.jsonl``: its rows and the meaning of every key."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+METRICS: dict[str, str] = {
+    "step": "rollouts so far; row 0 is the validation before training",
+    "reward/mean": "mean reward of the step's completions",
+    "reward/std": "standard deviation of the step's rewards",
+    "reward/correct_mean": "share of sampled completions that are correct (training accuracy), 0 to 1",
+    "reward/format_mean": "mean of the reward's format component",
+    "reward/<component>_mean": "mean of a component of the reward",
+    "reward/unparsed_rate": "share of completions without a readable answer, 0 to 1",
+    "reward/zero_spread_rate": "share of groups whose rewards are all equal: they teach nothing, 0 to 1",
+    "completion/length_mean": "completion length, tokens",
+    "completion/truncated_rate": "share of completions cut at rollout.max_new_tokens, 0 to 1",
+    "loss/mean": "the objective's loss, mean over the step's tokens",
+    "policy/kl_old_new_k3": "KL(old‖new), k3 estimate on sampled tokens, nats per token",
+    "policy/entropy_mean": "entropy of the policy at the sampling temperature, nats per token",
+    "policy/ratio_max": "largest importance ratio new/old of any token",
+    "policy/ratio_clamped_rate": "share of tokens whose log-ratio was clamped to ±20, 0 to 1",
+    "policy/sampler_gap_mean": "mean |log-prob of sampler − of trainer| at equal weights, nats: numerical error only",
+    "optimizer/grad_norm_mean": "norm of the gradient before clipping, mean over the step's updates",
+    "optimizer/lr": "learning rate of the step's last update",
+    "budget/steps": "rollouts so far",
+    "budget/prompts": "prompts sampled from so far",
+    "budget/completion_tokens": "tokens sampled for training so far",
+    "budget/optimizer_steps": "optimizer steps so far",
+    "validation/greedy_accuracy": "accuracy of greedy answers to held-out training problems, 0 to 1",
+    "validation/greedy_length_mean": "length of greedy validation answers, tokens",
+    "validation/sampled_accuracy": "accuracy of validation answers sampled as in training, 0 to 1",
+    "validation/sampled_reward_mean": "mean reward of sampled validation answers; selection=best goes by it",
+    "validation/sampled_length_mean": "length of sampled validation answers, tokens",
+    "time/step_s": "rollout and updates of a step, seconds",
+    "time/rollout_s": "sampling, seconds",
+    "time/update_s": "rewards, advantages and updates, seconds",
+    "time/validation_s": "one validation, seconds",
+    "time/tokens_per_s": "completion tokens per second of the step",
+    "memory/peak_gib": "peak memory: of the GPU where there is one, else of the process, GiB",
+}
+"""Metric key -> its meaning with its unit."""
+
+
+def meaning(key: str) -> str | None:
+    """The meaning of a logged key, or None; a reward's own components fall under ``reward/<component>_mean``."""
+    if re.fullmatch(r"reward/\w+_mean", key):
+        return METRICS.get(key, METRICS["reward/<component>_mean"])
+    return METRICS.get(key)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, [] where there is none; a last line still being written is left out."""
+    if not path.is_file():
+        return []
+    # Not splitlines(): a model may write U+2028 and its kin, which JSON leaves inside a line.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``, one per step; numbers that were not finite are None."""
+    return read_lines(directory / "metrics.jsonl")
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """``summary.json``, or {} while the run is not done."""
+    path = directory / "summary.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

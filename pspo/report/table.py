@@ -1,0 +1,68 @@
+"""Accuracy before and after training with the intervals it carries."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+DIFFERENCE_NOTE = (
+    "Accuracy: greedy answers, Wilson 95 % interval. Difference: Newcombe's interval from the two Wilson ones, which "
+    "takes them as independent; both answer the same problems, so it is on the wide side."
+)
+
+
+def difference(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float, float]:
+    """Accuracy after − before with a 95 % interval: Newcombe's score interval (1998, Stat. Med. 17:873, method 10).
+
+    d − √((p₂−l₂)² + (u₁−p₁)²), d + √((u₂−p₂)² + (p₁−l₁)²), with Wilson limits l, u. It assumes independent samples
+    and so is conservative where the same problems were answered twice.
+    """
+    d = after["accuracy"] - before["accuracy"]
+    down = math.hypot(after["accuracy"] - after["ci95_low"], before["ci95_high"] - before["accuracy"])
+    up = math.hypot(after["ci95_high"] - after["accuracy"], before["accuracy"] - before["ci95_low"])
+    return d, d - down, d + up
+
+
+def percent(result: Mapping[str, float]) -> str:
+    """``42.0 % [38.1, 46.0]``."""
+    low, high = 100 * result["ci95_low"], 100 * result["ci95_high"]
+    return f"{100 * result['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def points(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """``+21.9 [16.2, 27.4]``, percentage points."""
+    d, low, high = (100 * value for value in difference(before, after))
+    return f"{d:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def final_table(summary: Mapping[str, Any], directory: Path) -> Table:
+    """What a run prints at its end: accuracy per test set before and after, and where everything is."""
+    table = Table(
+        title=Text(f"{objective(summary)}, seed {summary['seed']}, {summary['steps']} steps", style="bold"),
+        title_justify="left",
+    )
+    for column in ("test set", "n", "before, 95 % interval", "after, 95 % interval", "points"):
+        table.add_column(column, justify="left" if column == "test set" else "right")
+    for name, result in summary.get("evaluation", {}).items():
+        before, after = result["before"], result["after"]
+        table.add_row(name, f"{after['n']:,}", percent(before), percent(after), points(before, after))
+    files = "\n".join(f"{label:7}{directory / file}" for label, file in _FILES.items())
+    # A grid around both: as the table's caption the paths would be broken at its width.
+    grid = Table.grid()
+    grid.add_row(table)
+    grid.add_row(Text(files, overflow="fold"))
+    return grid
+
+
+_FILES = {"run": "", "figure": "curves.png", "report": "report.html"}
+
+
+def objective(summary: Mapping[str, Any]) -> str:
+    """``pspo (alpha 0.1)``."""
+    settings = dict(summary["objective"])
+    name = settings.pop("name")
+    described = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"{name} ({described})" if described else str(name)
