@@ -34,7 +34,7 @@ class SaveError(RuntimeError):
 
 
 def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, float]) -> None:
-    """Write ``directory/name/`` with ``state.pt``, its digest and the clock. Raises SaveError, leaving others intact."""
+    """Write ``directory/name/`` with ``state.pt``, its digest and the clock. Raises SaveError; others stay intact."""
     beside = directory / f".{name}.{os.getpid()}"
     try:
         beside.mkdir(parents=True, exist_ok=True)

@@ -59,8 +59,8 @@ class Config(Schema):
         rows = self.rollout.prompts * self.rollout.group_size
         if self.update.num_minibatches > rows:
             raise ConfigError(
-                f"update.num_minibatches={self.update.num_minibatches} must be at most the {rows} completions of a step "
-                "(rollout.prompts x rollout.group_size)"
+                f"update.num_minibatches={self.update.num_minibatches} must be at most the {rows} completions of a "
+                "step (rollout.prompts x rollout.group_size)"
             )
 
 
@@ -121,7 +121,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def open_keys(arguments: Sequence[str]) -> list[str]:
-    """Let every ``key=value`` through Hydra, so that an unknown key is refused by the schema, which lists the known ones.
+    """Let every ``key=value`` through Hydra, so that the schema refuses an unknown key and lists the known ones.
 
     Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key.
     """

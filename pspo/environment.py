@@ -16,7 +16,7 @@ PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "t
 
 
 def choose_threads(configured: int | None) -> int:
-    """CPU threads: as configured, else SLURM's processors per task, else those this process may run on; never the load."""
+    """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
     return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
 
 
@@ -31,12 +31,12 @@ def choose_device(configured: str) -> torch.device:
 
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run, and to judge why it may differ."""
-    commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return {
         "code": {
             "sha256": code_digest(),
             "commit": commit,
-            "uncommitted_changes": None if dirty is None else bool(dirty),
+            "uncommitted_changes": None if changes is None else bool(changes),
         },
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """Held-out problems: one answer each, and the interval that their accuracy carries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,15 @@ def answer(
     *,
     seed: Sequence[int],
     greedy: bool,
-    track: Callable[[Sequence[Any]], Any] = iter,
-) -> list[dict[str, Any]]:
-    """One completion for each prompt with its score, as rows for a file; sampled like in training unless ``greedy``."""
-    rows: list[dict[str, Any]] = []
-    chunks = [prompts[i : i + rollout.max_rows] for i in range(0, len(prompts), rollout.max_rows)]
-    for chunk in track(chunks):
+) -> Iterator[list[dict[str, Any]]]:
+    """One completion for each prompt with its score, as rows for a file, ``max_rows`` prompts at a time.
+
+    They are sampled as in training unless ``greedy``.
+    """
+    for start in range(0, len(prompts), rollout.max_rows):
         completions = sample(
             policy,
-            chunk,
+            prompts[start : start + rollout.max_rows],
             seed=seed,
             group_size=1,
             max_new_tokens=rollout.max_new_tokens,
@@ -46,8 +46,7 @@ def answer(
             top_p=1.0 if greedy else rollout.top_p,
             max_rows=rollout.max_rows,
         )
-        rows += [completion_row(completion, reward) for completion in completions]
-    return rows
+        yield [completion_row(completion, reward) for completion in completions]
 
 
 def completion_row(completion: Completion, reward: Reward) -> dict[str, Any]:

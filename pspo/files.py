@@ -44,6 +44,14 @@ def replace_directory(beside: Path, directory: Path) -> None:
         beside.rename(directory)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, [] where there is none; a last line still being written is left out."""
+    if not path.is_file():
+        return []
+    # Not splitlines(): a model may write U+2028 and its kin, which JSON leaves inside a line.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 class JsonLines:
     """An append-only file of JSON objects, one a line, that can be cut back to an earlier size."""
 
@@ -58,7 +66,7 @@ class JsonLines:
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return read_lines(self.path)
 
     def size(self) -> int:
         """Length in bytes."""

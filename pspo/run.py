@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pspo.config import CONF, Config, open_keys, resolve, run_directory
 from pspo.console import console, log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
 from pspo.evaluation import TEST, answer, summarize
-from pspo.files import write_json, write_text
+from pspo.files import JsonLines, read_lines, write_json, write_text
 from pspo.help import help_text
 from pspo.reward import Reward, check_gold, make_reward
 from pspo.schema import ConfigError, as_dict
@@ -39,15 +40,14 @@ def main(composed: DictConfig) -> None:
     """One run, or one job of a multirun."""
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
-    overrides = [o.lstrip("+") for o in HydraConfig.get().overrides.task]
+    overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
     run(resolve({str(name): value for name, value in values.items()}), overrides)
 
 
 def cli() -> None:
     """``python -m pspo.run``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        console_out = sys.stdout
-        console_out.write(help_text())
+        sys.stdout.write(help_text())
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
     sys.argv[1:] = open_keys(sys.argv[1:])
@@ -62,7 +62,7 @@ def cli() -> None:
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
-    """Make, resume or, where it is DONE, only name the run directory of ``config``. Raises ConfigError before any work."""
+    """Make, resume or, where it is DONE, only name the run directory of ``config``; ConfigError before any work."""
     device = environment.choose_device(config.device)
     dataset.check(config.dataset)
     if config.budget.total and dataset.is_test_set(config.dataset):
@@ -70,27 +70,14 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     reward = make_reward(config.reward)
     model.check(config.model)
     problems = dataset.load(config.dataset, config.seed)
-    check_gold(reward, [p for split in (problems.train, problems.validation, *problems.test.values()) for p in split])
-
+    check_gold(reward, [*problems.train, *problems.validation, *(p for test in problems.test.values() for p in test)])
     directory = run_directory(config, overrides)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(directory / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        owner = (directory / ".owner").read_text() if (directory / ".owner").is_file() else "unknown"
-        raise ConfigError(
-            f"another process ({owner}) is at work in {directory}; wait for it, or change seed or group"
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={config.output_dir}: cannot write {directory} ({error.strerror}); set output_dir=<directory>"
-        ) from error
-    with lock:
-        write_text(directory / ".owner", f"{os.uname().nodename}, process {os.getpid()}")
+    with _lock(directory, config.output_dir):
         log_to_console()
         if (directory / "DONE").is_file():
-            _say_done(directory)
+            log.info("already done: %s; another seed or group makes a new run, deleting it repeats this one", directory)
+            if (directory / "DONE").read_text().strip() != environment.code_digest():
+                log.warning("the code has changed since that run was made")
             return directory
         handler = log_to_file(directory / "run.log")
         try:
@@ -106,6 +93,8 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
 
 @dataclass
 class _Run:
+    """One process's work in one run directory, its steps in order."""
+
     config: Config
     overrides: list[str]
     directory: Path
@@ -114,38 +103,47 @@ class _Run:
     reward: Reward
 
     def execute(self) -> None:
-        config, directory, started = self.config, self.directory, time.perf_counter()
-        threads = self._threads()
+        started = time.perf_counter()
+        threads = self._write_identity()
         torch.set_num_threads(threads)
-        self._write_identity(threads)
-        log.info("%s in %s", "resuming" if (directory / "checkpoints").is_dir() else "starting", directory)
-        policy = model.load(config.model, config.seed, self.device)
-        prompts, dropped = self._encode(policy.tokenizer)
-        notes = [
-            f"{n} {split} problems with prompts over {config.dataset.max_prompt_tokens} tokens were dropped"
-            for split, n in dropped.items()
-            if n
-        ]
-        for note in notes:
-            log.warning(note)
+        log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
+        policy = model.load(self.config.model, self.config.seed, self.device)
+        prompts, notes = self._encode(policy.tokenizer)
         tracker = Tracker(
-            config.tracker,
-            directory,
-            run_name=directory.name,
-            group=config.group,
-            job_type=config.objective.name,
-            resolved_config=as_dict(config),
+            self.config.tracker,
+            self.directory,
+            run_name=self.directory.name,
+            group=self.config.group,
+            job_type=self.config.objective.name,
+            resolved_config=as_dict(self.config),
         )
-        trainer = Trainer(config, directory, policy, prompts["train"], prompts["validation"], self.reward, tracker)
-        tests = {name: prompts[name] for name in self.problems.test}
-        before = {name: self._evaluate(policy, name, tests[name], "before") for name in tests}
+        try:
+            summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
+        except BaseException:
+            tracker.close(exit_code=1)
+            raise
+        tracker.summarize(summary)
+        tracker.close()
+        write_json(self.directory / "summary.json", summary)
+        report.write_curves(self.directory)
+        report.write_report(self.directory)
+        write_text(self.directory / "DONE", environment.code_digest() + "\n")
+        console.print(report.final_table(summary, self.directory))
+
+    def _train_and_evaluate(
+        self, policy: model.Policy, prompts: dict[str, list[Prompt]], notes: list[str], tracker: Tracker, started: float
+    ) -> dict[str, Any]:
+        config, tests = self.config, list(self.problems.test)
+        trainer = Trainer(config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker)
+        trainer.started = started
+        before = {name: self._evaluate(policy, name, prompts[name], "before") for name in tests}
         trainer.resume()
         state = trainer.run()
-        after = {name: self._evaluate(policy, name, tests[name], "after") for name in tests}
-        model.save(policy, directory / "model")
-        summary: dict[str, Any] = {
+        after = {name: self._evaluate(policy, name, prompts[name], "after") for name in tests}
+        model.save(policy, self.directory / "model")
+        return {
             "status": "done",
-            "run": directory.name,
+            "run": self.directory.name,
             "objective": as_dict(config.objective),
             "seed": config.seed,
             "steps": state.progress.steps,
@@ -154,66 +152,74 @@ class _Run:
             "completion_tokens": state.progress.completion_tokens,
             "selection": config.selection,
             "selected_step": state.best_step if config.selection == "best" else state.progress.steps,
-            "notes": notes,
+            "notes": notes + state.notes,
             "evaluation": {name: {"before": before[name], "after": after[name]} for name in tests},
-            "time/wall_s": trainer.wall_s + time.perf_counter() - started,
+            "time/wall_s": trainer.earlier_s + time.perf_counter() - started,
         }
-        write_json(directory / "summary.json", summary)
-        tracker.summarize(summary)
-        tracker.close()
-        report.write_curves(directory)
-        report.write_report(directory)
-        write_text(directory / "DONE", environment.code_digest() + "\n")
-        console.print(report.final_table(summary, directory))
 
-    def _threads(self) -> int:
-        """The thread count of the directory's first process, so that a resumed run repeats its arithmetic."""
-        recorded = self.directory / "environment.json"
-        if self.config.threads is None and recorded.is_file():
-            return int(json.loads(recorded.read_text())["threads"])
-        return environment.choose_threads(self.config.threads)
+    def _write_identity(self) -> int:
+        """Record what is run and where; returns the CPU threads, on resume those of the run's first process.
 
-    def _write_identity(self, threads: int) -> None:
+        Sums are rounded in another order with another number of threads, so a resumed run keeps the first one's.
+        """
+        path = self.directory / "environment.json"
+        earlier = json.loads(path.read_text()) if path.is_file() else {}
+        threads = self.config.threads or earlier.get("threads") or environment.choose_threads(None)
+        now = environment.describe(threads, self.device)
+        for name in ("code", "packages", "threads"):
+            if earlier and earlier[name] != now[name]:
+                log.warning("%s differ from those that this run began with: %s, now %s", name, earlier[name], now[name])
         write_text(self.directory / "config.yaml", OmegaConf.to_yaml(as_dict(self.config)))
         write_text(self.directory / "overrides.yaml", OmegaConf.to_yaml(self.overrides))
-        write_json(self.directory / "environment.json", environment.describe(threads, self.device))
+        write_json(path, now)
+        return threads
 
-    def _encode(self, tokenizer: Any) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
+    def _encode(self, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[str]]:
+        """The prompts of every split, and a note on each split that lost problems with too long a prompt."""
         splits = {"train": self.problems.train, "validation": self.problems.validation} | self.problems.test
-        encoded = {name: dataset.encode(tokenizer, self.config.dataset, split) for name, split in splits.items()}
-        for name, (kept, dropped) in encoded.items():
-            if dropped and not kept:
-                raise self.config.dataset.refuse(
-                    "max_prompt_tokens", f"all {dropped} {name} problems have longer prompts"
-                )
-        return {name: kept for name, (kept, _) in encoded.items()}, {name: n for name, (_, n) in encoded.items()}
+        prompts, notes = {}, []
+        for name, problems in splits.items():
+            prompts[name], dropped = dataset.encode(tokenizer, self.config.dataset, problems)
+            limit = self.config.dataset.max_prompt_tokens
+            if dropped:
+                notes.append(f"{dropped} of {len(problems)} {name} problems were dropped: prompts over {limit} tokens")
+                log.warning(notes[-1])
+            if dropped and not prompts[name]:
+                raise self.config.dataset.refuse("max_prompt_tokens", f"all {dropped} {name} prompts are longer")
+        return prompts, notes
 
     def _evaluate(self, policy: model.Policy, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
         """Greedy accuracy on a test set; every answer is kept in ``evaluation/``, and read again after a resume."""
         path = self.directory / "evaluation" / f"{name}_{when}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        if path.is_file() and when == "before":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        else:
-            rows = answer(
-                policy,
-                prompts,
-                self.reward,
-                self.config.rollout,
-                seed=[self.config.seed, TEST, 0],
-                greedy=True,
-                track=lambda chunks: track(chunks, f"test on {name}, {when}", len(chunks)),
+        if not (when == "before" and path.is_file()):
+            beside = JsonLines(path.with_name(f".{path.name}"))
+            beside.cut(0)
+            chunks = answer(
+                policy, prompts, self.reward, self.config.rollout, seed=[self.config.seed, TEST], greedy=True
             )
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return summarize(rows)
+            for rows in track(chunks, f"test on {name}, {when}", -(-len(prompts) // self.config.rollout.max_rows)):
+                for row in rows:
+                    beside.append(row)
+            beside.path.replace(path)
+        return summarize(read_lines(path))
 
 
-def _say_done(directory: Path) -> None:
-    log.info(
-        "already done: %s (another seed or group makes a new run; delete the directory to run it again)", directory
-    )
-    if (directory / "DONE").read_text().strip() != environment.code_digest():
-        log.warning("the code has changed since that run was made")
+def _lock(directory: Path, output_dir: str) -> AbstractContextManager[Any]:
+    """Make the run directory and lock it for this process; the kernel releases the lock of a process that dies."""
+    owner = directory / ".owner"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(directory / ".lock", timeout=0).acquire()
+        write_text(owner, f"{os.uname().nodename}, process {os.getpid()}")
+    except filelock.Timeout:
+        at_work = owner.read_text() if owner.is_file() else "unknown"
+        raise ConfigError(f"another process ({at_work}) is at work in {directory}; wait for it, or stop it") from None
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir}: cannot write {directory} ({error.strerror}); set output_dir=<directory>"
+        ) from error
+    return held
 
 
 def _leave(status: int, sentence: str) -> None:

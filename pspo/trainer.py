@@ -37,6 +37,7 @@ class State:
     best_reward: float = -1e300
     best_step: int = 0
     no_spread_steps: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Trainer:
     validation: list[Prompt]
     reward: Reward
     tracker: Tracker
-    wall_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+    earlier_s: float = 0.0
     state: State = field(default_factory=State)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,6 @@ class Trainer:
     def run(self) -> State:
         """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
         config, progress = self.config, self.state.progress
-        started = time.perf_counter() - self.wall_s
         if progress.steps == 0 and not config.budget.spent(progress):
             self.tracker.log(self._validate(), 0)
         with progress_bar(transient=False) as bar:
@@ -71,7 +72,6 @@ class Trainer:
                 if progress.steps % config.evaluation.every == 0 or config.budget.spent(progress):
                     metrics |= self._validate()
                 self.tracker.log(metrics, progress.steps)
-                self.wall_s = time.perf_counter() - started
                 if progress.steps % config.checkpoint.every == 0 or config.budget.spent(progress):
                     self._save()
                 bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
@@ -166,8 +166,16 @@ class Trainer:
         begun = time.perf_counter()
         seed = [self.config.seed, VALIDATION, self.state.progress.steps]
         rollout, prompts = self.config.rollout, self.validation
-        greedy = summarize(answer(self.policy, prompts, self.reward, rollout, seed=seed, greedy=True))
-        sampled = summarize(answer(self.policy, prompts, self.reward, rollout, seed=seed, greedy=False))
+        greedy, sampled = (
+            summarize(
+                [
+                    row
+                    for rows in answer(self.policy, prompts, self.reward, rollout, seed=seed, greedy=g)
+                    for row in rows
+                ]
+            )
+            for g in (True, False)
+        )
         if self.config.selection == "best" and sampled["reward_mean"] > self.state.best_reward:
             self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps
             checkpoint.save(self.checkpoints, "best", {"weights": checkpoint.weights(self.policy)}, {})
@@ -190,12 +198,12 @@ class Trainer:
     def _warn_without_spread(self, reward_PG: torch.Tensor) -> None:
         self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
         if self.state.no_spread_steps == NO_SPREAD_STEPS:
-            log.warning(
-                "in the last %d steps all completions of every group had the same reward (%.2f on average): there is "
-                "nothing to learn from; try more prompts or completions, a higher temperature, or other problems",
-                NO_SPREAD_STEPS,
-                reward_PG.mean().item(),
+            self.state.notes.append(
+                f"up to step {self.state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread of "
+                f"rewards (mean {reward_PG.mean():.2f}): there was nothing to learn from; try more completions, a "
+                "higher temperature, or other problems"
             )
+            log.warning(self.state.notes[-1])
 
     def _save(self) -> None:
         state = {
@@ -207,7 +215,9 @@ class Trainer:
             "completions": self.completions.size(),
         }
         name = f"step_{self.state.progress.steps:06d}"
-        checkpoint.save(self.checkpoints, name, state, {"time/wall_s": self.wall_s})
+        checkpoint.save(
+            self.checkpoints, name, state, {"time/wall_s": self.earlier_s + time.perf_counter() - self.started}
+        )
         self.tracker.commit(self.state.progress.steps)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
 
@@ -226,7 +236,7 @@ class Trainer:
         self.state = replace(State(**saved["state"]), progress=progress)
         self.tracker.rewind(saved["tracker"])
         self.completions.cut(saved["completions"])
-        self.wall_s = meta["time/wall_s"]
+        self.earlier_s = meta["time/wall_s"]
         log.info("resumed from %s", path)
         return True
 

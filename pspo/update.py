@@ -100,7 +100,7 @@ def accumulate(
     statistics: Statistics,
     first: bool = False,
 ) -> Tensor:
-    """Add the gradient of one optimizer batch to the parameters and return its loss; NaN if a log-probability is not finite.
+    """Add the gradient of one optimizer batch to the parameters; its loss, NaN if a log-probability is not finite.
 
     Neither depends on ``max_tokens`` beyond rounding: every micro-batch divides by the tokens of the whole batch.
     ``first`` says that the weights are still those that sampled the rows: then the difference of log-probabilities is

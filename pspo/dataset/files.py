@@ -4,7 +4,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,28 +137,26 @@ def _xml(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow  # type: ignore[import-untyped]  # here, as it is slow to import
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import datasets  # here, as it is slow to import
 
+    datasets.disable_progress_bars()
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{path} is not Parquet: {error}; copy it again (a Git LFS pointer is not data)") from error
-    return _rows(table.to_pylist(), path)
+        return _rows(datasets.Dataset.from_parquet(str(path)), path)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ConfigError(f"{path} is not Parquet; copy it again (a Git LFS pointer is not data)") from error
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    import pyarrow.ipc  # type: ignore[import-untyped]
+    import datasets
+    import pyarrow
 
     try:
-        with path.open("rb") as stream, pyarrow.ipc.open_stream(stream) as reader:
-            table = reader.read_all()
+        return _rows(datasets.Dataset.from_file(str(path)), path)
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{path} is not an Arrow stream: {error}; save it again with save_to_disk") from error
-    return _rows(table.to_pylist(), path)
 
 
-def _rows(records: list[dict[str, object]], path: Path) -> Iterator[Row]:
+def _rows(records: Iterable[dict[str, object]], path: Path) -> Iterator[Row]:
     return (Row(record, f"{path} row {number}") for number, record in enumerate(records, start=1))
 
 

@@ -21,7 +21,7 @@ class Lora(Schema, block="model.lora"):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through ``peft``, the extra ``pspo[lora]``."""
 
     rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
-    alpha: float = key("the adapters' output is scaled by alpha / rank", within="(0, inf)")
+    alpha: int = key("the adapters' output is scaled by alpha / rank", within="[1, inf)")
     target_modules: str = key("which linear layers: all-linear, or a regular expression on their names")
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class Lora(Schema, block="model.lora"):
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Schema, block="model"):
-    """The policy that all arms of a comparison start from. Weights are float32 masters, so that small steps are kept."""
+    """The policy that all arms of a comparison start from; float32 masters keep the small steps of a small rate."""
 
     name: str = key("what the run calls it")
     hub_id: str | None = key("repository on the Hugging Face hub")

@@ -1,4 +1,4 @@
-"""The embedded policy: the Qwen2 architecture with random weights, and a tokenizer of its own, both made in a second."""
+"""The embedded policy: the Qwen2 architecture with random weights, and a tokenizer of its own, made in a second."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pspo.schema import Schema, key
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 INITIALIZER_RANGE = 0.06
-"""The library's 0.02 is for wide models: at width 128 it left the warm policy right in 54 % of worked answers, not 78 %."""
+"""The library's 0.02 is for wide models: at width 128 the warm policy was right in 54 % of worked answers, not 78 %."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -41,7 +41,7 @@ class Architecture(Schema, block="model.architecture"):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding with every digit a token of its own; bytes outside ASCII are unknown unless seen in ``texts``."""
+    """Byte-pair encoding with every digit a token of its own; a byte outside ASCII is unknown unless in ``texts``."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -54,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,
@@ -63,6 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    return made
 
 
 def make_model(architecture: Architecture, tokenizer: Any, seed: int, attention: str) -> Qwen2ForCausalLM:

@@ -82,7 +82,8 @@ def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
 def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, Any]:
     """Next-token cross-entropy on the solutions' tokens, mean over the batch."""
     settings, architecture = config.warm_start, config.architecture
-    assert settings is not None and architecture is not None
+    assert settings is not None
+    assert architecture is not None
     texts = [text for p in problems for text in (p.question, p.solution)]
     tokenizer = tiny.train_tokenizer(texts, architecture.vocab_size)
     model = tiny.make_model(architecture, tokenizer, seed, config.attention).to(getattr(torch, config.dtype))

@@ -21,8 +21,9 @@ class NoClip(Objective):
 class Clip(Objective):
     """PPO's clipped surrogate: maximise min(r A, clip(r, 1 − ε_low, 1 + ε_high) A).
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347, eq. 7); in GRPO, Shao et al. 2024 (2402.03300, eq. 3); ε_low ≠ ε_high
-    is DAPO's clip-higher (2503.14476). Gradient weight w(r) = r inside the band or on the corrective side, else 0.
+    Source: Schulman et al. 2017 (arXiv 1707.06347, eq. 7); in GRPO, Shao et al. 2024 (2402.03300, eq. 3); unequal
+    ε_low and ε_high are DAPO's clip-higher (2503.14476). Gradient weight w(r) = r inside the band or on the corrective
+    side, else 0.
     """
 
     eps_low: float = key("ε_low: how far the ratio may fall below 1", within="(0, 1]")

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pspo.files import read_lines
+
 METRICS: dict[str, str] = {
     "step": "rollouts so far; row 0 is the validation before training",
     "reward/mean": "mean reward of the step's completions",
@@ -48,14 +50,6 @@ def meaning(key: str) -> str | None:
     if re.fullmatch(r"reward/\w+_mean", key):
         return METRICS.get(key, METRICS["reward/<component>_mean"])
     return METRICS.get(key)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, [] where there is none; a last line still being written is left out."""
-    if not path.is_file():
-        return []
-    # Not splitlines(): a model may write U+2028 and its kin, which JSON leaves inside a line.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
-from pspo.files import write_text
+from pspo.files import read_lines, write_text
 from pspo.report.curves import panel_images
-from pspo.report.metrics import METRICS, meaning, read_lines, read_metrics, read_summary
+from pspo.report.metrics import METRICS, meaning, read_metrics, read_summary
 from pspo.report.table import DIFFERENCE_NOTE, objective, percent, points
 
 NUM_EXAMPLES = 4

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from pspo.model import Policy, stop_ids, tiny
+
+TEXTS = ["Tom has 3 apples and buys 4 more. How many apples?", "3+4=7\n#### 7", "12*5=60\n#### 60"]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A tokenizer of about a hundred tokens, with the chat template of the embedded policy."""
+    return tiny.train_tokenizer(TEXTS, 128)
+
+
+@pytest.fixture
+def tiny_policy(tiny_tokenizer):
+    """Factory of policies with two random Qwen2 layers: the same weights for the same seed in every dtype."""
+
+    def make(dtype=torch.float32, *, seed=0, attention="eager", gradient_checkpointing=False):
+        architecture = tiny.Architecture(
+            vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
+        )
+        model = tiny.make_model(architecture, tiny_tokenizer, seed, attention).to(dtype)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        stops = stop_ids(model, tiny_tokenizer)
+        return Policy(model.eval(), tiny_tokenizer, stops, autocast=False, gradient_checkpointing=gradient_checkpointing)
+
+    return make
