@@ -54,8 +54,8 @@ def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, flo
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of steps."""
-    for path in _steps(directory)[keep:]:
+    """Delete all but the newest ``keep`` checkpoints of steps, and what interrupted saves left behind."""
+    for path in [*_steps(directory)[keep:], *directory.glob(".step_*")]:
         shutil.rmtree(path)
 
 

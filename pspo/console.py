@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
@@ -39,9 +38,10 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
 
 def log_to_console() -> None:
     """Send the log to the console."""
-    if not any(isinstance(handler, RichHandler) for handler in log.handlers):
-        log.addHandler(RichHandler(console=console, show_path=False, show_level=False, markup=False, highlighter=None))
+    if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
+        log.addHandler(_ConsoleHandler())
     log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def log_to_file(path: Path) -> logging.Handler:
@@ -50,6 +50,14 @@ def log_to_file(path: Path) -> logging.Handler:
     handler.setFormatter(_Clocked("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     return handler
+
+
+class _ConsoleHandler(logging.Handler):
+    """Lines above a progress bar, not wrapped, so that a path can be copied; no traceback, which stands in run.log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Clocked(logging.Formatter):

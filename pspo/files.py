@@ -73,5 +73,5 @@ class JsonLines:
         return self.path.stat().st_size
 
     def cut(self, size: int) -> None:
-        """Drop what was written after the file had this size."""
-        os.truncate(self.path, size)
+        """Drop what was written after the file had this size; a shorter file stays as it is."""
+        os.truncate(self.path, min(size, self.size()))

@@ -72,18 +72,16 @@ def sample(
     the batch, nor on its order. Prompts of like length are decoded together.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
-    per_batch = max(1, max_rows // group_size)
-    groups: dict[int, list[Completion]] = {}
-    for start in range(0, len(prompts), per_batch):
-        chosen = by_length[start : start + per_batch]
-        batch = [prompts[i] for i in chosen]
-        random_BT = np.concatenate(
-            [uniforms([*seed, *_words(p.problem), g], max_new_tokens)[None] for p in batch for g in range(group_size)]
-        )
-        rows = _decode(policy, batch, random_BT, group_size, temperature, top_p)
-        for j, i in enumerate(chosen):
-            groups[i] = rows[j * group_size : (j + 1) * group_size]
-    return [completion for i in range(len(prompts)) for completion in groups[i]]
+    rows = [(i, g) for i in by_length for g in range(group_size)]
+    completions: dict[tuple[int, int], Completion] = {}
+    for start in range(0, len(rows), max_rows):
+        chosen = rows[start : start + max_rows]
+        random_BT = np.stack([uniforms([*seed, *_words(prompts[i].problem), g], max_new_tokens) for i, g in chosen])
+        decoded = _decode(policy, [prompts[i].token_ids for i, _ in chosen], random_BT, temperature, top_p)
+        for (i, g), (token_ids, logprobs, finished) in zip(chosen, decoded, strict=True):
+            text = policy.tokenizer.decode(token_ids, skip_special_tokens=True)
+            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
+    return [completions[i, g] for i in range(len(prompts)) for g in range(group_size)]
 
 
 def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -120,15 +118,19 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
 @torch.inference_mode()
 def _decode(
     policy: Policy,
-    prompts: list[Prompt],
+    prompts: list[list[int]],
     random_BT: np.ndarray[Any, np.dtype[np.float64]],
-    group_size: int,
     temperature: float,
     top_p: float,
-) -> list[Completion]:
-    """Prefill each prompt once, repeat its cache for the group, then one token at a time for the rows still alive."""
+) -> list[tuple[list[int], list[float], bool]]:
+    """Token ids, log-probabilities and whether it finished, for each row.
+
+    Neighbours with the same prompt share its prefill; then one token at a time for the rows still alive.
+    """
     device, (num_rows, length_T) = policy.device, random_BT.shape
-    input_ids, attention = _left_pad([p.token_ids for p in prompts], policy.pad_id, device)
+    first = [row for row in range(num_rows) if row == 0 or prompts[row] != prompts[row - 1]]
+    prompt_of = torch.tensor(np.searchsorted(first, np.arange(num_rows), side="right") - 1, device=device)
+    input_ids, attention = _left_pad([prompts[row] for row in first], policy.pad_id, device)
     uniform_BT = torch.from_numpy(random_BT).to(device)
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     token_BT = torch.full((num_rows, length_T), policy.pad_id, device=device)
@@ -138,9 +140,9 @@ def _decode(
     row_of = torch.arange(num_rows, device=device)  # which row of the result each row of the batch writes
     cache = DynamicCache(config=policy.model.config)
     with autocast_to_bfloat16(device, policy.autocast):
-        logits = _forward(policy, input_ids, attention, cache).repeat_interleave(group_size, dim=0)
-        cache.batch_repeat_interleave(group_size)
-        attention = attention.repeat_interleave(group_size, dim=0)
+        logits = _forward(policy, input_ids, attention, cache)[prompt_of]
+        cache.batch_select_indices(prompt_of)
+        attention = attention[prompt_of]
         for t in range(length_T):
             token, logprob = draw(logits, uniform_BT[row_of, t], temperature, top_p)
             alive = ~finished_B[row_of]
@@ -159,18 +161,13 @@ def _decode(
                 row_of, token, attention = row_of[keep], token[keep], attention[keep]
             attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
             logits = _forward(policy, token[:, None], attention, cache)
-    lengths, finished = length_B.tolist(), finished_B.tolist()
-    tokens, logprobs = token_BT.tolist(), logprob_BT.tolist()
-    completions = []
-    for row in range(num_rows):
-        ids = tokens[row][: lengths[row]]
-        text = policy.tokenizer.decode(ids, skip_special_tokens=True)
-        completions.append(
-            Completion(
-                prompts[row // group_size], row % group_size, ids, logprobs[row][: lengths[row]], finished[row], text
-            )
+    lengths = length_B.tolist()
+    return [
+        (tokens[:length], logprobs[:length], finished)
+        for tokens, logprobs, length, finished in zip(
+            token_BT.tolist(), logprob_BT.tolist(), lengths, finished_B.tolist(), strict=True
         )
-    return completions
+    ]
 
 
 def _forward(policy: Policy, input_ids: Tensor, attention: Tensor, cache: DynamicCache) -> Tensor:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,10 +31,13 @@ from pspo.evaluation import TEST, answer, summarize
 from pspo.files import JsonLines, read_lines, write_json, write_text
 from pspo.help import help_text
 from pspo.reward import Reward, check_gold, make_reward
-from pspo.schema import ConfigError, as_dict
+from pspo.schema import ConfigError, as_dict, unknown
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
+
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError)
+"""Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -41,7 +46,12 @@ def main(composed: DictConfig) -> None:
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
     overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
-    run(resolve({str(name): value for name, value in values.items()}), overrides)
+    try:
+        run(resolve({str(name): value for name, value in values.items()}), overrides)
+    except EXPECTED as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the launcher's affair
+        _leave(error)
 
 
 def cli() -> None:
@@ -53,12 +63,10 @@ def cli() -> None:
     sys.argv[1:] = open_keys(sys.argv[1:])
     try:
         main()
-    except (ConfigError, hydra.errors.HydraException, OmegaConfBaseException) as error:
-        _leave(2, " ".join(str(error).split()))
-    except (NonFiniteError, SaveError) as error:
-        _leave(1, str(error))
+    except EXPECTED as error:
+        _leave(error)
     except KeyboardInterrupt:
-        _leave(130, "stopped; the same command resumes from the last checkpoint")
+        sys.exit("\npspo: stopped; the same command resumes from the last checkpoint")
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
@@ -70,7 +78,11 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     reward = make_reward(config.reward)
     model.check(config.model)
     problems = dataset.load(config.dataset, config.seed)
-    check_gold(reward, [*problems.train, *problems.validation, *(p for test in problems.test.values() for p in test)])
+    check_gold(
+        reward,
+        config.reward,
+        [*problems.train, *problems.validation, *(p for test in problems.test.values() for p in test)],
+    )
     directory = run_directory(config, overrides)
     with _lock(directory, config.output_dir):
         log_to_console()
@@ -222,9 +234,13 @@ def _lock(directory: Path, output_dir: str) -> AbstractContextManager[Any]:
     return held
 
 
-def _leave(status: int, sentence: str) -> None:
-    console.print(f"pspo: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(status)
+def _leave(error: Exception) -> NoReturn:
+    """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        error = unknown(option, error.options, group)
+    sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
+    sys.exit(1 if isinstance(error, SaveError | NonFiniteError) else 2)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     for name in values:
         if name not in hints:
             raise unknown(cls.dotted(name), [cls.dotted(known) for known in hints])
-    missing = [cls.dotted(name) for name in hints if name not in values]
+    missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
     made = {name: _value(cls.dotted(name), hint, values[name]) for name, hint in hints.items()}

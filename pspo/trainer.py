@@ -165,16 +165,10 @@ class Trainer:
             return {}
         begun = time.perf_counter()
         seed = [self.config.seed, VALIDATION, self.state.progress.steps]
-        rollout, prompts = self.config.rollout, self.validation
+        asked = (self.policy, self.validation, self.reward, self.config.rollout)
         greedy, sampled = (
-            summarize(
-                [
-                    row
-                    for rows in answer(self.policy, prompts, self.reward, rollout, seed=seed, greedy=g)
-                    for row in rows
-                ]
-            )
-            for g in (True, False)
+            summarize([row for chunk in answer(*asked, seed=seed, greedy=greedy) for row in chunk])
+            for greedy in (True, False)
         )
         if self.config.selection == "best" and sampled["reward_mean"] > self.state.best_reward:
             self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps

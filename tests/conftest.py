@@ -1,7 +1,11 @@
+import hypothesis
 import pytest
 import torch
 
 from pspo.model import Policy, stop_ids, tiny
+
+hypothesis.settings.register_profile("pspo", max_examples=50, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("pspo")
 
 TEXTS = ["Tom has 3 apples and buys 4 more. How many apples?", "3+4=7\n#### 7", "12*5=60\n#### 60"]
 

@@ -126,7 +126,7 @@ def save(policy: Policy, directory: Path) -> None:
     if any("lora_" in name for name, _ in model.named_parameters()):
         model = _merged(model)
     beside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    model.save_pretrained(beside, safe_serialization=True)
+    model.save_pretrained(beside)
     policy.tokenizer.save_pretrained(beside)
     replace_directory(beside, directory)
 

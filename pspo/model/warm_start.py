@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 import torch
+import transformers
 
 from pspo.console import track
 from pspo.dataset import Problem, embedded, render
@@ -51,9 +52,10 @@ def cached(config: "Model", seed: int) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{directory}.lock"):
         if not directory.is_dir():
+            log.info("warm start of the embedded policy, kept in %s", directory)
             beside = directory.with_name(f".{directory.name}.{os.getpid()}")
             model, tokenizer = _train(config, seed, problems)
-            model.save_pretrained(beside, safe_serialization=True)
+            model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
             replace_directory(beside, directory)
     return directory
@@ -67,13 +69,14 @@ def cache_directory() -> Path:
 def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
     """A name for everything that influences the weights: settings, data, code, versions and thread count."""
     source = Path(__file__).parent
-    code = [source / "tiny.py", source / "warm_start.py", source.parent / "logprob.py"]
+    code = [source / "tiny.py", source / "warm_start.py", source.parent / "logprob.py", Path(embedded.__file__)]
     content = {
         "model": as_dict(config),
         "seed": seed,
         "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,202 @@
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pspo import logprob
+from pspo.logprob import LOG_RATIO_CLAMP, log_ratio, make_batch, pad_to, token_logprobs
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 9, 7], [8], [11, 12, 13, 14, 15], [20, 21]]
+COMPLETIONS = [[30, 31, 32, 2], [2], [40, 41], [50, 51, 52, 53, 54, 2]]
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def by_the_library(model, prompt, completion, temperature):
+    """Log-probs and entropies of one row without padding, from the logits of the library's own forward."""
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].double() / temperature
+    logprob_SV = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    entropy_T = torch.distributions.Categorical(logits=logprob_SV).entropy()
+    return logprob_SV[range(len(completion)), completion], entropy_T
+
+
+# --- batches
+
+
+def test_make_batch_by_hand():
+    batch = make_batch([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], pad_id=0, device=CPU)
+    assert batch.input_ids_BS.tolist() == [[5, 6, 7, 1, 2], [8, 3, 4, 9, 0]]
+    assert batch.attention_BS.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert batch.token_ids_BT.tolist() == [[1, 2, 0], [3, 4, 9]]
+    assert batch.mask_BT.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.position_BT[batch.mask_BT].tolist() == [2, 3, 0, 1, 2]
+    assert batch.position_BT.max() < batch.input_ids_BS.shape[1]
+
+
+def test_the_token_after_each_position_is_the_one_it_predicts():
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
+    following_N = batch.input_ids_BS[row_N, batch.position_BT[row_N, column_N] + 1]
+    assert torch.equal(following_N, batch.token_ids_BT[batch.mask_BT])
+    assert batch.mask_BT.sum() == sum(map(len, COMPLETIONS))
+    assert batch.attention_BS.sum() == sum(map(len, PROMPTS + COMPLETIONS))
+
+
+def test_pad_to():
+    padded_BT = pad_to([[1.5], [2.0, 3.0]], torch.empty(2, 3), torch.float64)
+    assert padded_BT.dtype == torch.float64
+    assert padded_BT.tolist() == [[1.5, 0, 0], [2, 3, 0]]
+
+
+# --- log-probabilities
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, attention, temperature):
+    model = tiny_policy(torch.float64, attention=attention).model
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    logprob_BT, entropy_BT = token_logprobs(model, batch, temperature)
+    assert logprob_BT.dtype == entropy_BT.dtype == torch.float64
+    for b, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        expected_T, expected_entropy_T = by_the_library(model, prompt, completion, temperature)
+        torch.testing.assert_close(logprob_BT[b, : len(completion)], expected_T, atol=1e-10, rtol=0)
+        torch.testing.assert_close(entropy_BT[b, : len(completion)], expected_entropy_T, atol=1e-10, rtol=0)
+
+
+def test_gradient_is_that_of_the_librarys_logits(tiny_policy):
+    model = tiny_policy(torch.float64).model
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    token_logprobs(model, batch, 0.7)[0].sum().backward()
+    got = gradients(model)
+    sum(by_the_library(model, p, c, 0.7)[0].sum() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)).backward()
+    for name, expected in gradients(model).items():
+        torch.testing.assert_close(got[name], expected, atol=1e-10, rtol=1e-10)
+
+
+def test_masked_positions_are_zero_and_nothing_else_is(tiny_policy):
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    logprob_BT, entropy_BT = token_logprobs(tiny_policy().model, batch, 1.0)
+    assert torch.equal(logprob_BT < 0, batch.mask_BT)
+    assert torch.equal(entropy_BT > 0, batch.mask_BT)
+    assert not logprob_BT[~batch.mask_BT].any()
+    assert not entropy_BT[~batch.mask_BT].any()
+    assert entropy_BT.max() <= math.log(128)
+    assert not entropy_BT.requires_grad
+
+
+def test_padding_and_last_tokens_get_no_gradient(tiny_policy):
+    """Padding reaches nothing, and the last token of a completion predicts nothing."""
+    model, embedded = tiny_policy(torch.float64).model, []
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    hook = model.get_input_embeddings().register_forward_hook(lambda *args: embedded.append(args[-1]))
+    logprob_BT, _ = token_logprobs(model, batch, 1.0)
+    hook.remove()
+    gradient_BS = torch.autograd.grad(logprob_BT.sum(), embedded[0])[0].abs().amax(-1)
+    length_B1 = torch.tensor([[len(p) + len(c)] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    assert torch.equal(gradient_BS > 0, torch.arange(gradient_BS.shape[1]) < length_B1 - 1)
+
+
+@pytest.mark.parametrize("pad_id", [0, 2, 77])
+def test_what_stands_in_the_padding_is_of_no_account(tiny_policy, pad_id):
+    model = tiny_policy(torch.float64).model
+    expected = token_logprobs(model, make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU), 1.0)
+    got = token_logprobs(model, make_batch(PROMPTS, COMPLETIONS, pad_id=pad_id, device=CPU), 1.0)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_float32_is_near_float64_and_bfloat16_heads_are_raised(tiny_policy):
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    exact_BT, _ = token_logprobs(tiny_policy(torch.float64).model, batch, 1.0)
+    model = tiny_policy(torch.float32).model
+    plain_BT, _ = token_logprobs(model, batch, 1.0)
+    mixed_BT, entropy_BT = token_logprobs(model, batch, 1.0, autocast=True)
+    assert plain_BT.dtype == mixed_BT.dtype == entropy_BT.dtype == torch.float32
+    torch.testing.assert_close(plain_BT.double(), exact_BT, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed_BT.double(), exact_BT, atol=0.05, rtol=0)
+
+
+# --- chunks
+
+
+@pytest.mark.parametrize("positions", [1, 3, 5, 12])
+def test_chunks_change_neither_value_nor_gradient(tiny_policy, monkeypatch, positions):
+    model = tiny_policy(torch.float64).model
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    results = []
+    for chunk in (2**24, positions * model.config.vocab_size):
+        monkeypatch.setattr(logprob, "CHUNK_LOGITS", chunk)
+        logprob_BT, entropy_BT = token_logprobs(model, batch, 0.7)
+        (logprob_BT**2).sum().backward()
+        results.append([logprob_BT.detach(), entropy_BT, *gradients(model).values()])
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
+
+
+def test_a_chunk_holds_at_least_one_position(tiny_policy, monkeypatch):
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    model = tiny_policy(torch.float64).model
+    expected_BT, _ = token_logprobs(model, batch, 1.0)
+    monkeypatch.setattr(logprob, "CHUNK_LOGITS", 1)
+    torch.testing.assert_close(token_logprobs(model, batch, 1.0)[0], expected_BT, atol=1e-12, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def test_logits_of_a_large_vocabulary_neither_exist_at_once_nor_are_kept(monkeypatch):
+    vocabulary, num_tokens = 151_936, 64
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config)
+    batch = make_batch([[1, 2]] * 4, [list(range(100, 100 + num_tokens // 4))] * 4, pad_id=0, device=CPU)
+    seen = {}
+    for chunk in (2**22, 2**24):
+        monkeypatch.setattr(logprob, "CHUNK_LOGITS", chunk)
+        kept = []
+        with Largest() as largest:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+                logprob_BT, _ = token_logprobs(model, batch, 1.0)
+            logprob_BT.sum().backward()
+        seen[chunk] = largest.elements, sum(shape.numel() for shape in kept if shape[-1:] == (vocabulary,))
+    assert seen[2**22] == (2**22 // vocabulary * vocabulary, 0)
+    assert seen[2**24] == (num_tokens * vocabulary,) * 2  # all fit into one chunk: the probe sees what it should
+
+
+# --- log-ratios
+
+
+def test_log_ratio_is_clamped_to_its_bound_and_has_no_gradient_beyond():
+    logprob_BT = torch.tensor([[-100.0, -1.0, 0.0, 100.0]], dtype=torch.float64, requires_grad=True)
+    log_ratio_BT = log_ratio(logprob_BT, torch.zeros(1, 4, dtype=torch.float64))
+    assert log_ratio_BT.tolist() == [[-LOG_RATIO_CLAMP, -1.0, 0.0, LOG_RATIO_CLAMP]]
+    assert torch.autograd.grad(log_ratio_BT.sum(), logprob_BT)[0].tolist() == [[0, 1, 1, 0]]
+
+
+def test_a_log_ratio_that_is_not_a_number_stays_so():
+    """The clamp hides infinities, which the update looks for by itself, and no NaN."""
+    assert log_ratio(torch.tensor([math.nan]), torch.zeros(1)).isnan().all()
