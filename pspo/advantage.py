@@ -29,4 +29,4 @@ class Advantage(Schema, block="advantage"):
 
 def has_spread(reward_PG: Tensor) -> Tensor:
     """Which groups (P,) have rewards that differ, so that they carry a gradient."""
-    return reward_PG.amax(dim=1) > reward_PG.amin(dim=1)
+    return reward_PG.amax(dim=1) != reward_PG.amin(dim=1)  # not `>`: a NaN must reach the update, which stops at it

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from pspo import __version__
-from pspo.files import replace_directory, write_json
+from pspo.files import new_directory, write_json
 from pspo.model import Policy
 from pspo.schema import Schema, key
 
@@ -35,16 +34,13 @@ class SaveError(RuntimeError):
 
 def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, float]) -> None:
     """Write ``directory/name/`` with ``state.pt``, its digest and the clock. Raises SaveError; others stay intact."""
-    beside = directory / f".{name}.{os.getpid()}"
     try:
-        beside.mkdir(parents=True, exist_ok=True)
-        with (beside / "state.pt").open("wb") as file:
-            writer = _Hashing(file)
-            torch.save(state, cast(IO[bytes], writer))
-        write_json(beside / "meta.json", {"version": __version__, "sha256": writer.digest.hexdigest()} | clock)
-        replace_directory(beside, directory / name)
+        with new_directory(directory / name) as beside:
+            with (beside / "state.pt").open("wb") as file:
+                writer = _Hashing(file)
+                torch.save(state, cast(IO[bytes], writer))
+            write_json(beside / "meta.json", {"version": __version__, "sha256": writer.digest.hexdigest()} | clock)
     except (OSError, RuntimeError) as error:  # torch.save wraps an OSError of the file in a RuntimeError
-        shutil.rmtree(beside, ignore_errors=True)
         kept = newest(directory)
         raise SaveError(
             f"cannot save {directory / name} ({_cause(error)}); "

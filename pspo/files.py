@@ -1,9 +1,10 @@
 """Files that are whole or not there: written beside, flushed to the disk, then renamed."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,31 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def replace_directory(beside: Path, directory: Path) -> None:
-    """Move a finished directory into place, over an earlier one; its files are flushed to the disk first."""
-    for path in (beside, *beside.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if directory.exists():
-        old = directory.with_name(f".{directory.name}.old")
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory to fill, which takes the place of ``directory`` when the block ends, flushed to the disk.
+
+    If the block fails, what was there is still there and nothing else. One process at a time, please: what a killed
+    one left behind is removed.
+    """
+    beside, old = (directory.with_name(f".{directory.name}.{word}") for word in ("new", "old"))
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        for path in (beside, *beside.rglob("*")):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            directory.rename(old)
+        beside.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-        beside.rename(directory)
-        shutil.rmtree(old)
-    else:
-        beside.rename(directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,13 @@
 import hypothesis
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from pspo.model import Policy, stop_ids, tiny
 
 hypothesis.settings.register_profile("pspo", max_examples=50, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("pspo")
+torch.set_num_threads(1)  # tensors this small gain nothing from more, and workers side by side lose much
 
 TEXTS = ["Tom has 3 apples and buys 4 more. How many apples?", "3+4=7\n#### 7", "12*5=60\n#### 60"]
 
@@ -18,16 +20,28 @@ def tiny_tokenizer():
 
 @pytest.fixture
 def tiny_policy(tiny_tokenizer):
-    """Factory of policies with two random Qwen2 layers: the same weights for the same seed in every dtype."""
+    """Factory of policies with two random Qwen2 layers: the same weights for the same seed in every dtype.
 
-    def make(dtype=torch.float32, *, seed=0, attention="eager", gradient_checkpointing=False):
+    The library's norms, and the softmax of its eager attention, work in float32 whatever the dtype of the model.
+    ``exact=True`` makes a float64 policy that is float64 throughout.
+    """
+
+    def make(dtype=torch.float32, *, seed=0, attention="eager", gradient_checkpointing=False, exact=False):
+        attention = "sdpa" if exact else attention
         architecture = tiny.Architecture(
             vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
         )
         model = tiny.make_model(architecture, tiny_tokenizer, seed, attention).to(dtype)
+        for name, module in list(model.named_modules()) if exact else []:
+            if isinstance(module, Qwen2RMSNorm):
+                norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+                norm.weight = module.weight
+                model.set_submodule(name, norm)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         stops = stop_ids(model, tiny_tokenizer)
-        return Policy(model.eval(), tiny_tokenizer, stops, autocast=False, gradient_checkpointing=gradient_checkpointing)
+        return Policy(
+            model.eval(), tiny_tokenizer, stops, autocast=False, gradient_checkpointing=gradient_checkpointing
+        )
 
     return make

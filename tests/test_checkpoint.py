@@ -229,7 +229,7 @@ def test_no_single_flipped_bit_goes_unnoticed(tmp_path):
 
 
 def test_leftovers_of_interrupted_saves_are_ignored_and_cleaned(tmp_path):
-    for name in (".step_000007.4711", ".step_000003.old"):
+    for name in (".step_000007.new", ".step_000003.new", ".step_000002.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_bytes(b"half")
     assert checkpoint.newest(tmp_path) is None

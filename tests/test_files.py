@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo.files import JsonLines, replace_directory, write_json, write_text
+from pspo.files import JsonLines, new_directory, write_json, write_text
 
 # What str.splitlines() breaks at, beside the newline: vertical tab, form feed, separators, NEL, U+2028 and U+2029.
 LINE_BREAKS = "\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -70,14 +70,39 @@ def test_json_keeps_the_order_of_keys_and_refuses_nan(tmp_path):
     assert list(json.loads(path.read_text())) == ["b", "a"]
 
 
-def test_a_directory_replaces_another_whole(tmp_path):
+def test_a_new_directory_takes_the_place_of_the_old_one_whole(tmp_path):
     for content in ("one", "two"):
-        beside = tmp_path / ".beside"
-        (beside / "inner").mkdir(parents=True)
-        (beside / "inner" / content).write_text(content)
-        replace_directory(beside, tmp_path / "directory")
-        assert names(tmp_path) == ["directory"]
-        assert names(tmp_path / "directory" / "inner") == [content]
+        with new_directory(tmp_path / "parent" / "directory") as beside:
+            (beside / "inner").mkdir()
+            (beside / "inner" / content).write_text(content)
+        assert names(tmp_path / "parent") == ["directory"]
+        assert names(tmp_path / "parent" / "directory" / "inner") == [content]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_directory_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, error):
+    with new_directory(tmp_path / "directory") as beside:
+        (beside / "old").write_text("")
+
+    def fail():
+        with new_directory(tmp_path / "directory") as beside:
+            (beside / "new").write_text("")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == ["directory"]
+    assert names(tmp_path / "directory") == ["old"]
+
+
+def test_what_a_killed_process_left_is_not_taken_over(tmp_path):
+    for name in (".directory.new", ".directory.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "left.over").write_text("")
+    with new_directory(tmp_path / "directory") as beside:
+        (beside / "file").write_text("")
+    assert names(tmp_path) == ["directory"]
+    assert names(tmp_path / "directory") == ["file"]
 
 
 @given(ROWS)

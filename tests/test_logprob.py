@@ -59,10 +59,9 @@ def test_pad_to():
 # --- log-probabilities
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, attention, temperature):
-    model = tiny_policy(torch.float64, attention=attention).model
+def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, temperature):
+    model = tiny_policy(torch.float64, exact=True).model
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     logprob_BT, entropy_BT = token_logprobs(model, batch, temperature)
     assert logprob_BT.dtype == entropy_BT.dtype == torch.float64
@@ -73,7 +72,7 @@ def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, attention, tem
 
 
 def test_gradient_is_that_of_the_librarys_logits(tiny_policy):
-    model = tiny_policy(torch.float64).model
+    model = tiny_policy(torch.float64, exact=True).model
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     token_logprobs(model, batch, 0.7)[0].sum().backward()
     got = gradients(model)
@@ -95,7 +94,7 @@ def test_masked_positions_are_zero_and_nothing_else_is(tiny_policy):
 
 def test_padding_and_last_tokens_get_no_gradient(tiny_policy):
     """Padding reaches nothing, and the last token of a completion predicts nothing."""
-    model, embedded = tiny_policy(torch.float64).model, []
+    model, embedded = tiny_policy(torch.float64, exact=True).model, []
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     hook = model.get_input_embeddings().register_forward_hook(lambda *args: embedded.append(args[-1]))
     logprob_BT, _ = token_logprobs(model, batch, 1.0)
@@ -107,7 +106,7 @@ def test_padding_and_last_tokens_get_no_gradient(tiny_policy):
 
 @pytest.mark.parametrize("pad_id", [0, 2, 77])
 def test_what_stands_in_the_padding_is_of_no_account(tiny_policy, pad_id):
-    model = tiny_policy(torch.float64).model
+    model = tiny_policy(torch.float64, exact=True).model
     expected = token_logprobs(model, make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU), 1.0)
     got = token_logprobs(model, make_batch(PROMPTS, COMPLETIONS, pad_id=pad_id, device=CPU), 1.0)
     assert torch.equal(got[0], expected[0])
@@ -116,7 +115,7 @@ def test_what_stands_in_the_padding_is_of_no_account(tiny_policy, pad_id):
 
 def test_float32_is_near_float64_and_bfloat16_heads_are_raised(tiny_policy):
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    exact_BT, _ = token_logprobs(tiny_policy(torch.float64).model, batch, 1.0)
+    exact_BT, _ = token_logprobs(tiny_policy(torch.float64, exact=True).model, batch, 1.0)
     model = tiny_policy(torch.float32).model
     plain_BT, _ = token_logprobs(model, batch, 1.0)
     mixed_BT, entropy_BT = token_logprobs(model, batch, 1.0, autocast=True)
@@ -130,7 +129,7 @@ def test_float32_is_near_float64_and_bfloat16_heads_are_raised(tiny_policy):
 
 @pytest.mark.parametrize("positions", [1, 3, 5, 12])
 def test_chunks_change_neither_value_nor_gradient(tiny_policy, monkeypatch, positions):
-    model = tiny_policy(torch.float64).model
+    model = tiny_policy(torch.float64, exact=True).model
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     results = []
     for chunk in (2**24, positions * model.config.vocab_size):
@@ -143,7 +142,7 @@ def test_chunks_change_neither_value_nor_gradient(tiny_policy, monkeypatch, posi
 
 def test_a_chunk_holds_at_least_one_position(tiny_policy, monkeypatch):
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    model = tiny_policy(torch.float64).model
+    model = tiny_policy(torch.float64, exact=True).model
     expected_BT, _ = token_logprobs(model, batch, 1.0)
     monkeypatch.setattr(logprob, "CHUNK_LOGITS", 1)
     torch.testing.assert_close(token_logprobs(model, batch, 1.0)[0], expected_BT, atol=1e-12, rtol=0)
@@ -184,7 +183,8 @@ def test_logits_of_a_large_vocabulary_neither_exist_at_once_nor_are_kept(monkeyp
             logprob_BT.sum().backward()
         seen[chunk] = largest.elements, sum(shape.numel() for shape in kept if shape[-1:] == (vocabulary,))
     assert seen[2**22] == (2**22 // vocabulary * vocabulary, 0)
-    assert seen[2**24] == (num_tokens * vocabulary,) * 2  # all fit into one chunk: the probe sees what it should
+    largest, kept = seen[2**24]  # all fit into one chunk: the probes see what they should
+    assert largest == num_tokens * vocabulary <= kept
 
 
 # --- log-ratios

@@ -1,4 +1,4 @@
-"""Properties that every objective must hold: to add one, add a ``Case`` to ``CASES`` (and its bad fields to ``BAD``)."""
+"""Properties that every objective must hold: a new one is one more ``Case``, and its bad fields in ``BAD``."""
 
 import math
 import re
@@ -274,9 +274,9 @@ def test_clip_has_zero_gradient_exactly_where_the_policy_has_gone_far_enough(r, 
     low, high = 1 - eps_low, 1 + eps_high
     if min(abs(r - low), abs(r - high)) < 1e-9:
         return
-    gradient = loss_and_gradient(
-        Clip(name="clip", eps_low=eps_low, eps_high=eps_high), inputs([math.log(r)], [a])
-    )[1].item()
+    gradient = loss_and_gradient(Clip(name="clip", eps_low=eps_low, eps_high=eps_high), inputs([math.log(r)], [a]))[
+        1
+    ].item()
     assert (gradient == 0) == ((a > 0 and r > high) or (a < 0 and r < low))
 
 
@@ -295,9 +295,7 @@ alphas = st.floats(0, 0.99)
 def test_gradient_of_pspo_is_that_of_noclip_times_one_minus_alpha(alpha):
     x = random_inputs()
     expected_BT = (1 - alpha) * loss_and_gradient(NoClip(name="noclip"), x)[1]
-    torch.testing.assert_close(
-        loss_and_gradient(PSPO(name="pspo", alpha=alpha), x)[1], expected_BT, rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(loss_and_gradient(PSPO(name="pspo", alpha=alpha), x)[1], expected_BT, rtol=1e-14, atol=0)
 
 
 def test_pspo_without_smoothing_is_noclip():

@@ -1,7 +1,6 @@
 """The policy and the ways to get one: from a local directory, from the hub, or made here and warm-started."""
 
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,7 +8,8 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pspo.files import replace_directory
+from pspo.files import new_directory
+from pspo.logprob import autocast_to_bfloat16
 from pspo.model import hub, warm_start
 from pspo.model.tiny import Architecture
 from pspo.model.warm_start import WarmStart
@@ -56,6 +56,9 @@ class Model(Schema, block="model"):
             raise self.refuse("autocast", "goes with model.dtype=float32 only")
         if self.attention == "flash_attention_2" and not self.autocast:
             raise self.refuse("attention", "flash attention needs model.autocast=true")
+        if self.attention == "eager" and self.dtype == "float64":
+            # Its softmax is in float32, where the mask's lowest float64 is -inf: rows of padding become NaN.
+            raise self.refuse("attention", "goes with model.dtype=float32 only; set model.attention=sdpa")
 
 
 @dataclass
@@ -107,7 +110,7 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
         attn_implementation=config.attention,
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.rank:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -117,6 +120,7 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
             adapters = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets)
             model = inject_adapter_in_model(adapters, model)
     model.to(device).eval()
+    _check_head(config, model)
     return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing)
 
 
@@ -125,10 +129,9 @@ def save(policy: Policy, directory: Path) -> None:
     model = policy.model
     if any("lora_" in name for name, _ in model.named_parameters()):
         model = _merged(model)
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}")
-    model.save_pretrained(beside)
-    policy.tokenizer.save_pretrained(beside)
-    replace_directory(beside, directory)
+    with new_directory(directory) as beside:
+        model.save_pretrained(beside)
+        policy.tokenizer.save_pretrained(beside)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -148,6 +151,20 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     if not found:
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
     return found
+
+
+@torch.inference_mode()
+def _check_head(config: Model, model: Any) -> None:
+    """Refuse a model whose logits are not head(decoder(x)), as ``token_logprobs`` has it. Raises ConfigError."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    with autocast_to_bfloat16(model.device, config.autocast):
+        expected, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
+        logits = model.get_output_embeddings()(hidden)
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+        raise config.refuse(
+            "path" if config.path else "hub_id",
+            f"{type(model).__name__} scales or caps its logits after the head, which is not supported; choose another",
+        )
 
 
 def _merged(model: Any) -> Any:

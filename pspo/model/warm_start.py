@@ -21,7 +21,7 @@ import transformers
 
 from pspo.console import track
 from pspo.dataset import Problem, embedded, render
-from pspo.files import replace_directory
+from pspo.files import new_directory
 from pspo.logprob import make_batch, token_logprobs
 from pspo.model import tiny
 from pspo.schema import Schema, as_dict, key
@@ -53,11 +53,10 @@ def cached(config: "Model", seed: int) -> Path:
     with filelock.FileLock(f"{directory}.lock"):
         if not directory.is_dir():
             log.info("warm start of the embedded policy, kept in %s", directory)
-            beside = directory.with_name(f".{directory.name}.{os.getpid()}")
             model, tokenizer = _train(config, seed, problems)
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-            replace_directory(beside, directory)
+            with new_directory(directory) as beside:
+                model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
     return directory
 
 

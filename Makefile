@@ -1,0 +1,36 @@
+# `make run` and `make test` do all the set-up on a bare machine; Python 3.11 to 3.13 is all they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test slow lint clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+run: $(VENV)/.installed  ## set up, then train on the embedded task (ARGS="objective=clip seed=1" adds overrides)
+	$(BIN)/python -m pspo.run $(ARGS)
+
+test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on two cores
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+slow: $(VENV)/.installed  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed  ## format, lint, types, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+clean:  ## remove the virtual environment; outputs stay
+	rm -rf $(VENV)
+
+# The exact torch first: a range would let pip take the newest build with all of CUDA on a machine that has none.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lora]'
+	touch $@

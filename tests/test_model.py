@@ -1,0 +1,668 @@
+import copy
+import dataclasses
+import json
+import re
+import shutil
+import socket
+import sys
+import threading
+import time
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from pspo import model
+from pspo.dataset import Problem, Prompt, render
+from pspo.logprob import make_batch, token_logprobs
+from pspo.model import hub, tiny, warm_start
+from pspo.model.policy import Lora
+from pspo.rollout import sample
+from pspo.schema import ConfigError
+
+CPU = torch.device("cpu")
+ARCHITECTURE = tiny.Architecture(
+    vocab_size=200, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
+)
+WARM_START = warm_start.WarmStart(
+    worked_steps=3, mixed_steps=2, worked_share=0.25, batch_size=4, num_problems=32, lr=2e-3
+)
+
+
+def configured(path=None, **changes):
+    values = {
+        "name": "test",
+        "hub_id": None,
+        "path": str(path) if path else None,
+        "dtype": "float32",
+        "autocast": False,
+        "attention": "sdpa",
+        "gradient_checkpointing": False,
+        "lora": Lora(rank=0, alpha=16, target_modules="all-linear"),
+        "architecture": None if path or "hub_id" in changes else ARCHITECTURE,
+        "warm_start": None if path or "hub_id" in changes else WARM_START,
+    }
+    return model.Model(**values | changes)
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_policy):
+    """A directory as ``save`` makes it, and the policy in it."""
+    policy = tiny_policy(attention="sdpa")
+    model.save(policy, tmp_path / "saved")
+    return tmp_path / "saved", policy
+
+
+@pytest.fixture
+def prompts(tiny_tokenizer):
+    questions = ["1+1=", "How many apples?", "12*5"]
+    return [Prompt(Problem(f"p{i}", q, "", ""), render(tiny_tokenizer, "", q)) for i, q in enumerate(questions)]
+
+
+def assert_one_sentence(message):
+    assert "\n" not in message
+    assert not re.search(r"\.\s+[A-Z]", message)
+    assert not message.endswith(".")
+
+
+# What is refused, before anything is loaded
+
+
+def remove(name):
+    def change(directory):
+        (directory / name).unlink()
+
+    return change
+
+
+def pickled(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def without_template(directory):
+    (directory / "chat_template.jinja").unlink()
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def sharded(directory):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (shutil.rmtree, "does not exist"),
+        (remove("config.json"), "has no config.json"),
+        (remove("model.safetensors"), r"has no \*.safetensors"),
+        (pickled, r"has no \*.safetensors weights \(pickles are not loaded\)"),
+        (sharded, "has no model-00002-of-00002.safetensors"),
+        (remove("tokenizer.json"), "has no tokenizer"),
+        (without_template, "has no chat template; set tokenizer.chat_template"),
+    ],
+)
+def test_a_directory_that_lacks_something_is_refused_in_one_sentence(saved, change, reason):
+    directory, _ = saved
+    config = configured(directory)
+    model.check(config)
+    change(directory)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        model.check(config)
+    assert str(caught.value).startswith(f"model.path={directory} ")
+    assert_one_sentence(str(caught.value))
+
+
+def test_a_chat_template_may_stand_in_either_file(saved):
+    directory, _ = saved
+    template = (directory / "chat_template.jinja").read_text()
+    without_template(directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    model.check(configured(directory))
+
+
+def test_a_file_is_not_a_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="does not exist"):
+        model.check(configured(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architecture": None}, "model.path=None: name a local directory"),
+        ({"autocast": True, "dtype": "float64"}, "model.autocast=True: goes with model.dtype=float32 only"),
+        ({"attention": "flash_attention_2"}, "needs model.autocast=true"),
+        ({"attention": "eager", "dtype": "float64"}, "model.attention='eager': goes with model.dtype=float32 only"),
+        ({"dtype": "bfloat16"}, "model.dtype must be one of float32, float64"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)) as caught:
+        configured(**changes)
+    assert_one_sentence(str(caught.value))
+
+
+def test_adapters_without_peft_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    Lora(rank=0, alpha=16, target_modules="all-linear")
+    with pytest.raises(ConfigError, match=r"model.lora.rank=4: needs the package peft.*pip install 'pspo\[lora\]'"):
+        Lora(rank=4, alpha=16, target_modules="all-linear")
+
+
+def scaled(tokenizer):
+    return transformers.GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, logits_scaling=4.0
+    )
+
+
+def capped(tokenizer):
+    return transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.1,
+    )
+
+
+@pytest.mark.parametrize("config", [scaled, capped])
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path, tiny_tokenizer, config):
+    """Else sampler and trainer would silently mean different policies."""
+    changed = transformers.AutoModelForCausalLM.from_config(config(tiny_tokenizer))
+    changed.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="scales or caps its logits"):
+        model.load(configured(tmp_path, attention="eager"), 0, CPU)
+
+
+# The hub
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Stands in the hub's place and answers every request with the bytes it is given."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer(content):
+        def loop():
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(content)
+
+        threading.Thread(target=loop, daemon=True).start()
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield answer
+    listening.close()
+
+
+def refused(hub_id="nobody/nothing"):
+    started = time.perf_counter()
+    with pytest.raises(ConfigError) as caught:
+        model.check(configured(hub_id=hub_id))
+    assert time.perf_counter() - started < 5
+    assert_one_sentence(str(caught.value))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_model_that_is_not_in_the_cache_is_refused_fast_where_there_is_no_network(empty_cache, monkeypatch, offline):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refused()
+    assert "model.hub_id=nobody/nothing is not in the cache" in message
+    assert "`hf download nobody/nothing`" in message
+    assert "model.path=<directory>" in message
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "404 Not Found", "500 Internal Server Error"])
+def test_whatever_the_hub_answers_the_remedy_is_named(empty_cache, monkeypatch, server, status):
+    url = server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    assert "`hf download nobody/nothing`" in refused()
+
+
+def test_a_proxy_that_refuses_is_no_network_either(empty_cache, monkeypatch, server):
+    url = server(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, url)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
+    huggingface_hub.close_session()
+    try:
+        assert "`hf download nobody/nothing`" in refused()
+    finally:
+        huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize("hub_id", ["a b", "a/b/c", "-a"])
+def test_what_is_no_name_of_a_repository_is_refused(hub_id):
+    assert f"model.hub_id={hub_id} is no name of a repository" in refused(hub_id)
+
+
+def test_other_errors_are_not_taken_for_a_missing_network(monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        hub.locate("nobody/nothing")
+
+
+def cached(empty_cache, directory):
+    """Put a model into the cache as `hf download` leaves it."""
+    repository = empty_cache / "models--nobody--nothing"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(directory, repository / "snapshots" / ("0" * 40))
+    return repository / "snapshots" / ("0" * 40)
+
+
+def test_what_is_in_the_cache_needs_no_network(empty_cache, saved, monkeypatch):
+    directory, policy = saved
+    snapshot = cached(empty_cache, directory)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://never.asked.invalid")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("the network was asked"))
+    assert hub.locate("nobody/nothing") == snapshot
+    loaded = model.load(configured(hub_id="nobody/nothing"), 0, CPU)
+    assert_same_weights(loaded.model, policy.model)
+
+
+def test_what_is_in_the_cache_only_in_part_is_downloaded(empty_cache, saved, monkeypatch):
+    snapshot = cached(empty_cache, saved[0])
+    (snapshot / "model.safetensors").unlink()
+    asked = []
+
+    def download(*_, local_files_only, **__):
+        if not local_files_only:
+            asked.append(True)
+            shutil.copy(saved[0] / "model.safetensors", snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hub.locate("nobody/nothing") == snapshot
+    assert asked == [True]
+
+
+def test_a_repository_that_lacks_something_is_named_by_its_own_name(empty_cache, saved, monkeypatch):
+    snapshot = cached(empty_cache, saved[0])
+    pickled(snapshot)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert refused().startswith("model.hub_id=nobody/nothing has no *.safetensors weights")
+
+
+# Loading and saving
+
+
+def assert_same_weights(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_what_is_saved_is_loaded_to_the_bit(saved):
+    directory, policy = saved
+    loaded = model.load(configured(directory), 0, CPU)
+    assert_same_weights(loaded.model, policy.model)
+    assert loaded.stop_ids == policy.stop_ids
+    assert loaded.pad_id == policy.pad_id
+    assert loaded.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
+    assert render(loaded.tokenizer, "be brief", "1+1?") == render(policy.tokenizer, "be brief", "1+1?")
+    assert not loaded.model.training
+    assert loaded.trainable().keys() == policy.trainable().keys()
+    assert sorted(path.name for path in directory.parent.iterdir()) == ["saved"]
+
+
+def test_the_library_loads_what_is_saved(saved):
+    directory, policy = saved
+    assert_same_weights(transformers.AutoModelForCausalLM.from_pretrained(directory), policy.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    assert tokenizer.encode("Tom has 3") == policy.tokenizer.encode("Tom has 3")
+    assert [path.name for path in directory.glob("*.safetensors")] == ["model.safetensors"]
+    assert not [path for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+def test_saving_again_replaces_what_was_there(saved, tiny_policy):
+    directory, _ = saved
+    other = tiny_policy(seed=7)
+    model.save(other, directory)
+    assert_same_weights(model.load(configured(directory), 0, CPU).model, other.model)
+
+
+def test_weights_are_float32_masters_of_what_was_saved_in_bfloat16(tmp_path, tiny_policy):
+    policy = tiny_policy()
+    policy.model.to(torch.bfloat16)
+    model.save(policy, tmp_path / "half")
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        loaded = model.load(configured(tmp_path / "half", dtype=name), 0, CPU)
+        assert {p.dtype for p in loaded.model.parameters()} == {dtype}
+        assert_same_weights(loaded.model, copy.deepcopy(policy.model).to(dtype))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for(saved, attention):
+    loaded = model.load(configured(saved[0], attention=attention), 0, CPU)
+    assert loaded.model.config._attn_implementation == attention
+
+
+def test_reading_and_writing_weights_is_silent(saved, capfd):
+    directory, _ = saved
+    model.save(model.load(configured(directory), 0, CPU), directory)
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("", "")
+
+
+# Stop tokens
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chatml_tokenizer():
+    """As Qwen2.5's base models have it: documents end with one token, turns with another."""
+    symbols = pre_tokenizers.ByteLevel.alphabet()
+    made = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(sorted(symbols))}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    return tokenizer
+
+
+def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(chatml_tokenizer):
+    made = tiny.make_model(ARCHITECTURE, chatml_tokenizer, 0, "sdpa")
+    document, start, end = chatml_tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    stops = model.stop_ids(made, chatml_tokenizer)
+    assert stops == sorted([document, end])
+    policy = model.Policy(made.eval(), chatml_tokenizer, stops, autocast=False, gradient_checkpointing=False)
+    prompt = Prompt(Problem("p", "", "", ""), render(chatml_tokenizer, "", "1+1?"))
+    completions = sample(
+        policy, [prompt], seed=[1], group_size=100, max_new_tokens=64, temperature=1.0, top_p=1.0, max_rows=100
+    )
+    last = {c.token_ids[-1] for c in completions if c.finished}
+    assert last == {document, end}
+    assert any(start in c.token_ids[:-1] for c in completions)
+    assert not any({document, end} & set(c.token_ids[:-1]) for c in completions)
+
+
+@pytest.mark.parametrize(
+    ("configured_ids", "template", "expected"),
+    [
+        (None, None, {"<|endoftext|>"}),
+        ([], CHATML, {"<|endoftext|>", "<|im_end|>"}),
+        (["<|im_end|>", "<|endoftext|>"], None, {"<|endoftext|>", "<|im_end|>"}),
+        (["<|im_start|>"], None, {"<|endoftext|>", "<|im_start|>"}),
+        ([], CHATML.replace("<|im_end|>", ""), {"<|endoftext|>"}),
+    ],
+)
+def test_stop_tokens_come_from_tokenizer_configuration_and_template(
+    chatml_tokenizer, configured_ids, template, expected
+):
+    made = tiny.make_model(ARCHITECTURE, chatml_tokenizer, 0, "sdpa")
+    chatml_tokenizer.chat_template = template
+    made.generation_config.eos_token_id = configured_ids and chatml_tokenizer.convert_tokens_to_ids(configured_ids)
+    assert set(chatml_tokenizer.convert_ids_to_tokens(model.stop_ids(made, chatml_tokenizer))) == expected
+
+
+def test_a_model_without_any_stop_token_is_refused(chatml_tokenizer):
+    made = tiny.make_model(ARCHITECTURE, chatml_tokenizer, 0, "sdpa")
+    made.generation_config.eos_token_id = chatml_tokenizer.eos_token = chatml_tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no end-of-text token") as caught:
+        model.stop_ids(made, chatml_tokenizer)
+    assert_one_sentence(str(caught.value))
+
+
+# Adapters
+
+
+def adapted(directory, dtype="float32", **changes):
+    pytest.importorskip("peft")
+    lora = Lora(rank=4, alpha=16, target_modules="all-linear")
+    return model.load(configured(directory, dtype=dtype, lora=lora, **changes), 0, CPU)
+
+
+def loss(policy, prompts):
+    batch = make_batch([p.token_ids for p in prompts], [[20, 21, 22, 2]] * len(prompts), policy.pad_id, CPU)
+    return -token_logprobs(policy.model, batch, 1.0, policy.autocast)[0].sum()
+
+
+def train(policy, prompts, steps=3):
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(policy, prompts).backward()
+        optimizer.step()
+
+
+def test_adapters_start_as_nothing_and_alone_are_trained(saved, prompts):
+    directory, plain = saved
+    policy = adapted(directory)
+    assert all("lora_" in name for name in policy.trainable())
+    ids = torch.tensor([prompts[0].token_ids])
+    torch.testing.assert_close(policy.model(ids).logits, plain.model(ids).logits)
+    before = {name: p.clone() for name, p in policy.model.named_parameters()}
+    train(policy, prompts)
+    changed = {name for name, p in policy.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == policy.trainable().keys()
+
+
+def test_adapters_start_from_the_seed_alone(saved):
+    directory, _ = saved
+    torch.manual_seed(1)
+    one = adapted(directory)
+    state = torch.get_rng_state()
+    other = adapted(directory)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_weights(one.model, other.model)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_adapters_are_saved_merged_into_a_plain_model(saved, prompts, dtype, tolerance):
+    directory, plain = saved
+    policy = adapted(directory, dtype)
+    train(policy, prompts)
+    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    model.save(policy, directory.parent / "merged")
+    for name, p in policy.model.state_dict().items():
+        assert torch.equal(p, before[name])  # saving leaves the policy as it is, so that training may go on
+    merged = transformers.AutoModelForCausalLM.from_pretrained(directory.parent / "merged")
+    assert merged.state_dict().keys() == plain.model.state_dict().keys()
+    assert not (directory.parent / "merged" / "adapter_config.json").exists()
+    ids = torch.tensor([prompts[1].token_ids])
+    with torch.no_grad():
+        expected, start = policy.model(ids).logits, plain.model(ids).logits
+        assert (merged(ids).logits - expected).abs().max() < tolerance
+        assert (start - expected).abs().max() > 0.1
+
+
+def test_a_regular_expression_chooses_what_is_adapted(saved):
+    pytest.importorskip("peft")
+    lora = Lora(rank=2, alpha=16, target_modules=r".*\.(q_proj|v_proj)")
+    policy = model.load(configured(saved[0], lora=lora), 0, CPU)
+    assert {name.split(".")[4] for name in policy.trainable()} == {"q_proj", "v_proj"}
+
+
+# Memory and precision
+
+
+@pytest.mark.parametrize("load", [lambda d, **c: model.load(configured(d, dtype="float64", **c), 0, CPU), adapted])
+def test_gradient_checkpointing_gives_the_same_gradient(saved, prompts, load):
+    gradients = []
+    for enabled in (False, True):
+        policy = load(saved[0], gradient_checkpointing=enabled)
+        policy.model.train(enabled)
+        assert policy.model.is_activation_checkpointing == enabled
+        loss(policy, prompts).backward()
+        gradients.append({name: p.grad for name, p in policy.trainable().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-10, atol=1e-10 if load != adapted else 1e-6)
+
+
+def test_a_policy_with_gradient_checkpointing_samples_as_without(saved, prompts):
+    settings = {"seed": [1], "group_size": 2, "max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "max_rows": 8}
+    one, other = (
+        sample(model.load(configured(saved[0], gradient_checkpointing=on), 0, CPU), prompts, **settings)
+        for on in (False, True)
+    )
+    assert [c.token_ids for c in one] == [c.token_ids for c in other]
+
+
+@pytest.mark.parametrize("load", [lambda d, **c: model.load(configured(d, **c), 0, CPU), adapted])
+def test_autocast_samples_and_trains_float32_masters(saved, prompts, load):
+    policy = load(saved[0], autocast=True)
+    completions = sample(
+        policy, prompts, seed=[1], group_size=2, max_new_tokens=8, temperature=1.0, top_p=0.9, max_rows=4
+    )
+    assert all(len(c.logprobs) == len(c.token_ids) for c in completions)
+    exact = loss(dataclasses.replace(policy, autocast=False), prompts)
+    rounded = loss(policy, prompts)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs() / exact < 0.02
+    rounded.backward()
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in policy.trainable().values()} == {torch.float32}
+
+
+# The embedded policy
+
+
+@pytest.fixture
+def builds(monkeypatch, tmp_path):
+    """Counts how often a warm start is really trained; the cache is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done, train = [], warm_start._train
+    monkeypatch.setattr(warm_start, "_train", lambda *a: (done.append(a), train(*a))[1])
+    return done
+
+
+def test_the_same_content_is_trained_once(builds, tmp_path):
+    first = warm_start.cached(configured(), 0)
+    assert first.is_relative_to(tmp_path / "cache" / "pspo")
+    assert warm_start.cached(configured(), 0) == first
+    assert len(builds) == 1
+    hub.check_directory(first)
+    visible = [path for path in first.parent.iterdir() if not path.name.endswith(".lock")]
+    assert visible == [first]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warm_start": dataclasses.replace(WARM_START, worked_steps=4)},
+        {"warm_start": dataclasses.replace(WARM_START, lr=1e-3)},
+        {"architecture": dataclasses.replace(ARCHITECTURE, hidden_size=16)},
+        {"dtype": "float64"},
+        {"attention": "eager"},
+        None,
+    ],
+)
+def test_what_influences_the_weights_has_a_directory_of_its_own(builds, changes):
+    """None stands for another seed."""
+    first = warm_start.cached(configured(), 0)
+    other = warm_start.cached(configured(), 1) if changes is None else warm_start.cached(configured(**changes), 0)
+    assert other != first
+    assert len(builds) == 2
+    assert (other / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+
+
+def test_a_warm_start_is_the_same_to_the_bit_wherever_it_is_made(builds, monkeypatch, tmp_path):
+    torch.manual_seed(1)
+    first = warm_start.cached(configured(), 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    torch.manual_seed(2)
+    second = warm_start.cached(configured(), 0)
+    assert len(builds) == 2
+    assert second.name == first.name
+    assert sorted(p.name for p in first.iterdir()) == sorted(p.name for p in second.iterdir())
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_what_an_interrupted_build_left_does_not_matter(builds):
+    whole = warm_start.cached(configured(), 0)
+    content = {path.name: path.read_bytes() for path in whole.iterdir()}
+    stale = whole.with_name(f".{whole.name}.new")
+    whole.rename(stale)
+    (stale / "left.over").write_text("")
+    (stale / "model.safetensors").write_bytes(b"half")
+    directory = warm_start.cached(configured(), 0)
+    assert len(builds) == 2
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == content
+    assert sorted(p.name for p in directory.parent.iterdir()) == [directory.name, f"{directory.name}.lock"]
+
+
+def test_processes_that_ask_at_one_time_train_it_once(builds):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(warm_start.cached(configured(), 0))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    assert len(builds) == 1
+
+
+def test_the_embedded_policy_loads_like_any_other(builds):
+    policy = model.load(configured(), 0, CPU)
+    assert_same_weights(policy.model, model.load(configured(warm_start.cached(configured(), 0)), 0, CPU).model)
+    assert policy.tokenizer.convert_ids_to_tokens(policy.stop_ids) == [tiny.END]
+    assert policy.pad_id == policy.tokenizer.convert_tokens_to_ids(tiny.PAD)
+    assert len(policy.tokenizer) == policy.model.config.vocab_size == 200
+
+
+def test_the_embedded_tokenizer_returns_every_text_it_was_made_for(builds):
+    tokenizer = model.load(configured(), 0, CPU).tokenizer
+    text = "".join(map(chr, [10, *range(32, 127)]))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("1234567890")) == 10
+    assert tokenizer.unk_token_id not in tokenizer.encode(text)
+
+
+def test_a_seed_gives_the_same_random_weights_and_leaves_the_generator_alone(tiny_tokenizer):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    one, same, other = (tiny.make_model(ARCHITECTURE, tiny_tokenizer, seed, "sdpa") for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_same_weights(one, same)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_heads": 5}, "num_heads=5: must divide model.architecture.hidden_size=32"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3: must divide model.architecture.num_heads=4"),
+        ({"vocab_size": 100}, "vocab_size must be in"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(changes, reason):
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        dataclasses.replace(ARCHITECTURE, **changes)
