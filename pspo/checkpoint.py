@@ -79,8 +79,15 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True), meta
 
 
+def seed_global_generators(seed: int) -> None:
+    """Seed torch, NumPy and Python. Nothing of ours draws from them, but a user's reward or an adapter may."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
-    """The global generators. Nothing of ours draws from them, but a user's reward or an adapter's dropout may."""
+    """The states of the global generators."""
     _, words, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss_next = random.getstate()
     return {

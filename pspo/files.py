@@ -58,8 +58,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, [] where there is none; a last line still being written is left out."""
     if not path.is_file():
         return []
-    # Not splitlines(): a model may write U+2028 and its kin, which JSON leaves inside a line.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    # Bytes, as that last line may end within a character. Text's splitlines() would break at a U+2028 inside a string.
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 class JsonLines:
@@ -78,10 +78,11 @@ class JsonLines:
         """All lines."""
         return read_lines(self.path)
 
-    def size(self) -> int:
-        """Length in bytes."""
-        return self.path.stat().st_size
+    def num_rows(self) -> int:
+        """How many whole lines there are."""
+        return self.path.read_bytes().count(b"\n")
 
-    def cut(self, size: int) -> None:
-        """Drop what was written after the file had this size; a shorter file stays as it is."""
-        os.truncate(self.path, min(size, self.size()))
+    def cut(self, num_rows: int) -> None:
+        """Drop all lines but the first ``num_rows``. They are counted, as their bytes may depend on the clock."""
+        lines = self.path.read_bytes().split(b"\n")[:num_rows]
+        os.truncate(self.path, min(sum(len(line) + 1 for line in lines), self.path.stat().st_size))

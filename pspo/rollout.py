@@ -111,7 +111,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
         cumulative_BV = probability_BV.cumsum(-1)
         total_B1 = cumulative_BV[:, -1:]
         token_B = torch.searchsorted(cumulative_BV, uniform_B[:, None] * total_B1, right=True).squeeze(-1)
-        token_B = torch.minimum(token_B, (cumulative_BV < total_B1).sum(-1))  # u·total may round up to total
+        token_B = torch.minimum(token_B, (cumulative_BV < total_B1).sum(-1))  # a token even where logits are NaN
     return token_B, logprob_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 

@@ -83,18 +83,18 @@ class Tracker:
         """What a checkpoint keeps: the bytes of ``metrics.jsonl`` so far, on disk by now."""
         with self._lines.path.open("rb") as file:
             os.fsync(file.fileno())
-        return {"metrics_bytes": self._lines.size()}
+        return {"metrics_rows": self._lines.num_rows()}
 
     def rewind(self, state: Mapping[str, int] | None) -> None:
         """Cut ``metrics.jsonl`` back to a checkpoint's ``state`` (None: to nothing) and send W&B the rows it lacks.
 
         Raises ValueError if the file is shorter than the checkpoint says.
         """
-        size = state["metrics_bytes"] if state else 0
+        num_rows = state["metrics_rows"] if state else 0
         path = self._lines.path
-        if self._lines.size() < size:
-            raise ValueError(f"{path} is shorter than its checkpoint says ({size} bytes); restore it or start anew")
-        self._lines.cut(size)
+        if self._lines.num_rows() < num_rows:
+            raise ValueError(f"{path} is shorter than its checkpoint says ({num_rows} rows); restore it or start anew")
+        self._lines.cut(num_rows)
         self._pending = self._lines.rows()
         if self._pending:
             self.commit(self._pending[-1]["step"])

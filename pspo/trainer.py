@@ -92,6 +92,7 @@ class Trainer:
         rollout_s = time.perf_counter() - begun
         scores = [self.reward(c.text, c.prompt.problem) for c in completions]
         reward_PG = torch.tensor([s.reward for s in scores], dtype=torch.float64).view(-1, config.rollout.group_size)
+        names = sorted({name for score in scores for name in score.components})
         advantage_PG = config.advantage(reward_PG)
 
         progress.steps, progress.prompts = number, progress.prompts + len(chosen)
@@ -128,10 +129,7 @@ class Trainer:
         return {
             "reward/mean": reward_PG.mean().item(),
             "reward/std": reward_PG.std().item(),
-            **{
-                f"reward/{name}_mean": float(np.mean([s.components[name] for s in scores]))
-                for name in scores[0].components
-            },
+            **{f"reward/{name}_mean": sum(s.components.get(name, 0.0) for s in scores) / len(scores) for name in names},
             "reward/unparsed_rate": float(np.mean([not s.parsed for s in scores])),
             "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
             "completion/length_mean": tokens / len(completions),
@@ -193,8 +191,8 @@ class Trainer:
         self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
         if self.state.no_spread_steps == NO_SPREAD_STEPS:
             self.state.notes.append(
-                f"up to step {self.state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread of "
-                f"rewards (mean {reward_PG.mean():.2f}): there was nothing to learn from; try more completions, a "
+                f"up to step {self.state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread "
+                f"of rewards (mean {reward_PG.mean():.2f}): there was nothing to learn from; try more completions, a "
                 "higher temperature, or other problems"
             )
             log.warning(self.state.notes[-1])
@@ -206,7 +204,7 @@ class Trainer:
             "random": checkpoint.random_state(),
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
-            "completions": self.completions.size(),
+            "completions": self.completions.num_rows(),
         }
         name = f"step_{self.state.progress.steps:06d}"
         checkpoint.save(
@@ -219,6 +217,7 @@ class Trainer:
         """Continue from the newest whole checkpoint, cutting the files back to it; False where there is none."""
         found = checkpoint.newest(self.checkpoints)
         if found is None:
+            checkpoint.seed_global_generators(self.config.seed)
             self.tracker.rewind(None)
             self.completions.cut(0)
             return False

@@ -420,6 +420,7 @@ def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(chatml_tokenize
         (["<|im_end|>", "<|endoftext|>"], None, {"<|endoftext|>", "<|im_end|>"}),
         (["<|im_start|>"], None, {"<|endoftext|>", "<|im_start|>"}),
         ([], CHATML.replace("<|im_end|>", ""), {"<|endoftext|>"}),
+        ([], CHATML.replace("<|im_end|>", "<|im_end|><|im_start|>"), {"<|endoftext|>", "<|im_end|>"}),
     ],
 )
 def test_stop_tokens_come_from_tokenizer_configuration_and_template(
@@ -477,6 +478,7 @@ def test_adapters_start_from_the_seed_alone(saved):
     directory, _ = saved
     torch.manual_seed(1)
     one = adapted(directory)
+    torch.manual_seed(2)
     state = torch.get_rng_state()
     other = adapted(directory)
     assert torch.equal(torch.get_rng_state(), state)
@@ -590,6 +592,13 @@ def test_what_influences_the_weights_has_a_directory_of_its_own(builds, changes)
     assert other != first
     assert len(builds) == 2
     assert (other / "model.safetensors").read_bytes() != (first / "model.safetensors").read_bytes()
+
+
+def test_another_seed_starts_from_other_weights(builds):
+    one, other = (load_file(warm_start.cached(configured(), seed) / "model.safetensors") for seed in (0, 1))
+    for name, weight in one.items():
+        if name.endswith("proj.weight"):  # five steps at a rate of 2e-3 move no weight this far
+            assert (weight - other[name]).abs().max() > 0.1
 
 
 def test_a_warm_start_is_the_same_to_the_bit_wherever_it_is_made(builds, monkeypatch, tmp_path):

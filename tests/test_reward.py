@@ -1,4 +1,6 @@
+import ast
 import gc
+import itertools
 import json
 import os
 import random
@@ -229,6 +231,72 @@ def test_the_normal_form(text, form):
     assert normal(text) == form
 
 
+# --- right or wrong: completion, gold answer, is it correct, is it in the asked format
+
+
+BY_HAND = [
+    # the asked format
+    *[("#### 8", "8", True, True), ("#### -7", "-7", True, True), ("#### 9", "8", False, True)],
+    *[("#### 7", "-7", False, True), ("#### -7", "7", False, True), ("#### 1/0", "0", False, True)],
+    *[("#### 8\nHuman: next\n#### 9", gold, gold == "8", True) for gold in ("8", "9")],  # the first counts
+    *[("#### <8>", "8", True, True), ("#### \\boxed{8}", "8", True, True), ("#### 8.", "8", True, True)],
+    *[("####", "8", False, False), ("#### \n8", "8", True, False)],
+    # commas, signs, decimals
+    *[
+        ("#### 1,000", "1000", True, True),
+        ("#### 1000", "1,000", True, True),
+        ("#### 1,000,000", "1000000", True, True),
+    ],
+    *[("#### 1,00", "100", False, True), ("#### 1,00", "1", False, True), ("#### 12,34,567", "1234567", False, True)],
+    *[("#### −7", "-7", True, True), ("#### – 7", "-7", True, True), ("#### +7", "7", True, True)],
+    *[("#### .5", "0.5", True, True), ("#### -.5", "-1/2", True, True), ("#### 3.", "3", True, True)],
+    *[("#### 1.80", "1.8", True, True), ("#### 18.00", "18", True, True), ("#### 1.08", "1.8", False, True)],
+    *[("#### 1e3", "1000", True, True), ("#### 3 \\times 10^5", "3", False, True), ("#### 2^3", "2", False, True)],
+    *[("#### ٣", "3", False, True), ("#### 8²", "8", False, True)],
+    # fractions
+    *[("#### 3/4", "0.75", True, True), ("#### 1 1/2", "1.5", True, True), ("#### -1 1/2", "-1.5", True, True)],
+    *[("#### \\frac{3}{4}", "3/4", True, True), ("#### \\frac34", "0.75", True, True)],
+    *[("#### -\\frac{1}{2}", "-0.5", True, True), ("#### 2\\frac{1}{4}", "9/4", True, True)],
+    *[("#### 3/4", "3", False, True), ("#### \\frac{1}{2}", "1/3", False, True), ("#### 1 1/2", "1", False, True)],
+    *[("#### 0.3333333", "1/3", True, True), ("#### 0.333", "1/3", False, True)],
+    *[("#### 5/9", "\\frac 59", True, True), ("#### 270/7", "\\frac{270}7\\text{ degrees}", True, True)],
+    # percents, currency, units
+    *[("#### 25%", "25", True, True), ("#### 25\\%", "25", True, True), ("#### 25%", "0.25", False, True)],
+    *[("#### $18", "18", True, True), ("#### -$5", "-5", True, True), ("#### 5€", "5", True, True)],
+    *[("#### 32348", "\\$32,\\!348", True, True), ("#### 11111111100", "11,\\! 111,\\! 111,\\! 100", True, True)],
+    *[("#### 18 dollars.", "18", True, True), ("#### 15 cm^2", "15\\mbox{ cm}^2", True, True)],
+    *[("#### 60 km/h", "60", True, True), ("#### 30°", "30^\\circ", True, True), ("#### 3rd", "3", True, True)],
+    *[("#### 2 million", "2", False, True), ("#### 6 feet 2 inches", "6", False, True)],
+    # what holds a number and is none
+    *[("#### 5\\pi", "5", False, True), ("#### 5π", "5", False, True), ("#### 5x", "5", False, True)],
+    *[("#### 3:30", "3", False, True), ("#### 3:30", "30", False, True), ("#### 3:30", "3:30", True, True)],
+    *[("#### 2+3", "2", False, True), ("#### 2+3", "3", False, True), ("#### 2 + 3 = 5", "5", True, True)],
+    *[("#### February 3rd", "3", False, True), ("#### February 3rd", "February 3rd", True, True)],
+    *[("#### (3, \\frac{\\pi}{2})", gold, False, True) for gold in ("2", "3")],
+    ("#### (3, \\frac{\\pi}{2})", "\\left( 3, \\frac{\\pi}{2} \\right)", True, True),
+    *[("#### 5 or 6", "5", False, True), ("#### 5 or 6", "6", False, True), ("#### y = 2x", "2", False, True)],
+    *[("#### Yes", "Yes", True, True), ("#### no", "Yes", False, True), ("#### -2, 1", "1,-2", True, True)],
+    # the flexible rule
+    *[("it is \\boxed{8} of 9", "8", True, False), ("\\boxed{7}, no, \\boxed{8}", "8", True, False)],
+    *[("\\boxed{90^\\circ} by rule 3", "90", True, False), ("\\boxed{8", "8", True, False)],
+    *[("The answer is $8. He had 3.", "8", True, False), ("İİİ the answer is 8 of 9", "8", True, False)],
+    *[("The answer is 8, not 9", "8", True, False), ("The answer is 3, no, the answer is 8", "3", False, False)],
+    *[("The answer is 5\\pi.", gold, gold != "5", False) for gold in ("5", "5\\pi")],
+    *[("The answer is 3:30.", gold, gold == "3:30", False) for gold in ("3", "30", "3:30")],
+    *[("The answer is 2 + 3", "2", False, False), ("The answer is 2 + 3 = 5.", "5", True, False)],
+    *[("The answer is x^2 + 1", "2", False, False), ("The answer is 1,00", "1", False, False)],
+    *[("he had 3 and then 8 eggs", "8", True, False), ("8 eggs of 9", "8", False, False), ("10-8", "8", True, False)],
+    *[("no idea", "8", False, False), ("", "8", False, False)],
+]
+
+
+@pytest.mark.parametrize(("completion", "gold", "correct", "in_format"), BY_HAND)
+def test_right_and_wrong_by_hand(completion, gold, correct, in_format):
+    score = plain(completion, problem(gold))
+    assert score.correct == correct
+    assert score.components["format"] == (0.05 if in_format else 0)
+
+
 # --- properties
 
 
@@ -255,6 +323,18 @@ def test_the_writing_of_a_number_does_not_matter_and_its_value_does(n, way, off)
     assert score.components == {"correct": 1.0, "format": 0.05}
     wrong = n + off * max(1, abs(n) // 10**5)
     assert not plain(f"#### {formats(wrong)[way]}", problem(str(n))).correct
+
+
+@given(gold=st.floats(-1e9, 1e9).map(lambda x: Fraction(repr(round(x, 3)))), part=st.floats(-3, 3))
+def test_numbers_are_equal_within_a_millionth_relative_or_absolute(gold, part):
+    given_ = gold + Fraction(repr(round(part, 3))) / 10**6 * max(1, abs(gold))
+    near = abs(given_ - gold) <= Fraction(1, 10**6) * max(1, abs(gold))
+    assert same(f"{given_.numerator}/{given_.denominator}", f"{gold.numerator}/{gold.denominator}") == near
+
+
+@given(gold=st.text(max_size=20) | st.text("0123456789,.;/-+()[]{}\\$% x=", max_size=20))
+def test_every_answer_equals_itself(gold):
+    assert same(gold, gold)
 
 
 @given(value=st.decimals(-(10**6), 10**6, places=4))
@@ -331,6 +411,7 @@ def test_a_wrong_configuration_is_refused(values, told):
 OWN = """
 from __future__ import annotations
 from dataclasses import dataclass
+import numpy as np
 from pspo.reward import Score
 
 @dataclass
@@ -340,6 +421,8 @@ class Kept:
 def length(completion, problem): return len(completion) / 10
 def scored(completion, problem): return Score(-3.0, completion == problem.answer, {"mine": 2.0}, False)
 def flag(completion, problem): return completion == problem.answer
+def numpy32(completion, problem): return np.float32(0.5)
+def numpy64(completion, problem): return np.float64(0.5)
 def nothing(completion, problem): return None
 def infinite(completion, problem): return float("inf")
 def undefined(completion, problem): return Score(float("nan"), True, {}, True)
@@ -360,6 +443,12 @@ def test_a_number_of_ones_own_is_correct_from_one_on(own):
     score = own("length")("1234567890", problem("5"))
     assert (score.reward, score.correct, score.components, score.parsed) == (1.0, True, {"custom": 1.0}, True)
     assert own("flag")("5", problem("5")).reward == 1.0
+
+
+@pytest.mark.parametrize("name", ["numpy32", "numpy64"])
+def test_a_number_of_numpy_becomes_a_float(own, name):
+    score = own(name)("5", problem("5"))
+    assert (type(score.reward), score.reward, score.correct) == (float, 0.5, False)
 
 
 def test_a_score_of_ones_own_is_kept(own):
@@ -461,7 +550,33 @@ def test_gold_answers_that_are_no_numbers_do_not_become_their_last_digits(name, 
             assert not plain(f"#### {digits}", p).correct, p
 
 
+@real
+def test_distinct_gold_answers_of_math500_are_equal_only_where_meant():
+    golds = sorted({p.answer for p in problems("math500")})
+    equal = {frozenset(pair) for pair in itertools.combinations(golds, 2) if same(*pair)}
+    groups = [
+        *[["-2,1", "1,-2"], ["10,\\!080", "10080"], ["2 \\sqrt{5}", "2\\sqrt{5}"], ["\\frac14", "\\frac{1}{4}"]],
+        *[["120", "120^\\circ"], ["30", "30^\\circ"], ["36", "36^\\circ", "\\$36"], ["90", "90^\\circ"]],
+        *[["15", "15\\mbox{ cm}^2"], ["5", "x=5"]],
+    ]
+    assert equal == {frozenset(pair) for group in groups for pair in itertools.combinations(group, 2)}
+    assert all(same(*reversed(sorted(pair))) for pair in equal)
+
+
 # --- hostile text
+
+
+def test_nothing_evaluates_what_a_model_wrote():
+    files = sorted((ROOT / "pspo" / "reward").glob("*.py"))
+    assert files
+    called = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Call):
+            called.add(getattr(node.func, "id", getattr(node.func, "attr", "")))
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            called |= {alias.name.partition(".")[0] for alias in node.names}
+    evaluators = {"eval", "exec", "sympify", "parse_expr", "literal_eval", "__import__", "ast", "sympy", "pickle"}
+    assert not called & (evaluators | {"parse_latex", "system", "run", "Popen"})
 
 
 FRAGMENTS = [
@@ -577,9 +692,9 @@ GOLDS = [
 @st.composite
 def hostile(draw):
     """Fragments in a row, the row repeated, up to 16,000 characters."""
-    pieces = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=5), min_size=1, max_size=6).map("".join)
-    length = draw(st.sampled_from([1, 10, 100, 1000, 16000]))
-    head, body, tail = draw(pieces), draw(pieces) or "x", draw(pieces)
+    piece = st.sampled_from(FRAGMENTS) | st.text(max_size=5)
+    length = draw(st.sampled_from([1, 1, 10, 10, 100, 100, 1000, 1000, 1000, 16000]))
+    head, body, tail = draw(piece), draw(st.lists(piece, max_size=4).map("".join)) or "x", draw(piece)
     return (head + (body * (length // len(body) + 1))[:length] + tail)[:16000]
 
 
@@ -617,13 +732,15 @@ FAMILIES = {
     "list": ("#### (", "1,", "1)"),
     "answers": ("", "answer is: ", "x"),
     "answer and spaces": ("", "answer" + " " * 50, ""),
+    "answer and a run of spaces": ("answer", " ", "x"),
+    "digits and a run of spaces": ("1", " ", "/"),
     "words": ("", "\\text{a", "}"),
     "fractions": ("", "1\\frac{1}{", ""),
     "mixed": ("", "1 1/", ""),
 }
 
 
-def seconds(text, best_of=5):
+def seconds(text, best_of=3):
     target = problem("\\{1\\pm\\sqrt{5},-2\\}")
     times = []
     for _ in range(best_of):
@@ -642,8 +759,8 @@ def test_time_grows_at_most_linearly(family):
 
     gc.disable()
     try:
-        for _ in range(3):  # a busy machine gets another try; a quadratic rule fails them all
-            ratio = seconds(text(32_000)) / (seconds(text(16_000)) + 5e-5)
+        for _ in range(5):  # a busy machine gets another try; a quadratic rule fails them all
+            ratio = seconds(text(16_000)) / (seconds(text(8_000)) + 5e-5)
             if ratio <= 3:
                 return
     finally:

@@ -291,6 +291,25 @@ def test_a_vocabulary_of_152_thousand(scale, top_p):
         assert logprob[row].item() == pytest.approx(np.log(exact[token[row]]), abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_a_large_vocabulary_are_exact_to_a_thousandth_of_a_token(dtype):
+    vocabulary, wanted = 151_936, torch.tensor([0, 1, 76_543, 100_001, 151_000, 151_935])
+    for within in (0.001, 0.999):
+        uniform = (wanted.double() + within) / vocabulary
+        token, _ = draw(torch.zeros(len(wanted), vocabulary, dtype=dtype), uniform, 1.0, 1.0)
+        assert token.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_logits_that_are_not_numbers_draw_a_token_and_say_so(temperature, top_p):
+    """The update then refuses the step in one sentence; an index outside the vocabulary would crash a GPU before."""
+    logits = torch.full((2, 5), torch.nan)
+    token, logprob = draw(logits, torch.tensor([0.0, LAST], dtype=torch.float64), temperature, top_p)
+    assert ((token >= 0) & (token < 5)).all()
+    assert logprob.isnan().all()
+
+
 def test_temperature_zero_takes_the_most_probable_token():
     uniform = torch.from_numpy(uniforms([3], 8))
     token, logprob = draw(logits_of(PROBABILITY, 8), uniform, 0.0, 1.0)

@@ -131,7 +131,7 @@ def test_rewind_to_nothing_and_to_more_than_there_is(tmp_path):
     tracker = open_tracker(tmp_path, JSONL)
     tracker.log({"reward/mean": 1}, 1)
     with pytest.raises(ValueError, match="shorter than its checkpoint says"):
-        tracker.rewind({"metrics_bytes": 10_000})
+        tracker.rewind({"metrics_rows": 10_000})
     tracker.rewind(None)
     assert rows(tmp_path) == []
 
@@ -176,7 +176,7 @@ for step in range(1, 6):
     if step in (2, 4):
         state = tracker.state()
         tracker.commit(step)
-print(state["metrics_bytes"], flush=True)
+print(state["metrics_rows"], flush=True)
 time.sleep(float(sys.argv[2]))
 os.killpg(0, signal.SIGKILL)
 """
@@ -196,7 +196,7 @@ def test_a_kill_leaves_wandb_neither_gap_nor_double_step(tmp_path, offline, wait
     assert json.loads((tmp_path / "wandb.json").read_text())["sent"] == -1  # nothing is certain within a second
 
     tracker = open_tracker(tmp_path, WANDB)
-    tracker.rewind({"metrics_bytes": int(killed.stdout)})
+    tracker.rewind({"metrics_rows": int(killed.stdout)})
     for step in range(5, 8):
         tracker.log({"reward/mean": step / 7}, step)
     tracker.commit(7)
@@ -334,7 +334,7 @@ def test_online_the_server_says_what_it_lacks(tmp_path, offline, monkeypatch):
     (tmp_path / "wandb.json").write_text('{"id": "abc", "sent": 5}')
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(6)))
     tracker = open_tracker(tmp_path, WANDB)
-    tracker.rewind({"metrics_bytes": (tmp_path / "metrics.jsonl").stat().st_size})
+    tracker.rewind({"metrics_rows": 6})
     tracker.log({"reward/mean": 1}, 6)
     tracker.commit(6)
     tracker.close()

@@ -102,6 +102,40 @@ def test_pack_uses_its_budget():
     assert [len(micro) for micro in pack(rows, 1)] == [1] * 8
 
 
+@pytest.mark.parametrize("max_tokens", [10_000, 40])
+def test_loss_gradient_and_statistics_from_the_librarys_logits(tiny_policy, max_tokens):
+    """The noclip loss Σ −r A over the tokens of the whole batch, row by row without padding."""
+    policy, rows, temperature = tiny_policy(torch.float64, exact=True), make(), 0.8
+    logprobs, entropies = [], []
+    for row in rows:
+        logits_SV = policy.model(input_ids=torch.tensor([row.prompt_ids + row.token_ids])).logits[0] / temperature
+        predicting = torch.distributions.Categorical(logits=logits_SV[len(row.prompt_ids) - 1 : -1])
+        logprobs.append(predicting.log_prob(torch.tensor(row.token_ids)))
+        entropies.append(predicting.entropy())
+    logprob_N, entropy_N = torch.cat(logprobs), torch.cat(entropies).detach()
+    old_logprob_N = torch.tensor([x for row in rows for x in row.old_logprobs], dtype=torch.float64)
+    advantage_N = torch.tensor([row.advantage for row in rows for _ in row.token_ids], dtype=torch.float64)
+    log_ratio_N = logprob_N - old_logprob_N
+    expected = -(log_ratio_N.exp() * advantage_N).sum() / len(advantage_N)
+    expected.backward()
+    expected_gradient, log_ratio_N = gradient(policy), log_ratio_N.detach()
+    assert (log_ratio_N < 0).any()
+    assert (log_ratio_N > 0).any()
+
+    loss, got, result = accumulated(policy, ALL[0], rows, max_tokens)
+    assert loss == pytest.approx(expected.item(), rel=1e-10)
+    assert (got - expected_gradient).norm() / expected_gradient.norm() <= 1e-10
+    told = {
+        "loss/mean": expected.item(),
+        "policy/kl_old_new_k3": (log_ratio_N.exp() - 1 - log_ratio_N).mean().item(),
+        "policy/ratio_max": log_ratio_N.exp().max().item(),
+        "policy/ratio_clamped_rate": 0.0,
+        "policy/entropy_mean": entropy_N.mean().item(),
+        "policy/sampler_gap_mean": log_ratio_N.abs().mean().item(),
+    }
+    assert {name: result[name] for name in told} == pytest.approx(told, rel=1e-10)
+
+
 @every
 @cuts
 def test_loss_and_gradient_do_not_depend_on_micro_batches(tiny_policy, objective, options, tolerance):

@@ -3,7 +3,8 @@ r"""The answer in a completion, and when two answers are equal. Nothing that a m
 Which answer. The asked format is a line ``#### <answer>``. The first such line with a number counts: what a base model
 writes after its final answer is another conversation, and headings such as ``#### Step 1: add`` hold no number. Where
 none does, the completion's last line counts if it is ``#### <any text>``. Else the flexible rule: the last
-``\boxed{...}``; what follows the last "answer is" or "answer:" on its line; the last number of the text.
+``\boxed{...}``; what follows the last "answer is" or "answer:" on its line, of which a first number is taken out unless
+it is a part of something else (``5\pi``, ``3:30``, ``x^2``); the last number of the text.
 
 Numbers may carry thousands commas, a sign, decimals, an exponent, a fraction (``3/4``, ``1 1/2``, ``\frac{3}{4}``),
 a currency sign and a unit; a percent sign is a unit, so 25% equals 25 and not 0.25; a ratio 3:4 is no number. Numbers
@@ -31,18 +32,19 @@ _NUMBER = re.compile(
     r")"
 )
 _UNIT = re.compile(  # what may follow a number without changing it: "%", " apples", " (apples)", "cm^2", "th"
-    r"(?:%| *\(|(?:[cmk]m|[mk]g|ml|min|hrs?|lbs?|oz|ft|in|mph|st|nd|rd|th|[ap]\.?m)(?![^\W_])"
+    r"(?:%| *\(|(?:[cmk]m|[mk]g|ml|min|hrs?|lbs?|oz|ft|in|mph|st|[nr]d|th|[ap]\.?m)(?![^\W_])"
     r"| +(?!(?:hundred|thousand|[mbtr]+illion|dozen|and|or|to|times|plus|minus|over|pi|sqrt)\b)"
     r"(?:[^\W\d_]{2}|[mgslh]\b|[ap]\.m))"
     r"(?:[^\W\d_]|[ ()/.'’%-]|\^\{?[23]\}?)*",
     re.IGNORECASE,
 )
 _SAID = re.compile(r"\banswer(?: *(?:is|:|=))+", re.IGNORECASE)
+_GOES_ON = re.compile(r" ?[-+*/×] ?[0-9(\\]|[:,][0-9]|[\^_][\w{]| ?\\[A-Za-z]|[^\W\d_]\b")  # 5\pi, 3:30, 2 + 3, 5x
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)", re.MULTILINE)
 _NAME = re.compile(r"^ *[A-Za-z] *(?:=|\\in(?![a-z]))")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}")
 _NOISE = re.compile(
-    r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\! ?|\\[,;:()\[\]$]|\^?\{?\\circ(?![A-Za-z])\}?|[$£€¥₹°]"
+    r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\! ?|\\[,;:()\[\]$]|\^\{\\circ\}|\^?\\circ(?![A-Za-z])|[$£€¥₹°]"
 )
 _SPELLINGS = {
     **{"\\\\": ";", "\\%": "%", "\\{": "{", "\\}": "}", "{,}": ",", "\\ ": " ", "**": " "},
@@ -86,6 +88,8 @@ def same(answer: str, gold: str) -> bool:
 def number(text: str) -> Fraction | None:
     """The value of a text that is a number with, at most, a name or sum before (``x = 5``) and a unit behind it."""
     text = _clean(text).strip().rstrip(".!?,;: ")
+    if text[:1] + text[-1:] == "<>":  # <18>, copied from the prompt's <answer>
+        text = text[1:-1]
     name, equals, value = text.rpartition("=")
     if equals and (name.replace(" ", "").isalpha() or not re.search(r"[^\W\d_]", name)):
         text = value.strip()
@@ -131,7 +135,9 @@ def _said(text: str) -> str | None:
         return None
     line = text[said[0].end() :].partition("\n")[0].strip()
     inside = None if number(line) is not None or line.startswith(("(", "[")) else _NUMBER.search(line)
-    return inside[0] if inside else line.rstrip(".") or None
+    if inside and not _GOES_ON.match(line, inside.end()) and line[: inside.start()][-1:] not in tuple("^_{/:"):
+        return inside[0]
+    return line.rstrip(".") or None
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
