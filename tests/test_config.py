@@ -1,0 +1,231 @@
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pspo.config import CONF, Config, compose, groups, identity, open_keys, resolve, run_directory
+from pspo.help import EXAMPLES, help_text
+from pspo.schema import ConfigError, Schema, as_dict, build, fields_of, key
+
+KEYS = Path(__file__).with_name("keys.txt")
+OPTIONS = [(group, option) for group, options in groups().items() for option in options]
+REQUIRED = {("reward", "custom"): ["reward.function=mine.py:f"], ("dataset", "jsonl"): ["dataset.path=mine.jsonl"]}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_to_a_valid_configuration(group, option):
+    config = compose([f"{group}={option}", *REQUIRED.get((group, option), [])])
+    assert isinstance(config, Config)
+    if hasattr(config, group) and group != "smoothing":
+        assert getattr(config, group).name == option
+
+
+def test_changing_the_objective_changes_the_objective_block_alone():
+    base = as_dict(compose(["objective=noclip"]))
+    for objective in groups()["objective"]:
+        other = as_dict(compose([f"objective={objective}"]))
+        assert {name for name in base if base[name] != other[name]} <= {"objective"}
+
+
+@pytest.mark.parametrize(("preset", "alpha"), [("none", 0.1), ("light", 0.05), ("paper", 0.1), ("strong", 0.3)])
+def test_smoothing_sets_alpha_and_nothing_else(preset, alpha):
+    base, smoothed = as_dict(compose()), as_dict(compose([f"smoothing={preset}"]))
+    assert smoothed["objective"]["alpha"] == alpha
+    assert {name for name in base if base[name] != smoothed[name]} <= {"objective", "smoothing"}
+    assert compose([f"smoothing={preset}", "objective.alpha=0.7"]).objective.alpha == 0.7
+
+
+def test_a_hub_model_trains_on_gsm8k_unless_a_dataset_is_given():
+    for model in groups()["model"]:
+        expected = "embedded" if model == "tiny" else "gsm8k"
+        assert compose([f"model={model}"]).dataset.name == expected
+        assert compose([f"model={model}", "dataset=svamp"]).dataset.name == "svamp"
+
+
+PAPER = {  # paper.md: lr, eps, epochs
+    "paper_qwen0_5b_clip": (1e-6, 0.1, 2),
+    "paper_qwen0_5b_noclip": (1e-6, None, 1),
+    "paper_qwen0_5b_pspo": (5e-7, None, 2),
+    "paper_qwen1_5b_clip": (5e-7, 0.2, 2),
+    "paper_qwen1_5b_noclip": (1e-6, None, 1),
+    "paper_qwen1_5b_pspo": (5e-7, None, 2),
+}
+
+
+@pytest.mark.parametrize("arm", PAPER)
+def test_the_papers_arms_have_the_published_settings(arm):
+    lr, eps, epochs = PAPER[arm]
+    config = compose([f"experiment={arm}"])
+    _, model, objective = re.fullmatch(r"(paper)_(qwen\d_5b)_(\w+)", arm).groups()
+    assert (config.model.name, config.objective.name, config.dataset.name) == (model, objective, "gsm8k")
+    assert (config.optimizer.lr, config.update.num_epochs, config.selection) == (lr, epochs, "best")
+    assert getattr(config.objective, "eps_low", None) == getattr(config.objective, "eps_high", None) == eps
+    assert getattr(config.objective, "alpha", 0.1) == 0.1
+    assert config.rollout.prompts * config.rollout.group_size == 64
+    assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_new_tokens) == (0.8, 0.9, 128)
+    assert (config.advantage.ddof, config.advantage.eps) == (1, 1e-4)
+    assert (config.optimizer.warmup_steps, config.optimizer.decay, config.optimizer.max_grad_norm) == (140, "linear", 1)
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert config.budget.steps == 7000 // 16 * 3
+
+
+BAD = {
+    "objective.alpha=1": "objective.alpha must be in [0, 1), got 1",
+    "objective.alpha=-0.1": "objective.alpha must be in [0, 1), got -0.1",
+    "objective=clip objective.eps_low=0": "objective.eps_low must be in (0, 1], got 0",
+    "objective=clip objective.eps_high=-1": "objective.eps_high must be in (0, inf), got -1",
+    "objective=clip smoothing=paper": "objectives with alpha: pspo",
+    "objective=clip +objective.alpha=0.3": "known: objective.name, objective.eps_low, objective.eps_high",
+    "objective.alpah=0.3": "did you mean objective.alpha?",
+    "+optimizer.lrr=0.3": "did you mean optimizer.lr?",
+    "modle=tiny": "did you mean model?",
+    "rollout.group_size=1": "rollout.group_size must be in [2, inf), got 1",
+    "rollout.group_size=2.5": "rollout.group_size must be a whole number, got 2.5",
+    "budget.prompts=5": "exactly one of budget.steps, budget.prompts and budget.completion_tokens",
+    "budget.steps=null": "got none",
+    "update.num_minibatches=257": "must be at most the 256 completions",
+    "selection=worst": "selection must be one of last, best, got 'worst'",
+    "seed=-1": "seed must be in [0, 4294967295], got -1",
+    "group=../up": "names a directory",
+    "optimizer.lr=nan": "optimizer.lr must be in (0, inf), got nan",
+    "model.architecture.num_heads=3": "must divide model.architecture.hidden_size",
+    "model.dtype=bfloat16": "model.dtype must be one of float32, float64",
+    "model=qwen0_5b model.hub_id=null": "choose a model option that has a hub_id",
+    "reward=custom": "reward.function has no value",
+    "tracker=jsonl tracker.project=x": "unknown key tracker.project",
+    "dataset.path=x": "dataset=embedded is made, not read",
+    "model.lora=3": "model.lora must be a block of keys, got 3",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_a_mistake_is_told_in_one_sentence(command):
+    with pytest.raises(ConfigError) as caught:
+        compose(command.split())
+    assert BAD[command] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_are_opened_to_the_schema_and_groups_are_not():
+    given = ["objective=pspo", "objective.alpha=0.1", "+new.key=1", "~seed", "-m", "hydra.job.chdir=true", "seed=1,2"]
+    opened = [
+        "objective=pspo",
+        "++objective.alpha=0.1",
+        "++new.key=1",
+        "~seed",
+        "-m",
+        "hydra.job.chdir=true",
+        "++seed=1,2",
+    ]
+    assert open_keys(given) == opened
+
+
+def all_keys(cls, prefix=""):
+    for name, hint in fields_of(cls).items():
+        blocks = [h for h in (hint, *getattr(hint, "__args__", ())) if isinstance(h, type) and issubclass(h, Schema)]
+        for block in {kind for b in blocks for kind in (b, *subclasses(b))}:
+            yield from all_keys(block, f"{prefix}{name}.")
+        if not blocks:
+            field = next(f for f in dataclasses.fields(cls) if f.name == name)
+            yield f"{prefix}{name}  {field.metadata.get('meaning', '')}".strip()
+
+
+def subclasses(cls):
+    return {
+        sub
+        for direct in cls.__subclasses__()
+        if direct.__module__.startswith("pspo.")
+        for sub in (direct, *subclasses(direct))
+    }
+
+
+def test_the_keys_are_the_ones_on_record():
+    """Run `python -m tests.test_config` after a deliberate change."""
+    recorded, now = KEYS.read_text().splitlines(), sorted(set(all_keys(Config)))
+    assert recorded == now, "\n".join(difflib.unified_diff(recorded, now, "recorded", "now", lineterm=""))
+
+
+def test_every_key_is_read_by_code():
+    source = "\n".join(path.read_text() for path in CONF.parent.glob("pspo/**/*.py"))
+    for line in KEYS.read_text().splitlines():
+        name = line.split()[0].rpartition(".")[2]
+        assert re.search(rf"\.{name}\b", source), f"{line} is a key that nothing reads"
+
+
+def test_every_key_has_a_meaning_in_one_line():
+    for line in KEYS.read_text().splitlines():
+        dotted, _, meaning = line.partition("  ")
+        assert meaning or dotted.endswith(".name"), dotted
+
+
+def test_values_stand_in_yaml_and_not_in_python():
+    def defaults(cls):
+        return [f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+
+    assert [defaults(cls) for cls in subclasses(Schema) if defaults(cls)] == []
+
+
+def test_the_directory_is_named_by_what_was_run(tmp_path):
+    overrides = [f"output_dir={tmp_path}", "objective=clip", "objective.eps_low=0.3", "seed=3", "tracker=jsonl"]
+    config = compose(overrides)
+    directory = run_directory(config, overrides)
+    assert directory == tmp_path / "main" / f"clip_eps_low=0.3_seed3_{identity(config)}"
+    directory.mkdir(parents=True)
+    same = [*overrides, "objective.eps_high=0.2", "checkpoint.keep=9", "device=cpu"]  # a default spelt out
+    assert run_directory(compose(same), same) == directory
+    other = [*overrides, "rollout.top_p=0.9"]
+    assert run_directory(compose(other), other) != directory
+
+
+def test_help_names_groups_options_keys_and_five_examples():
+    text = help_text()
+    for group, options in groups().items():
+        for word in (group, *options):
+            assert word in text
+    assert len(EXAMPLES) == 5
+    for example in EXAMPLES:
+        assert example in text
+
+
+def test_examples_of_the_help_compose():
+    for example in EXAMPLES:
+        compose([word for word in example.split()[3:] if word != "-m" and "," not in word])
+
+
+def test_as_dict_and_build_are_inverse():
+    config = compose()
+    assert resolve(as_dict(config)) == config
+    assert yaml.safe_load(yaml.safe_dump(as_dict(config))) == as_dict(config)
+
+
+def test_intervals_are_open_and_closed_as_written():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Block(Schema, block="block"):
+        half: float = key("x", within="[0, 1)")
+        items: list[int] = key("y")
+        maybe: int | None = key("z", within="(0, 5]")
+
+    good = {"half": 0, "items": [1], "maybe": None}
+    made = build(Block, good)
+    assert made.half == 0.0
+    assert isinstance(made.half, float)
+    for bad in (
+        {"half": 1},
+        {"half": float("nan")},
+        {"half": "a"},
+        {"half": True},
+        {"items": [1.5]},
+        {"maybe": 0},
+        {"maybe": 6},
+    ):
+        with pytest.raises(ConfigError, match=rf"block\.{next(iter(bad))} must be"):
+            build(Block, good | bad)
+    with pytest.raises(ConfigError, match="maybe has no value"):
+        build(Block, {"half": 0, "items": []})
+
+
+if __name__ == "__main__":
+    KEYS.write_text("\n".join(sorted(set(all_keys(Config)))) + "\n")
