@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# OpenMP threads spin at barriers by default: on a shared machine that costs many times the neighbour's share.
-# It is read when torch is imported, so it stands here.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads spin at barriers, which on a shared machine can cost many times the neighbour's share. Spinning so long
+# and no longer keeps the speed of an idle machine (measured in LOG.md). It is read when torch is imported, hence here.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

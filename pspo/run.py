@@ -3,6 +3,7 @@
 python -m pspo.run objective=pspo model=qwen1_5b
 """
 
+import errno
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 
 from pspo import dataset, environment, model, report
 from pspo.checkpoint import SaveError
@@ -94,6 +96,14 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         handler = log_to_file(directory / "run.log")
         try:
             _Run(config, list(overrides), directory, device, problems, reward).execute()
+        except (OSError, SafetensorError) as error:
+            log.exception("the run failed")
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise SaveError(
+                f"cannot write in {directory} ({error}); its last checkpoint is intact: make room or mend the "
+                "permissions, then run the same command again to resume"
+            ) from error
         except Exception:
             log.exception("the run failed; the same command resumes from its last checkpoint")
             raise
@@ -140,7 +150,9 @@ class _Run:
         report.write_curves(self.directory)
         report.write_report(self.directory)
         write_text(self.directory / "DONE", environment.code_digest() + "\n")
-        console.print(report.final_table(summary, self.directory))
+        console.print(report.final_table(summary))
+        for label, name in {"run": "", "figure": "curves.png", "report": "report.html"}.items():
+            console.print(f"{label:7}{self.directory / name}", soft_wrap=True, highlight=False)
 
     def _train_and_evaluate(
         self, policy: model.Policy, prompts: dict[str, list[Prompt]], notes: list[str], tracker: Tracker, started: float

@@ -136,8 +136,8 @@ def test_embedded_solutions_are_right_and_use_the_numbers_of_the_story(made):
 def test_embedded_golden_problem():
     assert [problem.id for problem in embedded.load("test", 3)] == [
         "embedded/sell/7-10-10/0",
-        "embedded/nest/4-7-4/0",
         "embedded/trade/7-10-6/0",
+        "embedded/fill/5-7-7/0",
     ]
     assert embedded.make(("gain", 9, 9, 9), 0).solution == "First, 9*9=81 balls. Then 81+9=90 balls.\n#### 90"
     assert embedded.direct_solution(embedded.make(("gain", 9, 9, 9), 0)) == "#### 90"

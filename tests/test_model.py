@@ -15,10 +15,10 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from pspo import model
+from pspo import hub, model
 from pspo.dataset import Problem, Prompt, render
 from pspo.logprob import make_batch, token_logprobs
-from pspo.model import hub, tiny, warm_start
+from pspo.model import source, tiny, warm_start
 from pspo.model.policy import Lora
 from pspo.rollout import sample
 from pspo.schema import ConfigError
@@ -266,7 +266,7 @@ def test_other_errors_are_not_taken_for_a_missing_network(monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", full)
     with pytest.raises(OSError, match="No space left"):
-        hub.locate("nobody/nothing")
+        source.locate("nobody/nothing")
 
 
 def cached(empty_cache, directory):
@@ -283,7 +283,7 @@ def test_what_is_in_the_cache_needs_no_network(empty_cache, saved, monkeypatch):
     snapshot = cached(empty_cache, directory)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://never.asked.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("the network was asked"))
-    assert hub.locate("nobody/nothing") == snapshot
+    assert source.locate("nobody/nothing") == snapshot
     loaded = model.load(configured(hub_id="nobody/nothing"), 0, CPU)
     assert_same_weights(loaded.model, policy.model)
 
@@ -300,7 +300,7 @@ def test_what_is_in_the_cache_only_in_part_is_downloaded(empty_cache, saved, mon
         return str(snapshot)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert hub.locate("nobody/nothing") == snapshot
+    assert source.locate("nobody/nothing") == snapshot
     assert asked == [True]
 
 
@@ -569,7 +569,7 @@ def test_the_same_content_is_trained_once(builds, tmp_path):
     assert first.is_relative_to(tmp_path / "cache" / "pspo")
     assert warm_start.cached(configured(), 0) == first
     assert len(builds) == 1
-    hub.check_directory(first)
+    source.check_directory(first)
     visible = [path for path in first.parent.iterdir() if not path.name.endswith(".lock")]
     assert visible == [first]
 

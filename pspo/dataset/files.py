@@ -138,11 +138,12 @@ def _xml(path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> Iterator[Row]:
     import datasets  # here, as it is slow to import
+    import pyarrow
 
     datasets.disable_progress_bars()
     try:
         return _rows(datasets.Dataset.from_parquet(str(path)), path)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError(f"{path} is not Parquet; copy it again (a Git LFS pointer is not data)") from error
 
 

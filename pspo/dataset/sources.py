@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pspo import hub
 from pspo.dataset import files
 from pspo.dataset.files import Row
 from pspo.dataset.problem import Problem, worked
@@ -140,19 +141,20 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
 
 
 def _download(source: Source, name: str) -> Path:
-    """The folder of a repository in the Hub's cache, fetched if need be.
+    """The folder of a repository in the hub's cache, fetched if need be.
 
     Not ``datasets.load_dataset``: offline it finds only what it has itself prepared before, not what ``hf download``
-    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0, huggingface_hub 2.4.0).
+    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0). Its readers do the rest.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    return hub.locate(
+        source.repo,
+        ["*.parquet", "*.jsonl"],
+        lambda folder: _check(source, folder),
+        asked=f"dataset={name}",
+        kind="dataset",
+        instead="set dataset.path=<folder with the files>",
+    )
 
-    try:
-        return Path(snapshot_download(source.repo, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise ConfigError(
-            f"dataset={name} is not in the cache and the Hub cannot be reached ({type(error).__name__}); run "
-            f"`hf download {source.repo} --repo-type dataset` on a machine with internet and the same HF_HOME, "
-            f"or set dataset.path=<folder with the files>"
-        ) from error
+
+def _check(source: Source, folder: Path) -> None:
+    files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pspo.files import new_directory
 from pspo.logprob import autocast_to_bfloat16
-from pspo.model import hub, warm_start
+from pspo.model import source, warm_start
 from pspo.model.tiny import Architecture
 from pspo.model.warm_start import WarmStart
 from pspo.schema import ConfigError, Schema, key
@@ -90,15 +90,15 @@ class Policy:
 def check(config: Model) -> None:
     """Refuse a model that cannot be had, before anything is loaded. Raises ConfigError."""
     if config.path is not None:
-        hub.check_directory(Path(config.path))
+        source.check_directory(Path(config.path))
     elif config.hub_id is not None:
-        hub.locate(config.hub_id)
+        source.locate(config.hub_id)
 
 
 def load(config: Model, seed: int, device: torch.device) -> Policy:
     """The policy that a run starts from: the same weights for every objective at one seed."""
     if config.path is not None or config.hub_id is not None:
-        directory = Path(config.path) if config.path is not None else hub.locate(str(config.hub_id))
+        directory = Path(config.path) if config.path is not None else source.locate(str(config.hub_id))
     else:
         directory = warm_start.cached(config, seed)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -38,26 +37,20 @@ def points(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return f"{d:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def final_table(summary: Mapping[str, Any], directory: Path) -> Table:
-    """What a run prints at its end: accuracy per test set before and after, and where everything is."""
+def final_table(summary: Mapping[str, Any]) -> Table:
+    """What a run prints at its end: accuracy per test set before and after, with what it is sure of."""
     table = Table(
         title=Text(f"{objective(summary)}, seed {summary['seed']}, {summary['steps']} steps", style="bold"),
         title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
     )
-    for column in ("test set", "n", "before, 95 % interval", "after, 95 % interval", "points"):
-        table.add_column(column, justify="left" if column == "test set" else "right")
+    for column in ("test set", "n", "before [95 %]", "after [95 %]", "points [95 %]"):
+        table.add_column(column, justify="left" if column == "test set" else "right", no_wrap=True)
     for name, result in summary.get("evaluation", {}).items():
         before, after = result["before"], result["after"]
         table.add_row(name, f"{after['n']:,}", percent(before), percent(after), points(before, after))
-    files = "\n".join(f"{label:7}{directory / file}" for label, file in _FILES.items())
-    # A grid around both: as the table's caption the paths would be broken at its width.
-    grid = Table.grid()
-    grid.add_row(table)
-    grid.add_row(Text(files, overflow="fold"))
-    return grid
-
-
-_FILES = {"run": "", "figure": "curves.png", "report": "report.html"}
+    return table
 
 
 def objective(summary: Mapping[str, Any]) -> str:

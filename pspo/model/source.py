@@ -1,15 +1,9 @@
-"""Model directories: found on the hub or given by the user, checked before anything is loaded."""
+"""Model directories, the hub's or the user's own, are checked before anything is loaded."""
 
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    HFValidationError,
-    HTTPError,  # the base of all errors of the HTTP client that the library uses
-    LocalEntryNotFoundError,
-)
-
+from pspo import hub
 from pspo.schema import ConfigError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
@@ -17,31 +11,16 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 
 
 def locate(hub_id: str) -> Path:
-    """The local snapshot of a hub repository; only what the cache lacks is downloaded. Raises ConfigError.
-
-    The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
-    that drops its packets (huggingface_hub 2.4.0 asks for the newest revision without a timeout).
-    """
-    try:
-        return _snapshot(hub_id, local_files_only=True)
-    except (LocalEntryNotFoundError, ConfigError):
-        pass  # not in the cache, or only in part
-    try:
-        return _snapshot(hub_id)
-    except (LocalEntryNotFoundError, HTTPError) as error:
-        raise ConfigError(
-            f"model.hub_id={hub_id} is not in the cache and cannot be downloaded ({type(error).__name__}); "
-            f"run `hf download {hub_id}` on a node with internet that shares this cache, or give model.path=<directory>"
-        ) from error
-
-
-def _snapshot(hub_id: str, local_files_only: bool = False) -> Path:
-    try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=FILES, local_files_only=local_files_only))
-    except HFValidationError as error:
-        raise ConfigError(f"model.hub_id={hub_id} is no name of a repository, such as Qwen/Qwen2.5-0.5B") from error
-    check_directory(directory, f"model.hub_id={hub_id}")
-    return directory
+    """The local snapshot of a model on the hub. Raises ConfigError where it cannot be had."""
+    asked = f"model.hub_id={hub_id}"
+    return hub.locate(
+        hub_id,
+        FILES,
+        lambda directory: check_directory(directory, asked),
+        asked=asked,
+        kind="model",
+        instead="give model.path=<directory>",
+    )
 
 
 def check_directory(directory: Path, source: str | None = None) -> None:

@@ -1,0 +1,44 @@
+"""Repositories of the Hugging Face hub: from the cache where they are whole there, else downloaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HFValidationError,
+    HTTPError,  # the base of all errors of the HTTP client that the library uses
+    LocalEntryNotFoundError,
+)
+
+from pspo.schema import ConfigError
+
+
+def locate(
+    repo: str, patterns: list[str], check: Callable[[Path], None], *, asked: str, kind: str, instead: str
+) -> Path:
+    """The local snapshot of ``repo``, a "model" or "dataset"; ``check`` raises ConfigError where files are missing.
+
+    The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
+    that drops its packets (huggingface_hub 2.4.0 asks for the newest revision without a timeout). ``asked`` and
+    ``instead`` are for the sentence of the ConfigError: the key, and what to give where there is no network.
+    """
+
+    def snapshot(local_files_only: bool) -> Path:
+        found = snapshot_download(repo, repo_type=kind, allow_patterns=patterns, local_files_only=local_files_only)
+        check(Path(found))
+        return Path(found)
+
+    try:
+        return snapshot(local_files_only=True)
+    except HFValidationError as error:
+        raise ConfigError(f"{asked} is no name of a repository, such as Qwen/Qwen2.5-0.5B") from error
+    except (LocalEntryNotFoundError, ConfigError):
+        pass  # not in the cache, or only in part
+    try:
+        return snapshot(local_files_only=False)
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        option = " --repo-type dataset" if kind == "dataset" else ""
+        raise ConfigError(
+            f"{asked} is not in the cache and cannot be downloaded ({type(error).__name__}); run "
+            f"`hf download {repo}{option}` on a node with internet that shares this cache (HF_HOME), or {instead}"
+        ) from error
