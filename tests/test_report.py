@@ -4,14 +4,17 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from pspo.report import METRICS, difference, final_table, meaning, read_metrics, write_curves, write_report
 from pspo.report.curves import LABEL_SPACING, PANELS, _spread, panels_of
+from pspo.report.metrics import table
 from pspo.statistics import wilson_interval
 
+README = Path(__file__).parents[1] / "README.md"
 ATTACK = "18 * 5 = <script>alert(1)</script>&lt;\u2028\x1b[31m \u202e\n#### 90"
 
 
@@ -191,3 +194,14 @@ def test_labels_keep_their_order_and_distance():
     assert heights[0] == pytest.approx(0.1)
     assert all(b - a >= LABEL_SPACING - 1e-9 for a, b in itertools.pairwise(heights))
     assert heights[2] == pytest.approx(0.61)
+
+
+def test_the_readme_has_the_table_of_metrics():
+    """Run `python -m tests.test_report` after a change of METRICS."""
+    assert f"<!-- metrics -->\n{table()}\n<!-- /metrics -->" in README.read_text()
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text().partition("<!-- metrics -->")
+    after = rest.partition("<!-- /metrics -->")[2]
+    README.write_text(f"{before}<!-- metrics -->\n{table()}\n<!-- /metrics -->{after}")

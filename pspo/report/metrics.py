@@ -61,3 +61,9 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """``summary.json``, or {} while the run is not done."""
     path = directory / "summary.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def table() -> str:
+    """``METRICS`` as a Markdown table, for the README."""
+    rows = ["| `{}` | {} |".format(name, meaning.replace("|", "\\|")) for name, meaning in METRICS.items()]
+    return "\n".join(["| key | meaning |", "|---|---|", *rows])
