@@ -56,6 +56,8 @@ class Config(Schema):
         super().__post_init__()
         if not re.fullmatch(r"[\w.+-]+", self.group):
             raise self.refuse("group", "names a directory; use letters, digits, _ . + -")
+        if self.selection == "best" and self.dataset.num_validation == 0:
+            raise self.refuse("selection", "needs validation problems; set dataset.num_validation")
         rows = self.rollout.prompts * self.rollout.group_size
         if self.update.num_minibatches > rows:
             raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from pspo.dataset import Prompt
 from pspo.model import Policy
-from pspo.reward import Reward
+from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
 from pspo.schema import Schema, key
 from pspo.statistics import wilson_interval
@@ -46,13 +46,12 @@ def answer(
             top_p=1.0 if greedy else rollout.top_p,
             max_rows=rollout.max_rows,
         )
-        yield [completion_row(completion, reward) for completion in completions]
+        yield [completion_row(c, reward(c.text, c.prompt.problem)) for c in completions]
 
 
-def completion_row(completion: Completion, reward: Reward) -> dict[str, Any]:
+def completion_row(completion: Completion, score: Score) -> dict[str, Any]:
     """A completion and its score as one line of a file."""
     problem = completion.prompt.problem
-    score = reward(completion.text, problem)
     return {
         "problem": problem.id,
         "question": problem.question,

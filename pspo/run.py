@@ -210,6 +210,8 @@ class _Run:
                 log.warning(notes[-1])
             if dropped and not prompts[name]:
                 raise self.config.dataset.refuse("max_prompt_tokens", f"all {dropped} {name} prompts are longer")
+        if self.config.budget.total and len(prompts["train"]) < self.config.rollout.prompts:
+            raise self.config.rollout.refuse("prompts", f"there are only {len(prompts['train'])} training problems")
         return prompts, notes
 
     def _evaluate(self, policy: model.Policy, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pspo import checkpoint
 from pspo.advantage import has_spread
@@ -17,7 +19,7 @@ from pspo.dataset import Prompt, order
 from pspo.evaluation import VALIDATION, answer, completion_row, summarize
 from pspo.files import JsonLines
 from pspo.model import Policy
-from pspo.reward import Reward
+from pspo.reward import Reward, Score
 from pspo.rollout import Completion, sample
 from pspo.statistics import Statistics
 from pspo.tracker import Tracker
@@ -34,7 +36,7 @@ class State:
 
     progress: Progress = field(default_factory=Progress)
     warmup_fraction: float = 0.0
-    best_reward: float = -1e300
+    best_reward: float | None = None
     best_step: int = 0
     no_spread_steps: int = 0
     notes: list[str] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Trainer:
                 if progress.steps % config.checkpoint.every == 0 or config.budget.spent(progress):
                     self._save()
                 bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
-        if config.selection == "best":
+        if self.state.best_reward is not None:
             self._restore_best()
         return self.state
 
@@ -85,29 +87,15 @@ class Trainer:
         begun = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        number = progress.steps + 1
-        fraction = config.budget.fraction(progress)
+        number, fraction = progress.steps + 1, config.budget.fraction(progress)
         chosen = order(len(self.train), config.seed, progress.prompts, config.rollout.prompts)
         completions = self._collect([self.train[i] for i in chosen], number)
         rollout_s = time.perf_counter() - begun
         scores = [self.reward(c.text, c.prompt.problem) for c in completions]
         reward_PG = torch.tensor([s.reward for s in scores], dtype=torch.float64).view(-1, config.rollout.group_size)
-        names = sorted({name for score in scores for name in score.components})
         advantage_PG = config.advantage(reward_PG)
-
         progress.steps, progress.prompts = number, progress.prompts + len(chosen)
         progress.completion_tokens += sum(len(c.token_ids) for c in completions)
-        spent = config.budget.fraction(progress) - fraction
-        updates = config.update.num_epochs * config.update.num_minibatches
-        first_update = progress.optimizer_steps
-
-        def learning_rate(i: int) -> float:
-            at = fraction + spent * i / updates
-            if first_update + i <= config.optimizer.warmup_steps:
-                self.state.warmup_fraction = at
-            progress.optimizer_steps = first_update + i + 1
-            return config.optimizer.lr_at(first_update + i, at, self.state.warmup_fraction)
-
         update(
             self.policy,
             config.objective,
@@ -116,33 +104,37 @@ class Trainer:
             config=config.update,
             temperature=config.rollout.temperature,
             max_grad_norm=config.optimizer.max_grad_norm,
-            learning_rate=learning_rate,
+            learning_rates=self._learning_rates(fraction, config.budget.fraction(progress)),
             random=np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, TRAIN, number]))),
             statistics=statistics,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )
+        progress.optimizer_steps += config.update.steps
         self._warn_without_spread(reward_PG)
-        for completion in completions[: config.rollout.group_size]:
-            self.completions.append({"step": number} | completion_row(completion, self.reward))
+        for completion, score in zip(completions[: config.rollout.group_size], scores, strict=False):
+            self.completions.append({"step": number} | completion_row(completion, score))
         step_s = time.perf_counter() - begun
-        tokens = sum(len(c.token_ids) for c in completions)
         return {
-            "reward/mean": reward_PG.mean().item(),
-            "reward/std": reward_PG.std().item(),
-            **{f"reward/{name}_mean": sum(s.components.get(name, 0.0) for s in scores) / len(scores) for name in names},
-            "reward/unparsed_rate": float(np.mean([not s.parsed for s in scores])),
-            "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
-            "completion/length_mean": tokens / len(completions),
-            "completion/truncated_rate": float(np.mean([not c.finished for c in completions])),
+            **_rollout_metrics(completions, scores, reward_PG),
             **statistics.result(),
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],
             **progress.metrics(),
             "time/step_s": step_s,
             "time/rollout_s": rollout_s,
             "time/update_s": step_s - rollout_s,
-            "time/tokens_per_s": tokens / step_s,
+            "time/tokens_per_s": sum(len(c.token_ids) for c in completions) / step_s,
             "memory/peak_gib": _peak_gib(),
         }
+
+    def _learning_rates(self, start: float, end: float) -> list[float]:
+        """Those of the optimizer steps of one rollout, over which the spent share of the budget goes start -> end."""
+        optimizer, first, updates = self.config.optimizer, self.state.progress.optimizer_steps, self.config.update.steps
+        if first <= optimizer.warmup_steps:
+            self.state.warmup_fraction = start + (end - start) * min(optimizer.warmup_steps - first, updates) / updates
+        return [
+            optimizer.lr_at(first + i, start + (end - start) * i / updates, self.state.warmup_fraction)
+            for i in range(updates)
+        ]
 
     def _collect(self, prompts: list[Prompt], number: int) -> list[Completion]:
         rollout = self.config.rollout
@@ -168,7 +160,8 @@ class Trainer:
             summarize([row for chunk in answer(*asked, seed=seed, greedy=greedy) for row in chunk])
             for greedy in (True, False)
         )
-        if self.config.selection == "best" and sampled["reward_mean"] > self.state.best_reward:
+        best = self.state.best_reward
+        if self.config.selection == "best" and (best is None or sampled["reward_mean"] > best):
             self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps
             checkpoint.save(self.checkpoints, "best", {"weights": checkpoint.weights(self.policy)}, {})
         log.info(
@@ -187,7 +180,7 @@ class Trainer:
             "time/validation_s": time.perf_counter() - begun,
         }
 
-    def _warn_without_spread(self, reward_PG: torch.Tensor) -> None:
+    def _warn_without_spread(self, reward_PG: Tensor) -> None:
         self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
         if self.state.no_spread_steps == NO_SPREAD_STEPS:
             self.state.notes.append(
@@ -238,6 +231,24 @@ class Trainer:
         if found is None:
             raise SaveError(f"selection=best, but {self.checkpoints / 'best'} cannot be read")
         checkpoint.restore_weights(self.policy, found[0]["weights"])
+
+
+def _rollout_metrics(completions: list[Completion], scores: list[Score], reward_PG: Tensor) -> dict[str, float]:
+    """What was sampled and what it was worth; a component that a score lacks counts as 0."""
+    names = sorted({name for score in scores for name in score.components})
+    return {
+        "reward/mean": reward_PG.mean().item(),
+        "reward/std": reward_PG.std().item(),
+        **{f"reward/{name}_mean": _mean(s.components.get(name, 0.0) for s in scores) for name in names},
+        "reward/unparsed_rate": _mean(not s.parsed for s in scores),
+        "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
+        "completion/length_mean": _mean(len(c.token_ids) for c in completions),
+        "completion/truncated_rate": _mean(not c.finished for c in completions),
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _summary(metrics: dict[str, float]) -> str:

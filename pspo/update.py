@@ -1,6 +1,6 @@
 """The updates of one step: epochs over a rollout, minibatches, micro-batches, optimizer steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,11 @@ class Update(Schema, block="update"):
     num_epochs: int = key("passes over a rollout", within="[1, inf)")
     num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
     max_tokens: int = key("padded tokens of one micro-batch; bounds memory and changes nothing else", within="[1, inf)")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one rollout."""
+        return self.num_epochs * self.num_minibatches
 
 
 class NonFiniteError(RuntimeError):
@@ -57,14 +62,14 @@ def update(
     config: Update,
     temperature: float,
     max_grad_norm: float,
-    learning_rate: Callable[[int], float],
+    learning_rates: Sequence[float],
     random: np.random.Generator,
     statistics: Statistics,
     failure: Path,
 ) -> None:
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
-    ``learning_rate(i)`` is that of the i-th optimizer step of this rollout. Raises NonFiniteError, after saving the
+    ``learning_rates`` has one for each optimizer step of this rollout. Raises NonFiniteError, after saving the
     offending minibatch at ``failure``, before a step is taken that cannot be trusted.
     """
     number = 0
@@ -85,7 +90,7 @@ def update(
             one = torch.ones((), dtype=torch.bool, device=grad_norm.device)
             statistics.mean("optimizer/grad_norm_mean", grad_norm, one)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(number)
+                group["lr"] = learning_rates[number]
             optimizer.step()
             number += 1
     optimizer.zero_grad(set_to_none=True)

@@ -88,6 +88,7 @@ BAD = {
     "budget.steps=null": "got none",
     "update.num_minibatches=257": "must be at most the 256 completions",
     "selection=worst": "selection must be one of last, best, got 'worst'",
+    "selection=best dataset.num_validation=0": "needs validation problems",
     "seed=-1": "seed must be in [0, 4294967295], got -1",
     "group=../up": "names a directory",
     "optimizer.lr=nan": "optimizer.lr must be in (0, inf), got nan",

@@ -66,7 +66,7 @@ def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, fai
     settings = {
         "temperature": 1.0,
         "max_grad_norm": math.inf,
-        "learning_rate": lambda i: lr,
+        "learning_rates": [lr] * config.steps,
         "random": np.random.default_rng(0),
     }
     update(
@@ -255,18 +255,14 @@ def test_one_step_by_hand(tiny_policy):
     assert result["optimizer/grad_norm_mean"] == pytest.approx(norm, rel=1e-9)
 
 
-def test_learning_rate_is_asked_for_in_every_optimizer_step(tiny_policy):
-    policy, asked = tiny_policy(), []
+def test_every_optimizer_step_has_its_learning_rate(tiny_policy):
+    policy, taken = tiny_policy(), []
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
-
-    def learning_rate(i):
-        asked.append((i, optimizer.param_groups[0]["lr"]))
-        return i + 1.0
-
+    optimizer.register_step_pre_hook(lambda made, *_: taken.append(made.param_groups[0]["lr"]))
     config = Update(num_epochs=2, num_minibatches=3, max_tokens=100)
     rows = [replace(row, advantage=0.0) for row in make()]
-    run(policy, ALL[0], rows, config=config, optimizer=optimizer, learning_rate=learning_rate)
-    assert asked == [(i, float(i)) for i in range(6)]
+    run(policy, ALL[0], rows, config=config, optimizer=optimizer, learning_rates=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert taken == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
 @pytest.mark.parametrize("max_tokens", [10_000, 1])
@@ -319,7 +315,7 @@ def test_a_broken_row_stops_the_run_before_the_step(tiny_policy, tmp_path, objec
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
     config = replace(ONE_STEP, max_tokens=40)
     with pytest.raises(NonFiniteError, match=re.escape(str(failure))):
-        run(policy, objective, rows, config=config, optimizer=optimizer, failure=failure, learning_rate=pytest.fail)
+        run(policy, objective, rows, config=config, optimizer=optimizer, failure=failure)
     assert torch.equal(weights(policy), before)
     assert not optimizer.state_dict()["state"]
     saved = [Row(**row) for row in torch.load(failure, weights_only=True)]
