@@ -19,7 +19,7 @@ test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on
 slow: $(VENV)/.installed  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/.installed  ## format, lint, types, spelling
+lint: $(VENV)/.installed  ## check format, lint, types, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -28,7 +28,8 @@ lint: $(VENV)/.installed  ## format, lint, types, spelling
 clean:  ## remove the virtual environment; outputs stay
 	rm -rf $(VENV)
 
-# The exact torch first: a range would let pip take the newest build with all of CUDA on a machine that has none.
+# The exact torch first, so that pip does not take a newer one; PyPI's build for Linux brings CUDA with it, several GB.
+# PyTorch's own index of CPU builds, given by PIP_EXTRA_INDEX_URL, has a small one.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0

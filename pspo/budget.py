@@ -44,7 +44,7 @@ class Budget(Schema, block="budget"):
 
     @property
     def total(self) -> int:
-        """How much of ``unit`` a run may spend."""
+        """How much of ``unit`` a run spends; it ends with the step that reaches it, so part of one may come on top."""
         return int(getattr(self, self.unit))
 
     def fraction(self, progress: Progress) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pspo import __version__
-from pspo.files import new_directory, write_json
+from pspo.files import SaveError, new_directory, write_json
 from pspo.model import Policy
 from pspo.schema import Schema, key
 
@@ -28,10 +28,6 @@ class Checkpoint(Schema, block="checkpoint"):
     keep: int = key("how many of the newest are kept", within="[1, inf)")
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the one before is intact."""
-
-
 def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, float]) -> None:
     """Write ``directory/name/`` with ``state.pt``, its digest and the clock. Raises SaveError; others stay intact."""
     try:
@@ -41,7 +37,7 @@ def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, flo
                 torch.save(state, cast(IO[bytes], writer))
             write_json(beside / "meta.json", {"version": __version__, "sha256": writer.digest.hexdigest()} | clock)
     except (OSError, RuntimeError) as error:  # torch.save wraps an OSError of the file in a RuntimeError
-        kept = newest(directory)
+        kept = [path for path in _steps(directory) if _read_meta(path) is not None]
         raise SaveError(
             f"cannot save {directory / name} ({_cause(error)}); "
             + (f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint")
@@ -49,9 +45,10 @@ def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, flo
         ) from error
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints of steps, and what interrupted saves left behind."""
-    for path in [*_steps(directory)[keep:], *directory.glob(".step_*")]:
+def prune(directory: Path, keep: int, best: int = 0) -> None:
+    """Delete all but the newest ``keep`` checkpoints of steps and the best one, and what interrupted saves left."""
+    others = [path for path in directory.glob("best_*") if path.name != f"best_{best:06d}"]
+    for path in [*_steps(directory)[keep:], *others, *directory.glob(".step_*"), *directory.glob(".best_*")]:
         shutil.rmtree(path)
 
 
@@ -66,6 +63,11 @@ def newest(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | Non
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """State and meta of one checkpoint, or None (with a warning) where it does not match its digest."""
+    meta = _read_meta(path)
+    return None if meta is None else (torch.load(path / "state.pt", map_location="cpu", weights_only=True), meta)
+
+
+def _read_meta(path: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((path / "meta.json").read_text())
         with (path / "state.pt").open("rb") as file:
@@ -76,7 +78,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     if digest != meta.get("sha256"):
         log.warning("passing over checkpoint %s: its digest does not match; it is torn or was changed", path)
         return None
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True), meta
+    return dict(meta)
 
 
 def seed_global_generators(seed: int) -> None:

@@ -66,27 +66,38 @@ class Config(Schema):
             )
 
 
-NOT_SCIENCE = ("group", "output_dir", "device", "threads", "checkpoint", "tracker")
-"""Keys that say where and how comfortably a run is made, not what is run."""
+NOT_SCIENCE = ("group", "output_dir", "device", "threads", "checkpoint", "tracker", "smoothing")
+"""Blocks that say where and how comfortably a run is made, not what is run; alpha stands in the objective."""
+
+ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("gradient_checkpointing",)}
+"""Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
 
 
 def resolve(values: Mapping[str, Any]) -> Config:
     """The typed tree of a composed configuration. Raises ConfigError."""
-    chosen = values.get("smoothing", {}).get("name", "none")
-    objective = OBJECTIVES.get(values.get("objective", {}).get("name"))
-    if chosen != "none" and objective is not None and not objective.takes_alpha:
-        takes = ", ".join(name for name, cls in OBJECTIVES.items() if cls.takes_alpha)
-        name = values["objective"]["name"]
-        raise ConfigError(
-            f"smoothing={chosen} sets objective.alpha, which objective={name} does not have; objectives with alpha: "
-            f"{takes} (or leave smoothing=none)"
-        )
+    smoothing, objective = values.get("smoothing", {}), values.get("objective", {})
+    cls = OBJECTIVES.get(objective.get("name"))
+    if smoothing.get("alpha") is not None and cls is not None:
+        if not cls.takes_alpha:
+            takes = ", ".join(name for name, known in OBJECTIVES.items() if known.takes_alpha)
+            raise ConfigError(
+                f"smoothing={smoothing['name']} sets objective.alpha, which objective={objective['name']} does not have"
+                f"; objectives with alpha: {takes} (or leave smoothing=none)"
+            )
+        if objective.get("alpha") != smoothing["alpha"]:
+            raise ConfigError(
+                f"smoothing={smoothing['name']} sets alpha to {smoothing['alpha']}, but objective.alpha="
+                f"{objective.get('alpha')} is set as well; give one of them"
+            )
     return build(Config, values)
 
 
 def science(config: Config) -> dict[str, Any]:
-    """What was run: the configuration without ``NOT_SCIENCE``."""
-    return {name: value for name, value in as_dict(config).items() if name not in NOT_SCIENCE}
+    """What was run: the configuration without ``NOT_SCIENCE`` and ``ONLY_MEMORY``."""
+    values = {name: value for name, value in as_dict(config).items() if name not in NOT_SCIENCE}
+    for block, names in ONLY_MEMORY.items():
+        values[block] = {name: value for name, value in values[block].items() if name not in names}
+    return values
 
 
 def identity(config: Config) -> str:

@@ -1,7 +1,7 @@
 """What a person sees: one console, one log, progress bars on a terminal and quiet elsewhere."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -26,14 +26,15 @@ def progress_bar(*, transient: bool = True) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=transient)
 
 
-def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Iterate with a progress bar."""
+def track(chunks: Iterable[Sequence[T]], description: str, total: int) -> Iterator[Sequence[T]]:
+    """Iterate over chunks of ``total`` items with a progress bar that counts items, with their rate."""
     with progress_bar() as bar:
         task = bar.add_task(description, total=total, info="")
-        for number, item in enumerate(items, 1):
-            yield item
+        for chunk in chunks:
+            yield chunk
+            bar.advance(task, len(chunk))
             speed = bar.tasks[task].speed
-            bar.update(task, completed=number, info=f"{speed:.1f}/s" if speed else "")
+            bar.update(task, info=f"{speed:.1f}/s" if speed else "")
 
 
 def log_to_console() -> None:

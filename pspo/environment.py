@@ -17,7 +17,7 @@ PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "t
 
 def choose_threads(configured: int | None) -> int:
     """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
-    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
+    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or _processors())
 
 
 def choose_device(configured: str) -> torch.device:
@@ -47,13 +47,17 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
     }
 
 
-def code_digest() -> str:
-    """A digest of the package's source, whether or not it is a git checkout."""
+def code_digest(*others: Path) -> str:
+    """A digest of the package's source, whether or not it is a git checkout, and of other files."""
     source = Path(__file__).parent
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in others))
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git(*arguments: str) -> str | None:

@@ -11,9 +11,6 @@ from pspo.rollout import Completion, Rollout, sample
 from pspo.schema import Schema, key
 from pspo.statistics import wilson_interval
 
-VALIDATION, TEST = 1, 2
-"""Words of the random key that keep validation and test apart from training (0)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Schema, block="evaluation"):

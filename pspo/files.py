@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+class SaveError(RuntimeError):
+    """A file could not be written; what was saved before is intact."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, at any instant and after any crash, sees the old one or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -18,6 +22,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -40,18 +45,24 @@ def new_directory(directory: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         for path in (beside, *beside.rglob("*")):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(path)
         if directory.exists():
             shutil.rmtree(old, ignore_errors=True)
             directory.rename(old)
         beside.rename(directory)
+        _sync(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -77,6 +88,11 @@ class JsonLines:
     def rows(self) -> list[dict[str, Any]]:
         """All lines."""
         return read_lines(self.path)
+
+    def sync(self) -> int:
+        """Flush to the disk what was appended; returns how many lines there are."""
+        _sync(self.path)
+        return self.num_rows()
 
     def num_rows(self) -> int:
         """How many whole lines there are."""

@@ -17,6 +17,7 @@ from pspo.dataset import Problem, Prompt
 from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
 from pspo.schema import Schema, key
+from pspo.stream import generator
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
@@ -86,7 +87,7 @@ def sample(
 
 def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """``count`` numbers uniform in [0, 1) from a counter-based generator keyed by ``words`` (Philox, Salmon 2011)."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(words)))).random(count)
+    return generator(*words).random(count)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

@@ -22,18 +22,18 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
+from rich.console import Console
 
-from pspo import dataset, environment, model, report
-from pspo.checkpoint import SaveError
+from pspo import checkpoint, dataset, environment, model, report
 from pspo.config import CONF, Config, open_keys, resolve, run_directory
-from pspo.console import console, log, log_to_console, log_to_file, track
+from pspo.console import log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
-from pspo.evaluation import TEST, answer, summarize
-from pspo.files import JsonLines, read_lines, write_json, write_text
+from pspo.evaluation import answer, summarize
+from pspo.files import JsonLines, SaveError, read_lines, write_json, write_text
 from pspo.help import help_text
-from pspo.reward import Reward, check_gold, make_reward
+from pspo.reward import Reward, check_gold, make_reward, source_files
 from pspo.schema import ConfigError, as_dict, unknown
+from pspo.stream import Stream
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
@@ -52,7 +52,8 @@ def main(composed: DictConfig) -> None:
         run(resolve({str(name): value for name, value in values.items()}), overrides)
     except EXPECTED as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # the launcher's affair
+            log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end
+            raise error.with_traceback(None) from None  # whose frames would keep this job's weights until then
         _leave(error)
 
 
@@ -73,36 +74,38 @@ def cli() -> None:
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     """Make, resume or, where it is DONE, only name the run directory of ``config``; ConfigError before any work."""
+    log_to_console()
     device = environment.choose_device(config.device)
+    directory = run_directory(config, overrides)
+    if (directory / "DONE").is_file():
+        log.info("already done: %s; another seed or group makes a new run, deleting it repeats this one", directory)
+        if (directory / "DONE").read_text().strip() != environment.code_digest(*source_files(config.reward)):
+            log.warning("the code has changed since that run was made")
+        return directory
+    _check_writable(config.output_dir)
     dataset.check(config.dataset)
     if config.budget.total and dataset.is_test_set(config.dataset):
         raise dataset.refuse_training(config.dataset)
     reward = make_reward(config.reward)
     model.check(config.model)
     problems = dataset.load(config.dataset, config.seed)
-    check_gold(
-        reward,
-        config.reward,
-        [*problems.train, *problems.validation, *(p for test in problems.test.values() for p in test)],
-    )
-    directory = run_directory(config, overrides)
-    with _lock(directory, config.output_dir):
-        log_to_console()
-        if (directory / "DONE").is_file():
-            log.info("already done: %s; another seed or group makes a new run, deleting it repeats this one", directory)
-            if (directory / "DONE").read_text().strip() != environment.code_digest():
-                log.warning("the code has changed since that run was made")
-            return directory
+    if config.budget.total and len(problems.train) < config.rollout.prompts:
+        raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
+    tests = [problem for test in problems.test.values() for problem in test]
+    check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])
+    with _lock(directory):
         handler = log_to_file(directory / "run.log")
         try:
             _Run(config, list(overrides), directory, device, problems, reward).execute()
-        except (OSError, SafetensorError) as error:
+        except ConfigError:
+            raise
+        except OSError as error:
             log.exception("the run failed")
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             raise SaveError(
-                f"cannot write in {directory} ({error}); its last checkpoint is intact: make room or mend the "
-                "permissions, then run the same command again to resume"
+                f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, "
+                "then run the same command again to resume from the last checkpoint"
             ) from error
         except Exception:
             log.exception("the run failed; the same command resumes from its last checkpoint")
@@ -128,6 +131,7 @@ class _Run:
         started = time.perf_counter()
         threads = self._write_identity()
         torch.set_num_threads(threads)
+        checkpoint.seed_global_generators(self.config.seed)
         log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
         policy = model.load(self.config.model, self.config.seed, self.device)
         prompts, notes = self._encode(policy.tokenizer)
@@ -149,7 +153,8 @@ class _Run:
         write_json(self.directory / "summary.json", summary)
         report.write_curves(self.directory)
         report.write_report(self.directory)
-        write_text(self.directory / "DONE", environment.code_digest() + "\n")
+        write_text(self.directory / "DONE", environment.code_digest(*source_files(self.config.reward)) + "\n")
+        console = Console()  # the result is the output; all else goes to standard error
         console.print(report.final_table(summary))
         for label, name in {"run": "", "figure": "curves.png", "report": "report.html"}.items():
             console.print(f"{label:7}{self.directory / name}", soft_wrap=True, highlight=False)
@@ -158,8 +163,9 @@ class _Run:
         self, policy: model.Policy, prompts: dict[str, list[Prompt]], notes: list[str], tracker: Tracker, started: float
     ) -> dict[str, Any]:
         config, tests = self.config, list(self.problems.test)
-        trainer = Trainer(config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker)
-        trainer.started = started
+        trainer = Trainer(
+            config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker, started
+        )
         before = {name: self._evaluate(policy, name, prompts[name], "before") for name in tests}
         trainer.resume()
         state = trainer.run()
@@ -218,20 +224,28 @@ class _Run:
         """Greedy accuracy on a test set; every answer is kept in ``evaluation/``, and read again after a resume."""
         path = self.directory / "evaluation" / f"{name}_{when}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        if not (when == "before" and path.is_file()):
+        if when == "after" or len(read_lines(path)) != len(prompts):
             beside = JsonLines(path.with_name(f".{path.name}"))
             beside.cut(0)
-            chunks = answer(
-                policy, prompts, self.reward, self.config.rollout, seed=[self.config.seed, TEST], greedy=True
-            )
-            for rows in track(chunks, f"test on {name}, {when}", -(-len(prompts) // self.config.rollout.max_rows)):
+            seed = [self.config.seed, Stream.TEST]
+            chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
+            for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
                 for row in rows:
                     beside.append(row)
+            beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))
 
 
-def _lock(directory: Path, output_dir: str) -> AbstractContextManager[Any]:
+def _check_writable(output_dir: str) -> None:
+    """Refuse a directory that cannot be written, without writing. Raises ConfigError."""
+    at = Path(output_dir).absolute()
+    nearest = next(path for path in (at, *at.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={output_dir}: cannot write in {nearest}; set output_dir=<directory>")
+
+
+def _lock(directory: Path) -> AbstractContextManager[Any]:
     """Make the run directory and lock it for this process; the kernel releases the lock of a process that dies."""
     owner = directory / ".owner"
     try:
@@ -242,9 +256,7 @@ def _lock(directory: Path, output_dir: str) -> AbstractContextManager[Any]:
         at_work = owner.read_text() if owner.is_file() else "unknown"
         raise ConfigError(f"another process ({at_work}) is at work in {directory}; wait for it, or stop it") from None
     except OSError as error:
-        raise ConfigError(
-            f"output_dir={output_dir}: cannot write {directory} ({error.strerror}); set output_dir=<directory>"
-        ) from error
+        raise ConfigError(f"cannot write {directory} ({error.strerror}); set output_dir=<directory>") from error
     return held
 
 

@@ -11,3 +11,4 @@ class Smoothing(Schema, block="smoothing"):
     """Which preset of ``objective.alpha`` was chosen."""
 
     name: Literal["none", "light", "paper", "strong"] = key("none leaves alpha to the objective")
+    alpha: float | None = key("what the preset sets objective.alpha to", within="[0, 1)")

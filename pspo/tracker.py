@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import secrets
 import subprocess
 import sys
@@ -80,10 +79,8 @@ class Tracker:
         self._pending.append(row)
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps: the bytes of ``metrics.jsonl`` so far, on disk by now."""
-        with self._lines.path.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"metrics_rows": self._lines.num_rows()}
+        """What a checkpoint keeps: the rows of ``metrics.jsonl`` so far, on disk by now."""
+        return {"metrics_rows": self._lines.sync()}
 
     def rewind(self, state: Mapping[str, int] | None) -> None:
         """Cut ``metrics.jsonl`` back to a checkpoint's ``state`` (None: to nothing) and send W&B the rows it lacks.
@@ -253,8 +250,11 @@ class _Wandb:
         for folder in sorted(folders, key=lambda path: path.name.removeprefix("offline-"), reverse=True):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
             output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
-            records = [json.loads(line) for line in output.splitlines()]
-            steps = [int(record["history"]["item"]["step"]) for record in records if record["type"] == "history"]
+            try:
+                records = [json.loads(line) for line in output.splitlines()]
+                steps = [int(record["history"]["item"]["step"]) for record in records if record["type"] == "history"]
+            except (ValueError, KeyError):  # a log that W&B itself cannot tell about
+                continue
             if steps:
                 return max(steps)
         return -1

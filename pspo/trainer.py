@@ -1,8 +1,9 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
+import resource
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,19 @@ from torch import Tensor
 from pspo import checkpoint
 from pspo.advantage import has_spread
 from pspo.budget import Progress
-from pspo.checkpoint import SaveError
 from pspo.config import Config
-from pspo.console import log, progress_bar
+from pspo.console import log, progress_bar, track
 from pspo.dataset import Prompt, order
-from pspo.evaluation import VALIDATION, answer, completion_row, summarize
-from pspo.files import JsonLines
+from pspo.evaluation import answer, completion_row, summarize
+from pspo.files import JsonLines, SaveError
 from pspo.model import Policy
 from pspo.reward import Reward, Score
 from pspo.rollout import Completion, sample
 from pspo.statistics import Statistics
+from pspo.stream import Stream, generator
 from pspo.tracker import Tracker
 from pspo.update import make_rows, update
 
-TRAIN = 0
 NO_SPREAD_STEPS = 5
 """After so many steps in a row in which every group has equal rewards, the run says that it learns nothing."""
 
@@ -68,7 +68,8 @@ class Trainer:
         if progress.steps == 0 and not config.budget.spent(progress):
             self.tracker.log(self._validate(), 0)
         with progress_bar(transient=False) as bar:
-            task = bar.add_task("training", total=config.budget.total, info="")
+            done = getattr(progress, config.budget.unit)
+            task = bar.add_task("training", total=config.budget.total, completed=done, info="")
             while not config.budget.spent(progress):
                 metrics = self._step()
                 if progress.steps % config.evaluation.every == 0 or config.budget.spent(progress):
@@ -85,7 +86,7 @@ class Trainer:
         """One rollout with all its updates."""
         config, progress, statistics = self.config, self.state.progress, Statistics()
         begun = time.perf_counter()
-        if torch.cuda.is_available():
+        if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         number, fraction = progress.steps + 1, config.budget.fraction(progress)
         chosen = order(len(self.train), config.seed, progress.prompts, config.rollout.prompts)
@@ -105,7 +106,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             max_grad_norm=config.optimizer.max_grad_norm,
             learning_rates=self._learning_rates(fraction, config.budget.fraction(progress)),
-            random=np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, TRAIN, number]))),
+            random=generator(config.seed, Stream.MINIBATCH, number),
             statistics=statistics,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )
@@ -123,7 +124,7 @@ class Trainer:
             "time/rollout_s": rollout_s,
             "time/update_s": step_s - rollout_s,
             "time/tokens_per_s": sum(len(c.token_ids) for c in completions) / step_s,
-            "memory/peak_gib": _peak_gib(),
+            "memory/peak_gib": _peak_gib(self.policy.device),
         }
 
     def _learning_rates(self, start: float, end: float) -> list[float]:
@@ -141,7 +142,7 @@ class Trainer:
         return sample(
             self.policy,
             prompts,
-            seed=[self.config.seed, TRAIN, number],
+            seed=[self.config.seed, Stream.TRAIN, number],
             group_size=rollout.group_size,
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
@@ -154,16 +155,17 @@ class Trainer:
         if not self.validation:
             return {}
         begun = time.perf_counter()
-        seed = [self.config.seed, VALIDATION, self.state.progress.steps]
+        seed = [self.config.seed, Stream.VALIDATION, self.state.progress.steps]
         asked = (self.policy, self.validation, self.reward, self.config.rollout)
         greedy, sampled = (
-            summarize([row for chunk in answer(*asked, seed=seed, greedy=greedy) for row in chunk])
-            for greedy in (True, False)
+            summarize([row for chunk in track(chunks, "validation", len(self.validation)) for row in chunk])
+            for chunks in (answer(*asked, seed=seed, greedy=greedy) for greedy in (True, False))
         )
         best = self.state.best_reward
         if self.config.selection == "best" and (best is None or sampled["reward_mean"] > best):
             self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps
-            checkpoint.save(self.checkpoints, "best", {"weights": checkpoint.weights(self.policy)}, {})
+            name = f"best_{self.state.best_step:06d}"
+            checkpoint.save(self.checkpoints, name, {"weights": checkpoint.weights(self.policy)}, {})
         log.info(
             "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens",
             self.state.progress.steps,
@@ -197,39 +199,37 @@ class Trainer:
             "random": checkpoint.random_state(),
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
-            "completions": self.completions.num_rows(),
+            "completions": self.completions.sync(),
         }
         name = f"step_{self.state.progress.steps:06d}"
         checkpoint.save(
             self.checkpoints, name, state, {"time/wall_s": self.earlier_s + time.perf_counter() - self.started}
         )
         self.tracker.commit(self.state.progress.steps)
-        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+        checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best=self.state.best_step)
 
-    def resume(self) -> bool:
-        """Continue from the newest whole checkpoint, cutting the files back to it; False where there is none."""
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, cutting the files back to it, or from the start."""
         found = checkpoint.newest(self.checkpoints)
         if found is None:
-            checkpoint.seed_global_generators(self.config.seed)
             self.tracker.rewind(None)
             self.completions.cut(0)
-            return False
+            return
         path, saved, meta = found
         checkpoint.restore_weights(self.policy, saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
         checkpoint.restore_random_state(saved["random"])
-        progress = Progress(**saved["state"].pop("progress"))
-        self.state = replace(State(**saved["state"]), progress=progress)
+        self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
         self.tracker.rewind(saved["tracker"])
         self.completions.cut(saved["completions"])
         self.earlier_s = meta["time/wall_s"]
         log.info("resumed from %s", path)
-        return True
 
     def _restore_best(self) -> None:
-        found = checkpoint.load(self.checkpoints / "best")
+        path = self.checkpoints / f"best_{self.state.best_step:06d}"
+        found = checkpoint.load(path)
         if found is None:
-            raise SaveError(f"selection=best, but {self.checkpoints / 'best'} cannot be read")
+            raise SaveError(f"selection=best, but {path} cannot be read; delete the run directory and start again")
         checkpoint.restore_weights(self.policy, found[0]["weights"])
 
 
@@ -240,6 +240,7 @@ def _rollout_metrics(completions: list[Completion], scores: list[Score], reward_
         "reward/mean": reward_PG.mean().item(),
         "reward/std": reward_PG.std().item(),
         **{f"reward/{name}_mean": _mean(s.components.get(name, 0.0) for s in scores) for name in names},
+        "reward/correct_mean": _mean(s.correct for s in scores),
         "reward/unparsed_rate": _mean(not s.parsed for s in scores),
         "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
         "completion/length_mean": _mean(len(c.token_ids) for c in completions),
@@ -253,15 +254,13 @@ def _mean(values: Iterable[float]) -> float:
 
 def _summary(metrics: dict[str, float]) -> str:
     return (
-        f"reward {metrics['reward/mean']:.2f}  accuracy {metrics.get('reward/correct_mean', float('nan')):.2f}  "
+        f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
         f"KL(old‖new) {metrics['policy/kl_old_new_k3']:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
     )
 
 
-def _peak_gib() -> float:
-    """Peak memory: of the GPU in this step where there is one, else of the process so far."""
-    import resource
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def _peak_gib(device: torch.device) -> float:
+    """Peak memory: of the GPU in this step where there is one, else of the process so far (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -112,6 +112,9 @@ def accumulate(
     the numerical gap between sampler and trainer.
     """
     policy.model.train(policy.gradient_checkpointing)  # the library recomputes activations in training mode only
+    for module in policy.model.modules():
+        if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
+            module.eval()
     num_tokens = sum(len(row.token_ids) for row in rows)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for micro in pack(rows, max_tokens):

@@ -32,7 +32,13 @@ def test_every_module_of_a_concern_has_its_test():
         word = path.stem
         if (path.suffix == ".py" or (path / "__init__.py").is_file()) and not word.startswith("_"):
             indirect = {"console": "run", "environment": "run", "evaluation": "run"}
-            indirect |= {"help": "config", "schema": "config", "smoothing": "config", "hub": "model"}
+            indirect |= {
+                "help": "config",
+                "schema": "config",
+                "smoothing": "config",
+                "hub": "model",
+                "stream": "rollout",
+            }
             assert (ROOT / "tests" / f"test_{indirect.get(word, word)}.py").is_file(), word
 
 

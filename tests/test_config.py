@@ -35,7 +35,22 @@ def test_smoothing_sets_alpha_and_nothing_else(preset, alpha):
     base, smoothed = as_dict(compose()), as_dict(compose([f"smoothing={preset}"]))
     assert smoothed["objective"]["alpha"] == alpha
     assert {name for name in base if base[name] != smoothed[name]} <= {"objective", "smoothing"}
-    assert compose([f"smoothing={preset}", "objective.alpha=0.7"]).objective.alpha == 0.7
+    assert identity(compose([f"smoothing={preset}"])) == identity(compose([f"objective.alpha={alpha}"]))
+
+
+def test_alpha_given_twice_is_refused():
+    for overrides in (
+        ["smoothing=strong", "objective.alpha=0.7"],
+        ["smoothing=strong", "experiment=paper_qwen0_5b_pspo"],
+    ):
+        with pytest.raises(ConfigError, match=r"smoothing=strong sets alpha to 0\.3, but objective\.alpha="):
+            compose(overrides)
+
+
+def test_what_bounds_memory_alone_does_not_name_a_run():
+    base = identity(compose())
+    for override in ("update.max_tokens=99", "rollout.max_rows=9", "model.gradient_checkpointing=true", "threads=1"):
+        assert identity(compose([override])) == base
 
 
 def test_a_hub_model_trains_on_gsm8k_unless_a_dataset_is_given():
@@ -89,6 +104,9 @@ BAD = {
     "update.num_minibatches=257": "must be at most the 256 completions",
     "selection=worst": "selection must be one of last, best, got 'worst'",
     "selection=best dataset.num_validation=0": "needs validation problems",
+    "model.warm_start=null": "the embedded policy needs one",
+    "model.attention=flash_attention_2 model.autocast=true": "needs the package flash-attn",
+    "dataset.num_test=9999": "dataset.num_test=9999: there are 517 different ones",
     "seed=-1": "seed must be in [0, 4294967295], got -1",
     "group=../up": "names a directory",
     "optimizer.lr=nan": "optimizer.lr must be in (0, inf), got nan",

@@ -462,9 +462,7 @@ def test_a_function_in_a_package():
 
 @pytest.mark.parametrize("name", ["nothing", "infinite", "undefined"])
 def test_a_result_that_is_no_finite_number_is_refused(own, name):
-    with pytest.raises(
-        ValueError, match=rf"mine.py:{name} must return a finite number or a Score, got .* on problem p1"
-    ):
+    with pytest.raises(ValueError, match=rf"mine.py:{name} must return a finite number .* got .* on problem p1"):
         own(name)("5", problem("5"))
 
 

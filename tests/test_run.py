@@ -152,6 +152,7 @@ def test_a_run_killed_after_any_step_ends_like_the_unbroken_one(unbroken, cache,
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (only_run(tmp_path) / "DONE").exists()
     status, output = start(tmp_path, cache, *SMALL)
     assert status == 0, output
     expected = fingerprint(only_run(unbroken[0])) | {"DONE": fingerprint(only_run(tmp_path))["DONE"]}
@@ -168,7 +169,8 @@ def test_seeds_and_batching_make_other_runs_of_the_same_name_rule():
 def test_a_second_process_in_one_directory_is_refused(cache, tmp_path):
     first = start(tmp_path, cache, *SMALL, "budget.steps=500", "checkpoint.every=500", wait=False)
     try:
-        while first.poll() is None and not list(tmp_path.glob("outputs/main/*/metrics.jsonl")):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(tmp_path.glob("outputs/main/*/metrics.jsonl")):
             time.sleep(0.05)
         status, output = start(tmp_path, cache, *SMALL, "budget.steps=500", "checkpoint.every=500")
         assert status == 2

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-import numpy as np
-
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
 from pspo.schema import ConfigError, Schema, key
+from pspo.stream import Stream, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +30,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-SPLIT, ORDER = 0, 1  # what a permutation is for, so that no two share their random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,9 @@ class EmbeddedConfig(DatasetConfig):
     def __post_init__(self) -> None:
         """Refuse a path, which nothing would read."""
         super().__post_init__()
+        for name, split in (("num_validation", "validation"), ("num_test", "test")):
+            if getattr(self, name) > embedded.num_tales(split):
+                raise self.refuse(name, f"there are {embedded.num_tales(split)} different ones")
         if self.path is not None:
             raise self.refuse("path", "dataset=embedded is made, not read; use dataset=jsonl for a file of your own")
 
@@ -165,7 +165,7 @@ def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, offset = divmod(start + len(indices), num_problems)
-        indices += _permutation(num_problems, seed, ORDER, epoch)[offset : offset + count - len(indices)]
+        indices += _permutation(num_problems, seed, Stream.ORDER, epoch)[offset : offset + count - len(indices)]
     return indices
 
 
@@ -181,13 +181,12 @@ def _hold_out(
         return [], []
     if len(train) <= num:
         raise config.refuse("num_validation", f"must be less than the {len(train)} training problems")
-    shuffled = [train[i] for i in _permutation(len(train), seed, SPLIT)]
+    shuffled = [train[i] for i in _permutation(len(train), seed, Stream.SPLIT)]
     return shuffled[: len(train) - num], shuffled[len(train) - num :]
 
 
 def _permutation(num: int, *words: int) -> list[int]:
-    bits = np.random.Philox(np.random.SeedSequence(words))
-    return cast(list[int], np.random.Generator(bits).permutation(num).tolist())
+    return cast(list[int], generator(*words).permutation(num).tolist())
 
 
 def _limit(problems: list[Problem], num: int | None) -> list[Problem]:

@@ -90,6 +90,11 @@ def load(split: str, num: int) -> list[Problem]:
     return [make(tales[i % len(tales)], i // len(tales)) for i in range(num)]
 
 
+def num_tales(split: str) -> int:
+    """How many problems of a split have different (family, numbers)."""
+    return len(_deal()[split])
+
+
 def make(tale: Tale, variant: int) -> Problem:
     """The problem with id ``embedded/<family>/<a>-<b>-<c>/<variant>``."""
     kind, a, b, c = tale

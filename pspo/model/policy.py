@@ -1,14 +1,16 @@
 """The policy and the ways to get one: from a local directory, from the hub, or made here and warm-started."""
 
 import copy
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pspo.files import new_directory
+from pspo.files import SaveError, new_directory
 from pspo.logprob import autocast_to_bfloat16
 from pspo.model import source, warm_start
 from pspo.model.tiny import Architecture
@@ -52,10 +54,14 @@ class Model(Schema, block="model"):
         super().__post_init__()
         if self.path is None and self.hub_id is None and self.architecture is None:
             raise self.refuse("path", "name a local directory, or choose a model option that has a hub_id")
+        if self.path is None and self.hub_id is None and self.warm_start is None:
+            raise self.refuse("warm_start", "the embedded policy needs one; choose model=tiny, or give model.path")
         if self.autocast and self.dtype == "float64":
             raise self.refuse("autocast", "goes with model.dtype=float32 only")
         if self.attention == "flash_attention_2" and not self.autocast:
             raise self.refuse("attention", "flash attention needs model.autocast=true")
+        if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise self.refuse("attention", "needs the package flash-attn; install it or set model.attention=sdpa")
         if self.attention == "eager" and self.dtype == "float64":
             # Its softmax is in float32, where the mask's lowest float64 is -inf: rows of padding become NaN.
             raise self.refuse("attention", "goes with model.dtype=float32 only; set model.attention=sdpa")
@@ -90,7 +96,7 @@ class Policy:
 def check(config: Model) -> None:
     """Refuse a model that cannot be had, before anything is loaded. Raises ConfigError."""
     if config.path is not None:
-        source.check_directory(Path(config.path))
+        source.check_directory(Path(config.path).expanduser())
     elif config.hub_id is not None:
         source.locate(config.hub_id)
 
@@ -98,17 +104,20 @@ def check(config: Model) -> None:
 def load(config: Model, seed: int, device: torch.device) -> Policy:
     """The policy that a run starts from: the same weights for every objective at one seed."""
     if config.path is not None or config.hub_id is not None:
-        directory = Path(config.path) if config.path is not None else source.locate(str(config.hub_id))
+        directory = Path(config.path).expanduser() if config.path is not None else source.locate(str(config.hub_id))
     else:
         directory = warm_start.cached(config, seed)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+        )
+    except SafetensorError as error:
+        raise ConfigError(f"{directory}: its weights cannot be read ({error}); copy or download them again") from error
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.rank:
@@ -118,7 +127,10 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
             torch.manual_seed(seed)
             targets = config.lora.target_modules
             adapters = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets)
-            model = inject_adapter_in_model(adapters, model)
+            try:
+                model = inject_adapter_in_model(adapters, model)
+            except ValueError as error:  # no layer of that name
+                raise config.lora.refuse("target_modules", str(error)) from error
     model.to(device).eval()
     _check_head(config, model)
     return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing)
@@ -129,9 +141,14 @@ def save(policy: Policy, directory: Path) -> None:
     model = policy.model
     if any("lora_" in name for name, _ in model.named_parameters()):
         model = _merged(model)
-    with new_directory(directory) as beside:
-        model.save_pretrained(beside)
-        policy.tokenizer.save_pretrained(beside)
+    try:
+        with new_directory(directory) as beside:
+            model.save_pretrained(beside)
+            policy.tokenizer.save_pretrained(beside)
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"cannot save {directory} ({error}); make room or mend the permissions, then run the same command again"
+        ) from error
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pspo import hub
 from pspo.schema import ConfigError
@@ -37,13 +38,19 @@ def check_directory(directory: Path, source: str | None = None) -> None:
             "save it again with save_pretrained(safe_serialization=True)"
         )
     index = directory / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    shards = set(_read(index).get("weight_map", {}).values())
     missing = sorted(shard for shard in shards if not (directory / shard).is_file())
     if missing:
         raise ConfigError(f"{source} has no {missing[0]}, which {index.name} names; copy or download it again")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"{source} has no tokenizer (tokenizer.json); save it beside the model")
     settings = directory / "tokenizer_config.json"
-    in_settings = settings.is_file() and json.loads(settings.read_text()).get("chat_template")
-    if not in_settings and not (directory / "chat_template.jinja").is_file():
+    if not _read(settings).get("chat_template") and not (directory / "chat_template.jinja").is_file():
         raise ConfigError(f"{source} has no chat template; set tokenizer.chat_template and save the tokenizer again")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); copy or download it again") from error

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import numpy as np
 import torch
 import transformers
 
@@ -24,7 +23,8 @@ from pspo.dataset import Problem, embedded, render
 from pspo.files import new_directory
 from pspo.logprob import make_batch, token_logprobs
 from pspo.model import tiny
-from pspo.schema import Schema, as_dict, key
+from pspo.schema import ConfigError, Schema, as_dict, key
+from pspo.stream import Stream, generator
 
 if TYPE_CHECKING:
     from pspo.model.policy import Model
@@ -36,7 +36,7 @@ log = logging.getLogger("pspo")
 class WarmStart(Schema, block="model.warm_start"):
     """Supervised learning before the run: fixed steps, so that every machine does the same work."""
 
-    worked_steps: int = key("steps on solutions that show the working", within="[0, inf)")
+    worked_steps: int = key("steps on solutions that show the working", within="[1, inf)")
     mixed_steps: int = key("steps on a mix of worked solutions and bare answers", within="[0, inf)")
     worked_share: float = key("share of worked solutions in the mix", within="[0, 1]")
     batch_size: int = key("problems of one step", within="[1, inf)")
@@ -49,8 +49,15 @@ def cached(config: "Model", seed: int) -> Path:
     assert config.warm_start is not None
     problems = embedded.load("train", config.warm_start.num_problems)
     directory = cache_directory() / "warm_start" / _digest(config, seed, problems)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{directory}.lock"):
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{directory}.lock").acquire()
+    except OSError as error:
+        raise ConfigError(
+            f"XDG_CACHE_HOME={cache_directory().parent}: cannot write {directory.parent} ({error.strerror}), where the "
+            "warm policy is kept; set it to a directory that can be written"
+        ) from error
+    with lock:
         if not directory.is_dir():
             log.info("warm start of the embedded policy, kept in %s", directory)
             model, tokenizer = _train(config, seed, problems)
@@ -97,7 +104,8 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
     model.train()
-    for step, batch in enumerate(track(_batches(settings, seed, len(problems)), "warm start", num_steps)):
+    batches = _batches(settings, seed, len(problems))
+    for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
         targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
@@ -114,7 +122,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
 
 def _batches(settings: WarmStart, seed: int, num_problems: int) -> Iterator[list[tuple[int, bool]]]:
     """Indices of problems, each with whether its working is shown: always at first, then in a share of the mix."""
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1])))
+    random = generator(seed, Stream.WARM_START)
     for step in range(settings.worked_steps + settings.mixed_steps):
         share = 1.0 if step < settings.worked_steps else settings.worked_share
         chosen = random.integers(num_problems, size=settings.batch_size)

@@ -19,7 +19,8 @@ METRICS: dict[str, str] = {
     "completion/length_mean": "completion length, tokens",
     "completion/truncated_rate": "share of completions cut at rollout.max_new_tokens, 0 to 1",
     "loss/mean": "the objective's loss, mean over the step's tokens",
-    "policy/kl_old_new_k3": "KL(old‖new), k3 estimate on sampled tokens, nats per token",
+    "policy/kl_old_new_k3": "KL(old‖new), k3 estimate on sampled tokens, nats per token; mean over the step's updates, "
+    "each measured before it, so 0 by construction with one update per rollout",
     "policy/entropy_mean": "entropy of the policy at the sampling temperature, nats per token",
     "policy/ratio_max": "largest importance ratio new/old of any token",
     "policy/ratio_clamped_rate": "share of tokens whose log-ratio was clamped to ±20, 0 to 1",

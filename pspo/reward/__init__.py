@@ -29,9 +29,13 @@ __all__ = [
     "paper",
     "plain",
     "same",
+    "source_files",
 ]
 
 log = logging.getLogger(__name__)
+
+CUSTOM_SAMPLE = 16
+"""Gold answers shown to a user's own reward at the start, which may be slow."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,12 @@ def make_reward(config: RewardConfig) -> Reward:
     return paper
 
 
+def source_files(config: RewardConfig) -> list[Path]:
+    """The user's own file, where the reward is one."""
+    place = config.function.rpartition(":")[0] if isinstance(config, CustomConfig) else ""
+    return [Path(place)] if place.endswith(".py") and Path(place).is_file() else []
+
+
 def plain(completion: str, problem: Problem, format_bonus: float) -> Score:
     """1 if correct, plus the bonus for the format, which so tells even two correct completions apart."""
     line = asked(completion)
@@ -111,7 +121,7 @@ def check_gold(reward: Reward, config: RewardConfig, problems: Sequence[Problem]
 
     A custom reward may be about something else than the gold answer, so it is told in a warning only.
     """
-    for problem in problems:
+    for problem in problems[:CUSTOM_SAMPLE] if isinstance(config, CustomConfig) else problems:
         if not reward(f"#### {problem.answer}", problem).correct:
             told = f"problem {problem.id}: the gold answer {problem.answer!r} is not correct under reward={config.name}"
             if not isinstance(config, CustomConfig):
@@ -150,10 +160,13 @@ def _load(file: Path) -> ModuleType:
 def _custom(function: Callable[[str, Problem], Any], name: str, completion: str, problem: Problem) -> Score:
     """A number becomes a score that is correct from 1 on. Raises ValueError for what is no finite number."""
     result = function(completion, problem)
+    given = result.components if isinstance(result, Score) else {"custom": result}
     reward = result.reward if isinstance(result, Score) else result
-    if not isinstance(reward, Real) or not math.isfinite(reward):
-        told = f"reward.function={name} must return a finite number or a Score, got {result!r} on problem {problem.id}"
-        raise ValueError(told)
+    for value in (reward, *given.values()):
+        if not isinstance(value, Real) or not math.isfinite(value):
+            told = f"reward.function={name} must return a finite number or a Score of finite numbers, got {result!r}"
+            raise ValueError(f"{told} on problem {problem.id}")
+    components = {component: float(value) for component, value in given.items()}  # NumPy's own types are no JSON
     if isinstance(result, Score):
-        return result
-    return Score(float(reward), float(reward) >= 1, {"custom": float(reward)}, True)
+        return Score(float(reward), bool(result.correct), components, bool(result.parsed))
+    return Score(float(reward), float(reward) >= 1, components, True)
