@@ -31,7 +31,9 @@ def choose_device(configured: str) -> torch.device:
 
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run, and to judge why it may differ."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    tracked = _git("ls-files", "--error-unmatch", "environment.py")  # else it is installed inside another repository
+    commit = _git("rev-parse", "HEAD") if tracked else None
+    changes = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
     return {
         "code": {
             "sha256": code_digest(),

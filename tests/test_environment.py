@@ -1,0 +1,59 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pspo
+from pspo import environment
+from pspo.schema import ConfigError
+
+PACKAGE = Path(pspo.__file__).parent
+
+
+def test_threads_are_as_configured_else_slurms_else_those_allowed(monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert environment.choose_threads(None) == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    assert environment.choose_threads(None) == 7
+    assert environment.choose_threads(3) == 3
+
+
+def test_a_gpu_asked_for_and_absent_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert environment.choose_device("auto") == environment.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device=cuda, but this process sees no GPU"):
+        environment.choose_device("cuda")
+
+
+def test_the_code_is_named_by_its_content(tmp_path):
+    reward = tmp_path / "mine.py"
+    reward.write_text("a")
+    first = environment.code_digest(reward)
+    assert first == environment.code_digest(reward) != environment.code_digest()
+    reward.write_text("b")
+    assert environment.code_digest(reward) != first
+
+
+def test_a_copy_inside_another_repository_records_no_commit(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copytree(PACKAGE, tmp_path / "pspo")
+    code = "import torch; from pspo import environment as e; print(e.describe(1, torch.device('cpu'))['code'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "'commit': None, 'uncommitted_changes': None" in done.stdout
+
+
+def test_the_record_is_a_function_of_the_machine_alone():
+    assert environment.describe(2, torch.device("cpu")) == environment.describe(2, torch.device("cpu"))
+
+
+def test_a_threads_barrier_spins_for_a_bounded_time():
+    code = "import os, pspo; print(os.environ['GOMP_SPINCOUNT'])"
+    command = [sys.executable, "-c", code]
+    unset = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    assert subprocess.run(command, env=unset, capture_output=True, text=True, check=True).stdout == "10000\n"
+    kept = subprocess.run(command, env=unset | {"GOMP_SPINCOUNT": "5"}, capture_output=True, text=True, check=True)
+    assert kept.stdout == "5\n"
