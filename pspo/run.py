@@ -17,7 +17,9 @@ from typing import Any, NoReturn
 import filelock
 import hydra
 import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from pspo import checkpoint, dataset, environment, model, report
-from pspo.config import CONF, Config, open_keys, resolve, run_directory
+from pspo.config import CONF, Config, compose, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
 from pspo.evaluation import answer, summarize
@@ -65,6 +67,8 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
     sys.argv[1:] = open_keys(sys.argv[1:])
     try:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            _check_all(sys.argv[1:])
         main()
     except EXPECTED as error:
         _leave(error)
@@ -235,6 +239,15 @@ class _Run:
             beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))
+
+
+def _check_all(arguments: Sequence[str]) -> None:
+    """Compose every job of a multirun before the first one starts. Raises ConfigError."""
+    given = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a]
+    overrides = OverridesParser.create().parse_overrides(given)
+    for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
+        for job in batch:
+            compose(job)
 
 
 def _check_writable(output_dir: str) -> None:

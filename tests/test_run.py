@@ -237,6 +237,13 @@ def test_multirun_is_a_matched_comparison(cache, tmp_path):
     assert first[0] == first[1]
 
 
+def test_every_job_of_a_multirun_is_checked_before_the_first_starts(cache, tmp_path):
+    status, output = start(tmp_path, cache, "-m", *SMALL, "objective.alpha=0.1,0.2,2")
+    assert status == 2
+    assert output.splitlines()[-1] == "pspo: objective.alpha must be in [0, 1), got 2.0"
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no real data in {DATA}; set PSPO_DATA")
 def test_real_gsm8k_with_the_tiny_architecture(cache, tmp_path):
     small = [o for o in SMALL if not o.startswith(("dataset.num_train", "dataset.num_test"))]
