@@ -145,6 +145,9 @@ def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) ->
     if panel.log:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.95), max(high, 2.1))  # with the ratio 1, where nothing has moved
+    if panel.percent:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.05 * max(high, 0.01)), max(high, 0.01))  # no share is negative, nor its axis
     if panel.tests:
         labels += _draw_tests(axes, summary)
     if len(labels) > 1:
