@@ -145,7 +145,7 @@ def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) ->
     if panel.log:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.95), max(high, 2.1))  # with the ratio 1, where nothing has moved
-    if panel.percent:
+    if panel.percent and not panel.tests:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -0.05 * max(high, 0.01)), max(high, 0.01))  # no share is negative, nor its axis
     if panel.tests:
