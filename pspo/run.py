@@ -17,9 +17,7 @@ from typing import Any, NoReturn
 import filelock
 import hydra
 import torch
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from pspo import checkpoint, dataset, environment, model, report
-from pspo.config import CONF, Config, compose, open_keys, resolve, run_directory
+from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
 from pspo.evaluation import answer, summarize
@@ -67,8 +65,6 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
     sys.argv[1:] = open_keys(sys.argv[1:])
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            _check_all(sys.argv[1:])
         main()
     except EXPECTED as error:
         _leave(error)
@@ -86,12 +82,8 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         if (directory / "DONE").read_text().strip() != environment.code_digest(*source_files(config.reward)):
             log.warning("the code has changed since that run was made")
         return directory
-    _check_writable(config.output_dir)
-    dataset.check(config.dataset)
-    if config.budget.total and dataset.is_test_set(config.dataset):
-        raise dataset.refuse_training(config.dataset)
+    check(config)
     reward = make_reward(config.reward)
-    model.check(config.model)
     problems = dataset.load(config.dataset, config.seed)
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
@@ -239,23 +231,6 @@ class _Run:
             beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))
-
-
-def _check_all(arguments: Sequence[str]) -> None:
-    """Compose every job of a multirun before the first one starts. Raises ConfigError."""
-    given = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a]
-    overrides = OverridesParser.create().parse_overrides(given)
-    for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
-        for job in batch:
-            compose(job)
-
-
-def _check_writable(output_dir: str) -> None:
-    """Refuse a directory that cannot be written, without writing. Raises ConfigError."""
-    at = Path(output_dir).absolute()
-    nearest = next(path for path in (at, *at.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={output_dir}: cannot write in {nearest}; set output_dir=<directory>")
 
 
 def _lock(directory: Path) -> AbstractContextManager[Any]:
