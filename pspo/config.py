@@ -1,5 +1,6 @@
 """The whole configuration: its schemas, the rejection of what does not fit, and the name of a run's directory."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -154,10 +155,12 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
     """The configurations of many jobs; Hydra is set up once. Raises ConfigError at the first that does not fit."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     made = []
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    ready = GlobalHydra.instance().is_initialized()  # as in a multirun
+    with contextlib.nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in jobs:
             composed = hydra_compose("config", overrides=open_keys(overrides))
             values = OmegaConf.to_container(composed, resolve=True)
@@ -179,7 +182,8 @@ def check(config: Config) -> None:
     if config.budget.total and dataset.is_test_set(config.dataset):
         raise dataset.refuse_training(config.dataset)
     make_reward(config.reward)
-    model.check(config.model)
+    if config.model.path is not None:  # one of the hub's may lie in a cache that the jobs alone see
+        model.check(config.model)
 
 
 def _sets_value(argument: str) -> bool:

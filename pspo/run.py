@@ -31,6 +31,7 @@ from pspo.dataset import Prompt
 from pspo.evaluation import answer, summarize
 from pspo.files import JsonLines, SaveError, read_lines, write_json, write_text
 from pspo.help import help_text
+from pspo.launcher import RunsFailed, result
 from pspo.reward import Reward, check_gold, make_reward, source_files
 from pspo.schema import ConfigError, as_dict, unknown
 from pspo.stream import Stream
@@ -38,18 +39,18 @@ from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError, RunsFailed)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """One run, or one job of a multirun."""
+def main(composed: DictConfig) -> float | None:
+    """One run, or one job of a multirun; returns what a sweeper may maximise."""
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
     overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
     try:
-        run(resolve({str(name): value for name, value in values.items()}), overrides)
+        return result(run(resolve({str(name): value for name, value in values.items()}), overrides))
     except EXPECTED as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end
@@ -83,6 +84,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
             log.warning("the code has changed since that run was made")
         return directory
     check(config)
+    model.check(config.model)
     reward = make_reward(config.reward)
     problems = dataset.load(config.dataset, config.seed)
     if config.budget.total and len(problems.train) < config.rollout.prompts:
@@ -254,7 +256,7 @@ def _leave(error: Exception) -> NoReturn:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         error = unknown(option, error.options, group)
     sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError) else 2)
+    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | RunsFailed) else 2)
 
 
 if __name__ == "__main__":

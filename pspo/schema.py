@@ -127,7 +127,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
+    if hint is Any:
+        return True
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -141,9 +143,11 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:
         return f"a list, each item {_describe(typing.get_args(hint)[0])}"
-    if origin is dict or (isinstance(hint, type) and issubclass(hint, Schema)):
+    if origin is dict:
+        return f"a table, each item {_describe(typing.get_args(hint)[1])}"
+    if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -25,7 +25,6 @@ Outcome = float | RunsFailed | None
 class Launcher(Schema, ABC, block="hydra.launcher"):
     """Keys of every launcher."""
 
-    gpus: int = key("GPUs of one run", within="[0, inf)")
     dry_run: bool = key("print what would be run, and run nothing")
     retry_failed: bool = key("run those again whose last attempt raised an error")
     hours_per_run: float | None = key("your estimate, for the cost in GPU-hours", within="(0, inf)")
@@ -54,6 +53,10 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
         """Run ``todo``, some of all ``runs``; the outcomes by directory."""
 
+    @abstractmethod
+    def _num_gpus(self) -> int:
+        """Of one run."""
+
     def _notes(self, todo: list[Planned]) -> list[str]:
         """More for a dry run to print."""
         return []
@@ -61,8 +64,9 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
     def _cost(self, num_runs: int) -> str:
         if self.hours_per_run is None:
             return "cost: set hydra.launcher.hours_per_run=<estimate> to see GPU-hours"
-        total = num_runs * self.hours_per_run * self.gpus
-        return f"cost: {num_runs} runs x {self.hours_per_run:g} h x {self.gpus} GPU = {total:g} GPU-hours"
+        gpus = self._num_gpus()
+        total = num_runs * self.hours_per_run * gpus
+        return f"cost: {num_runs} runs x {self.hours_per_run:g} h x {gpus} GPU = {total:g} GPU-hours"
 
 
 def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:
@@ -77,15 +81,14 @@ def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path,
     return {run.directory: error if run.directory in failed else result(run.directory) for run in runs}
 
 
-def record_runs(folder: Path, cluster: str, job_id: str, tasks: Sequence[tuple[str | None, Planned]]) -> None:
+def record_runs(folder: Path, cluster: str, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
     """Write ``.submitit/<job id>/runs.json`` in every group that has runs among them: which task is which run."""
-    for parent in {run.directory.parent for _, run in tasks}:
+    for parent in {run.directory.parent for run in runs}:
         rows: list[dict[str, Any]] = [
             {"task": task, "directory": str(run.directory), "overrides": run.overrides}
-            for task, run in tasks
+            for task, run in zip(tasks, runs, strict=True)
             if run.directory.parent == parent
         ]
         place = parent / ".submitit" / folder.name
         place.mkdir(parents=True, exist_ok=True)
-        record = {"cluster": cluster, "job_id": job_id, "folder": str(folder), "runs": rows}
-        write_json(place / "runs.json", record)
+        write_json(place / "runs.json", {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "runs": rows})

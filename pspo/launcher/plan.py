@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pspo.config import as_dict, check, compose_all, run_directory
+from pspo.config import check, compose_all, run_directory
 from pspo.files import write_json
-from pspo.schema import ConfigError
+from pspo.schema import ConfigError, as_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Pla
     ]
 
 
-def record_arms(sweep: str, runs: Sequence[Planned]) -> None:
+def record_arms(file: str, runs: Sequence[Planned]) -> None:
     """Add the runs to ``sweep.json`` in their group's directory, for reports to group by; the newest word counts."""
     for parent in {run.directory.parent for run in runs}:
         path = parent / "sweep.json"
@@ -66,7 +66,7 @@ def record_arms(sweep: str, runs: Sequence[Planned]) -> None:
         for run in runs:
             if run.directory.parent == parent:
                 name = run.directory.name
-                row = {"sweep": sweep, "arm": dict(run.arm), "overrides": run.overrides, "directory": name}
+                row = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides, "directory": name}
                 known[name] = row
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,9 @@ def record_arms(sweep: str, runs: Sequence[Planned]) -> None:
 
 def show(runs: Sequence[Planned], *notes: str) -> None:
     """Print the table of runs and the notes below it."""
-    arms = [_words(run) if run.arm else " ".join(run.overrides) for run in runs]
-    width = min(60, max(map(len, arms), default=0))
-    lines = [f"{run.state:<8}{arm:<{width}}  {run.directory}" for run, arm in zip(runs, arms, strict=True)]
-    sys.stdout.write("\n".join([*lines, "", *notes]) + "\n")
+    width = max((len(_words(run)) for run in runs), default=0)
+    lines = [f"{run.state:<8}{_words(run):<{width + 2 * bool(width)}}{run.directory}" for run in runs]
+    sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
     sys.stdout.flush()
 
 
