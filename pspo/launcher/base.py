@@ -91,4 +91,6 @@ def record_runs(folder: Path, cluster: str, runs: Sequence[Planned], tasks: Sequ
         ]
         place = parent / ".submitit" / folder.name
         place.mkdir(parents=True, exist_ok=True)
-        write_json(place / "runs.json", {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "runs": rows})
+        write_json(
+            place / "runs.json", {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "runs": rows}
+        )

@@ -53,9 +53,7 @@ def unique(runs: Sequence[Planned]) -> list[Planned]:
 
 def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
     """The runs that are not done and have a task in a queue, told so."""
-    return [
-        replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs
-    ]
+    return [replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs]
 
 
 def record_arms(file: str, runs: Sequence[Planned]) -> None:
@@ -77,8 +75,10 @@ def record_arms(file: str, runs: Sequence[Planned]) -> None:
 
 def show(runs: Sequence[Planned], *notes: str) -> None:
     """Print the table of runs and the notes below it."""
-    width = max((len(_words(run)) for run in runs), default=0)
-    lines = [f"{run.state:<8}{_words(run):<{width + 2 * bool(width)}}{run.directory}" for run in runs]
+    shared = set[str]().union(*(run.overrides for run in runs)).intersection(*(run.overrides for run in runs))
+    told = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
+    width = max(map(len, told), default=0) + 2
+    lines = [f"{run.state:<8}{words:<{width}}{run.directory}" for run, words in zip(runs, told, strict=True)]
     sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
     sys.stdout.flush()
 
