@@ -154,6 +154,15 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return resolve({str(name): value for name, value in values.items()})
 
 
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of a multirun: ``seed=0,1`` makes two."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+
+
 def _sets_value(argument: str) -> bool:
     name, equals, _ = argument.lstrip("+").partition("=")
     return bool(equals) and re.fullmatch(r"[\w.]+", name) is not None and name not in groups() and name[:6] != "hydra."

@@ -40,6 +40,11 @@ class JobState:
         """Whether it may have a process."""
         return self.state in ACTIVE
 
+    @property
+    def alive(self) -> bool:
+        """Whether it waits or may have a process."""
+        return self.waiting or self.active
+
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
     """The jobs and array tasks (``12`` or ``12_3``) that SLURM knows: from squeue, else from sacct. Never raises."""
@@ -51,6 +56,13 @@ def is_gone(job_id: str) -> bool:
     found, answered = _ask([job_id])
     known = found.get(job_id)
     return answered and not (known and (known.active or known.waiting))
+
+
+def gone(job_ids: Iterable[str]) -> set[str]:
+    """Those of the jobs that ``is_gone`` is true of."""
+    wanted = set(job_ids)
+    found, answered = _ask(wanted)
+    return {job_id for job_id in wanted if not (job_id in found and found[job_id].alive)} if answered else set()
 
 
 def cancel(job_ids: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from pspo.status.state import RETRIED, STATES, Group, collect
 
 WATCH_S = 5.0
 
+
 def table(group: Group) -> Table:
     """The rows for a person."""
     counts = [
@@ -52,7 +53,7 @@ def _duration(seconds: float) -> str:
 
 def cancel(group: Group) -> None:
     """Cancel every job of the group that is at work or waits."""
-    alive = {job_id: job for job_id, job in group.jobs.items() if job.active or job.waiting}
+    alive = {job_id: job for job_id, job in group.jobs.items() if job.alive}
     for row in group.rows:
         if row.state == "running" and row.job_id not in alive:
             sys.stderr.write(f"pspo: {row.run} runs outside SLURM; stop its process\n")

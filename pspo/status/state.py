@@ -37,7 +37,6 @@ SLURM_SAYS = {
     "BOOT_FAIL": "node failure",
     "FAILED": "failed",
 }
-MEMORY_ERRORS = ("OutOfMemoryError", "MemoryError")
 TAIL_BYTES = 1 << 17
 RATE_ROWS = 20
 """The time left is told from the pace of so many steps."""
@@ -48,8 +47,8 @@ class Task:
     """A run as a launcher submitted it."""
 
     cluster: str
-    job_id: str
-    folder: Path
+    job_id: str | None
+    record: Path
     overrides: list[str]
 
 
@@ -77,12 +76,13 @@ class Group:
     directory: Path
     tasks: dict[str, list[Task]]
     jobs: dict[str, slurm.JobState]
+    gone: set[str]
     rows: list[Row]
 
     def task(self, run: str) -> Task | None:
         """The submission that counts for a run: one that is at work or waits, else the newest."""
         newest_first = self.tasks.get(run, [])
-        alive = [task for task in newest_first if (job := self.jobs.get(task.job_id)) and (job.active or job.waiting)]
+        alive = [task for task in newest_first if (job := self.jobs.get(task.job_id or "")) and job.alive]
         return next(iter([*alive, *newest_first]), None)
 
 
@@ -96,13 +96,14 @@ def collect(directory: Path) -> Group:
     for path in sorted(directory.glob(".submitit/*/runs.json"), key=lambda path: -path.stat().st_mtime_ns):
         record = json.loads(path.read_text())
         for run in record["runs"]:
-            task = Task(record["cluster"], run["task"], path.parent, run["overrides"])
+            task = Task(record["cluster"], run["task"], path, run["overrides"])
             tasks.setdefault(Path(run["directory"]).name, []).append(task)
     begun = {path.name for path in directory.iterdir() if (path / "config.yaml").is_file() or (path / ".lock").exists()}
     owners = {run: _read_json(directory / run / ".owner") for run in begun}
-    on_slurm = {task.job_id for known in tasks.values() for task in known if task.cluster == "slurm"}
-    on_slurm |= {str(owner["job_id"]) for owner in owners.values() if owner.get("job_id")}
-    group = Group(directory, tasks, slurm.job_states(on_slurm), [])
+    ids = {task.job_id for known in tasks.values() for task in known if task.job_id and task.cluster == "slurm"}
+    ids |= {str(owner["job_id"]) for owner in owners.values() if owner.get("job_id")}
+    jobs = slurm.job_states(ids)
+    group = Group(directory, tasks, jobs, slurm.gone(ids - jobs.keys()), [])
     group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | tasks.keys())]
     return group
 
@@ -113,7 +114,7 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     job = group.jobs.get(row.job_id or "")
     row.restarts = max(job.restarts if job else 0, int(owner.get("restart") or 0))
     _progress(row, directory)
-    failure = _read_json(directory / "FAILED")
+    failure = _read_json(directory / "FAILED") if _is_newer(directory / "FAILED", task) else {}
     if (directory / "DONE").is_file():
         row.state, row.eta_s = "done", None
         tests = _read_json(directory / "summary.json").get("evaluation", {})
@@ -127,13 +128,13 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
         row.state, row.why = "running", "no process holds the run's lock: it starts, or ends"
     elif job and job.waiting:
         row.state, row.why = "requeued" if job.restarts else "waiting", job.reason
-    elif failure and (job is None or failure.get("job_id") in (row.job_id, None)):
-        row.state = "out of memory" if failure.get("kind") in MEMORY_ERRORS else "failed"
+    elif failure:
+        row.state = "out of memory" if failure.get("kind") == "out of memory" else "failed"
         row.why = str(failure.get("error", "")).strip()
     elif job:
         row.state, row.why = _ended(job, task)
     elif row.job_id and (task is None or task.cluster == "slurm"):
-        row.state, row.why = _unknown(row.job_id)
+        row.state, row.why = _unknown(group, row.job_id)
     elif owner:
         row.why = f"process {owner.get('pid')} on {owner.get('host')} is not at work; the same command resumes it"
     if row.state != "running":
@@ -143,7 +144,7 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
 
 def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
     """State and reason of a run whose job has ended, while the run has not, nor said why."""
-    log = _tail(task.folder / f"{task.job_id}_0_log.err").decode(errors="replace") if task else ""
+    log = _tail(task.record.parent / f"{task.job_id}_0_log.err").decode(errors="replace") if task else ""
     state = SLURM_SAYS.get(job.state, "cut off")
     if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd tells it there
         return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
@@ -157,8 +158,13 @@ def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
     return state, "" if state != "cut off" else f"SLURM says {job.state}, before the run was done"
 
 
-def _unknown(job_id: str) -> tuple[str, str]:
-    if slurm.is_gone(job_id):
+def _is_newer(path: Path, task: Task | None) -> bool:
+    """Whether a file tells of the submission, not of an earlier attempt."""
+    return path.is_file() and (task is None or path.stat().st_mtime_ns > task.record.stat().st_mtime_ns)
+
+
+def _unknown(group: Group, job_id: str) -> tuple[str, str]:
+    if job_id in group.gone:
         return "lost", f"SLURM does not know job {job_id}, and nothing tells how it ended"
     return "cut off", f"no process holds the run's lock; SLURM cannot be asked about job {job_id}"
 
