@@ -7,6 +7,7 @@ that tree and refuses, in one sentence, what does not fit.
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -63,6 +64,7 @@ class Schema:
 S = TypeVar("S", bound=Schema)
 
 
+@functools.cache
 def fields_of(cls: type[Schema]) -> dict[str, Any]:
     """Field name -> resolved type, in order of declaration."""
     hints = typing.get_type_hints(cls)
@@ -124,6 +126,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
+    if hint is Any:
+        return True
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -137,9 +143,11 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:
         return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+    if origin is dict:
+        return f"a table, each item {_describe(typing.get_args(hint)[1])}"
     if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

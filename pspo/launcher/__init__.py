@@ -1,0 +1,21 @@
+"""Where the runs of a sweep are made: an array of SLURM jobs, or slots on this machine. ``hydra_plugins`` registers them."""
+
+from pspo.config import open_keys
+from pspo.launcher.base import Launcher, RunsFailed
+from pspo.launcher.job import Job, result
+from pspo.launcher.plan import Planned, counted, make_plan, record_arms, show
+from pspo.launcher.settings import configure
+
+__all__ = [
+    "Job",
+    "Launcher",
+    "Planned",
+    "RunsFailed",
+    "configure",
+    "counted",
+    "make_plan",
+    "open_keys",
+    "record_arms",
+    "result",
+    "show",
+]

@@ -1,0 +1,101 @@
+"""What a sweep would do: every job composed and validated, its directory, and what became of it so far."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pspo.config import check, compose_all, run_directory
+from pspo.files import write_json
+from pspo.schema import ConfigError, as_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One run of a sweep.
+
+    ``state`` is new, resume (it was cut off), failed, queued (SLURM has it) or done; ``arm`` names its arm by factor.
+    """
+
+    overrides: list[str]
+    directory: Path
+    state: str
+    arm: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
+    """One entry for each job, in order. Raises ConfigError if any does not compose, or if two arms are the same run."""
+    overrides = [[override.lstrip("+") for override in job] for job in jobs]
+    checked, runs, seen = set(), [], dict[Path, Planned]()
+    for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
+        parts = [config.output_dir, config.group, *map(as_dict, (config.dataset, config.model, config.reward))]
+        looked_at = json.dumps([*parts, config.budget.total > 0])
+        if looked_at not in checked:
+            check(config)
+            checked.add(looked_at)
+        directory = run_directory(config, job)
+        run = Planned(overrides=job, directory=directory, state=_state(directory), arm=arm)
+        if arm and directory in seen:
+            raise ConfigError(
+                f"two arms are one and the same run, {directory.name}: {_words(seen[directory])} and {_words(run)}; "
+                "an override of the command line or of lists takes away what they differ in"
+            )
+        seen[directory] = run
+        runs.append(run)
+    return runs
+
+
+def unique(runs: Sequence[Planned]) -> list[Planned]:
+    """Without those that would be made in the directory of an earlier one."""
+    return list({run.directory: run for run in reversed(runs)}.values())[::-1]
+
+
+def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
+    """The runs that are not done and have a task in a queue, told so."""
+    return [
+        replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs
+    ]
+
+
+def record_arms(file: str, runs: Sequence[Planned]) -> None:
+    """Add the runs to ``sweep.json`` in their group's directory, for reports to group by; the newest word counts."""
+    for parent in {run.directory.parent for run in runs}:
+        path = parent / "sweep.json"
+        known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
+        for run in runs:
+            if run.directory.parent == parent:
+                name = run.directory.name
+                row = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides, "directory": name}
+                known[name] = row
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, list(known.values()))
+        except OSError as error:
+            raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
+
+
+def show(runs: Sequence[Planned], *notes: str) -> None:
+    """Print the table of runs and the notes below it."""
+    width = max((len(_words(run)) for run in runs), default=0)
+    lines = [f"{run.state:<8}{_words(run):<{width + 2 * bool(width)}}{run.directory}" for run in runs]
+    sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
+    sys.stdout.flush()
+
+
+def counted(runs: Sequence[Planned]) -> str:
+    """``12 runs: 9 new, 2 done, 1 failed``."""
+    states = [run.state for run in runs]
+    told = [f"{states.count(s)} {s}" for s in ("new", "resume", "failed", "queued", "done") if s in states]
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(told)}"
+
+
+def _state(directory: Path) -> str:
+    for name, state in {"DONE": "done", "FAILED": "failed", "config.yaml": "resume"}.items():
+        if (directory / name).is_file():
+            return state
+    return "new"
+
+
+def _words(run: Planned) -> str:
+    return " ".join(f"{factor}={name}" for factor, name in run.arm.items())
