@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from pspo import dataset, environment, model
-from pspo.config import Config, compose, expand
+from pspo.config import Config, compose_all
 from pspo.console import log, log_to_console
 from pspo.model import source
 from pspo.model.warm_start import cache_directory
 from pspo.run import EXPECTED
 from pspo.schema import ConfigError
+from pspo.sweep import expand
 
 VERIFY = "--verify"
 """Asks for a look at the caches alone; the command starts itself so, with the hub switched off."""
@@ -32,7 +33,7 @@ def prefetch(overrides: Sequence[str]) -> list[str]:
 
     Raises ConfigError.
     """
-    configs = [compose(job) for job in expand(overrides)]
+    configs = _compose(overrides)
     for config in configs:
         fetch(config)
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -90,6 +91,11 @@ def exports(configs: Sequence[Config]) -> list[str]:
     return lines
 
 
+def _compose(overrides: Sequence[str]) -> list[Config]:
+    """Those of every run: ``seed=0,1`` asks for two."""
+    return compose_all([job.overrides for job in expand(None, overrides)])
+
+
 def _is_made_here(config: Config) -> bool:
     return config.model.path is None and config.model.hub_id is None
 
@@ -115,8 +121,8 @@ def main() -> None:
     overrides = [argument for argument in sys.argv[1:] if argument != VERIFY]
     try:
         if VERIFY in sys.argv[1:]:
-            for job in expand(overrides):
-                verify(compose(job))
+            for config in _compose(overrides):
+                verify(config)
             return
         lines = prefetch(overrides)
     except EXPECTED as error:

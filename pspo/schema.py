@@ -147,7 +147,14 @@ def _describe(hint: Any) -> str:
         return f"a table, each item {_describe(typing.get_args(hint)[1])}"
     if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "null",
+        Any: "anything",
+    }
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pspo.config import compose, expand
+from pspo.config import compose
 from pspo.model import tiny
 from pspo.prefetch import exports, fetch, verify
 from pspo.schema import ConfigError
@@ -200,11 +200,6 @@ def test_what_is_missing_is_named_with_the_command_that_fetches_it(node):
     fetch(compose([command, *SMALL[:3]]))
     node(online=False)
     verify(compose(["model=qwen0_5b", "dataset=embedded"]))
-
-
-def test_expand():
-    assert expand(["a=1", "seed=0,1"]) == [["a=1", "seed=0"], ["a=1", "seed=1"]]
-    assert expand([]) == [[]]
 
 
 @pytest.mark.slow
