@@ -42,6 +42,10 @@ class Config(Schema):
     device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
     threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
+    rerun: Literal["never", "changed", "all"] = key(
+        "move a finished run aside and make it anew: never, if the code has changed since, or in any case"
+    )
+    continue_from: str | None = key("finished run directory, equal but for its shorter budget, to begin from; or null")
     model: Model
     dataset: DatasetConfig
     reward: RewardConfig
@@ -70,7 +74,9 @@ class Config(Schema):
             )
 
 
-NOT_SCIENCE = ("group", "output_dir", "device", "threads", "checkpoint", "tracker", "smoothing")
+NOT_SCIENCE = (
+    "group", "output_dir", "device", "threads", "rerun", "continue_from", "checkpoint", "tracker", "smoothing",
+)  # fmt: skip
 """Blocks that say where and how comfortably a run is made, not what is run; alpha stands in the objective."""
 
 ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("gradient_checkpointing",)}
@@ -94,6 +100,15 @@ def resolve(values: Mapping[str, Any]) -> Config:
                 f"{objective.get('alpha')} is set as well; give one of them"
             )
     return build(Config, values)
+
+
+def read(path: Path) -> Config:
+    """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(values, dict)
+    return build(Config, {str(name): value for name, value in values.items()})
 
 
 def science(config: Config) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _ask(job_ids: Iterable[str]) -> tuple[dict[str, JobState], bool]:
     for line in queue.stdout.splitlines() if queue is not None else []:
         job_id, state, code, derived, restarts, reason = (cell.strip() for cell in line.split("|"))
         found[job_id] = _state(state, code, derived, int(restarts), reason)
-    if missing := wanted - found.keys():  # squeue forgets what ended some minutes ago
+    if answered and (missing := wanted - found.keys()):  # squeue forgets what ended some minutes ago
         found |= _accounted(missing)
     return {job_id: state for job_id, state in found.items() if job_id in wanted}, answered
 
@@ -109,7 +109,7 @@ def _state(word: str, code: str, derived: str, restarts: int, reason: str) -> Jo
     exit_code, number = _status(code)
     if exit_code > 128 and not number:  # a shell's way to say that its child was killed
         number = exit_code - 128
-    name = word.split()[0].rstrip("+") if word.split() else ""  # "CANCELLED by 0"
+    name = word.partition(" ")[0].rstrip("+")  # of "CANCELLED by 0"
     return JobState(name, number or _status(derived)[1], exit_code, restarts, "" if reason == "None" else reason)
 
 

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pspo import checkpoint
+from pspo import checkpoint, interrupt
 from pspo.advantage import has_spread
 from pspo.budget import Progress
-from pspo.config import Config
+from pspo.config import Config, identity
 from pspo.console import log, progress_bar, track
 from pspo.dataset import Prompt, order
 from pspo.evaluation import answer, completion_row, summarize
@@ -40,6 +40,7 @@ class State:
     best_step: int = 0
     no_spread_steps: int = 0
     notes: list[str] = field(default_factory=list)
+    row: dict[str, float] | None = field(default_factory=dict)  # of the last step, while it has yet to be validated
 
 
 @dataclass
@@ -56,28 +57,40 @@ class Trainer:
     started: float = field(default_factory=time.perf_counter)
     earlier_s: float = 0.0
     state: State = field(default_factory=State)
+    check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
 
     def __post_init__(self) -> None:
         self.optimizer = self.config.optimizer.make(self.policy.trainable().values())
         self.completions = JsonLines(self.directory / "completions.jsonl")
         self.checkpoints = self.directory / "checkpoints"
+        self.unsaved = False
 
     def run(self) -> State:
         """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
-        config, progress = self.config, self.state.progress
-        if progress.steps == 0 and not config.budget.spent(progress):
-            self.tracker.log(self._validate(), 0)
-        with progress_bar(transient=False) as bar:
-            done = getattr(progress, config.budget.unit)
-            task = bar.add_task("training", total=config.budget.total, completed=done, info="")
-            while not config.budget.spent(progress):
-                metrics = self._step()
-                if progress.steps % config.evaluation.every == 0 or config.budget.spent(progress):
-                    metrics |= self._validate()
-                self.tracker.log(metrics, progress.steps)
-                if progress.steps % config.checkpoint.every == 0 or config.budget.spent(progress):
-                    self._save()
-                bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
+        config, state, progress = self.config, self.state, self.state.progress
+        self.limit = interrupt.TimeLimit()
+        try:
+            with progress_bar(transient=False) as bar:
+                done = getattr(progress, config.budget.unit)
+                task = bar.add_task("training", total=config.budget.total, completed=done, info="")
+                while state.row or not config.budget.spent(progress):
+                    if state.row is None:
+                        state.row, self.unsaved = self._step(), True
+                    last = config.budget.spent(progress)
+                    if progress.steps % config.evaluation.every == 0 or last:
+                        state.row |= self._validate()
+                    self.check_owner()
+                    self.tracker.log(state.row, progress.steps)
+                    metrics, state.row, self.unsaved = state.row, None, True
+                    if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
+                        self._save()
+                    if progress.steps:
+                        bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
+                    interrupt.check()
+        except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
+            if self.unsaved:
+                self._save()
+            raise
         if self.state.best_reward is not None:
             self._restore_best()
         return self.state
@@ -112,6 +125,7 @@ class Trainer:
         )
         progress.optimizer_steps += config.update.steps
         self._warn_without_spread(reward_PG)
+        self.check_owner()
         for completion, score in zip(completions[: config.rollout.group_size], scores, strict=False):
             self.completions.append({"step": number} | completion_row(completion, score))
         step_s = time.perf_counter() - begun
@@ -193,6 +207,7 @@ class Trainer:
             log.warning(self.state.notes[-1])
 
     def _save(self) -> None:
+        self.check_owner()
         state = {
             "weights": checkpoint.weights(self.policy),
             "optimizer": self.optimizer.state_dict(),
@@ -201,11 +216,14 @@ class Trainer:
             "tracker": self.tracker.state(),
             "completions": self.completions.sync(),
         }
-        name = f"step_{self.state.progress.steps:06d}"
-        checkpoint.save(
-            self.checkpoints, name, state, {"time/wall_s": self.earlier_s + time.perf_counter() - self.started}
-        )
-        self.tracker.commit(self.state.progress.steps)
+        steps = self.state.progress.steps
+        name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
+        wall_s = self.earlier_s + time.perf_counter() - self.started
+        about = {"identity": identity(self.config), "time/wall_s": wall_s}
+        with self.limit.saving():
+            checkpoint.save(self.checkpoints, name, state, about)
+        self.unsaved = False
+        self.tracker.commit(steps)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best=self.state.best_step)
 
     def resume(self) -> None:

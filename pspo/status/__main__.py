@@ -1,0 +1,108 @@
+"""What became of a group's runs, in one table: from their directories, and from SLURM where it exists.
+
+python -m pspo.status outputs/<group> [--watch] [--json] [--cancel] [--retry-failed]
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pspo import slurm
+from pspo.schema import ConfigError
+from pspo.status.state import RETRIED, STATES, Group, collect
+
+WATCH_S = 5.0
+
+
+def table(group: Group) -> Table:
+    """The rows for a person."""
+    counts = [
+        f"[{style}]{n} {state}[/]"
+        for state, style in STATES.items()
+        if (n := sum(r.state == state for r in group.rows))
+    ]
+    made = Table(title=f"{group.directory}: {len(group.rows)} runs, {', '.join(counts)}", title_justify="left")
+    for column in ("run", "state", "budget", "ETA", "reward", "test", "restarts", "job", "why"):
+        made.add_column(column, overflow="fold", justify="right" if column in ("budget", "ETA", "reward") else "left")
+    for row in group.rows:
+        made.add_row(
+            row.run,
+            f"[{STATES[row.state]}]{row.state}[/]",
+            "" if row.budget is None else f"{row.done or 0:g}/{row.budget:g} {row.unit}",
+            "" if row.eta_s is None else _duration(row.eta_s),
+            "" if row.reward is None else f"{row.reward:.3f}",
+            ", ".join(f"{100 * accuracy:.1f} % {name}" for name, accuracy in row.accuracy.items()),
+            str(row.restarts or ""),
+            row.job_id or "",
+            row.why.splitlines()[-1].replace("[", r"\[") if row.why else "",
+        )
+    return made
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours}:{minutes:02d}:{int(seconds) % 60:02d}"
+
+
+def cancel(group: Group) -> None:
+    """Cancel every job of the group that is at work or waits."""
+    alive = {job_id: job for job_id, job in group.jobs.items() if job.alive}
+    for row in group.rows:
+        if row.state == "running" and row.job_id not in alive:
+            sys.stderr.write(f"pspo: {row.run} runs outside SLURM; stop its process\n")
+    if not alive:
+        sys.stderr.write("pspo: no job of this group runs or waits in SLURM; nothing to cancel\n")
+        return
+    for job_id, job in sorted(alive.items()):
+        print(f"cancel {job_id} ({job.state.lower()})")  # noqa: T201
+    if complaint := slurm.cancel(sorted(alive)):
+        raise ConfigError(f"scancel says: {complaint}; ask the cluster's administrators, or cancel these jobs yourself")
+
+
+def main() -> None:
+    """``python -m pspo.status``."""
+    parser = argparse.ArgumentParser(prog="python -m pspo.status", description=__doc__.partition("\n")[0])
+    parser.add_argument("group", type=Path, help="outputs/<group>")
+    parser.add_argument("--watch", action="store_true", help="refresh until no run is running or waiting")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--cancel", action="store_true", help="scancel the group's running and waiting jobs")
+    parser.add_argument("--retry-failed", action="store_true", help=f"submit again what is {', '.join(RETRIED)}")
+    given = parser.parse_args()
+    try:
+        group = collect(given.group)
+        if given.cancel:
+            cancel(group)
+        if given.retry_failed:
+            retry(group)
+        if given.cancel or given.retry_failed:
+            group = collect(given.group)
+        if given.json:
+            sys.stdout.write(json.dumps([asdict(row) for row in group.rows], indent=2) + "\n")
+        elif given.watch:
+            _watch(given.group, group)
+        else:
+            Console().print(table(group))
+    except ConfigError as error:
+        sys.stderr.write(f"pspo: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        pass
+
+
+def _watch(directory: Path, group: Group) -> None:
+    with Live(table(group), auto_refresh=False) as live:
+        while any(row.state in ("running", "waiting", "requeued") for row in group.rows):
+            time.sleep(WATCH_S)
+            group = collect(directory)
+            live.update(table(group), refresh=True)
+
+
+if __name__ == "__main__":
+    main()
