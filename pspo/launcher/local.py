@@ -81,7 +81,7 @@ class Local(Launcher):
             dict[int, tuple[Any, Planned, float]](),
             [""] * len(todo),
         )
-        record_runs(folder, "local", todo, tasks)
+        record_runs(self, "local", folder, todo, tasks)
         log.info("logs in %s", folder)
         waiting = list(enumerate(todo))
         with _stoppable():
@@ -92,7 +92,7 @@ class Local(Launcher):
                         with self._in_slot(slot, executor):
                             process = executor.submit(self.job(run.overrides))
                         busy[slot], tasks[number] = (process, run, time.monotonic()), process.job_id
-                        record_runs(folder, "local", todo, tasks)
+                        record_runs(self, "local", folder, todo, tasks)
                         log.info("started  %d of %d: %s", number + 1, len(todo), run.directory.name)
                     for slot, (process, run, begun) in list(busy.items()):
                         if process.done():
