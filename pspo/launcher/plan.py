@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pspo import earlier
 from pspo.config import check, compose_all, run_directory
-from pspo.files import write_json
 from pspo.schema import ConfigError, as_dict
 
 
@@ -56,23 +55,6 @@ def unique(runs: Sequence[Planned]) -> list[Planned]:
 def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
     """The runs that are not done and have a task in a queue, told so."""
     return [replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs]
-
-
-def record_arms(file: str, runs: Sequence[Planned]) -> None:
-    """Add the runs to ``sweep.json`` in their group's directory, for reports to group by; the newest word counts."""
-    for parent in {run.directory.parent for run in runs}:
-        path = parent / "sweep.json"
-        known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
-        for run in runs:
-            if run.directory.parent == parent:
-                name = run.directory.name
-                row = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides, "directory": name}
-                known[name] = row
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, list(known.values()))
-        except OSError as error:
-            raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
 
 
 def show(runs: Sequence[Planned], *notes: str) -> None:
