@@ -10,7 +10,7 @@ from pspo.console import log, log_to_console
 from pspo.files import write_json
 from pspo.launcher.job import failure, result
 from pspo.launcher.plan import Planned, counted, show, unique
-from pspo.schema import Schema, key
+from pspo.schema import Schema, as_dict, key
 
 
 class RunsFailed(RuntimeError):
@@ -81,8 +81,10 @@ def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path,
     return {run.directory: error if run.directory in failed else result(run.directory) for run in runs}
 
 
-def record_runs(folder: Path, cluster: str, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
+def record_runs(folder: Path, launcher: Launcher, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
     """Write ``.submitit/<job id>/runs.json`` in every group that has runs among them: which task is which run."""
+    about = {"cluster": type(launcher).__name__.lower(), "job_id": folder.name, "folder": str(folder)}
+    about |= {"launcher": as_dict(launcher)}
     for parent in {run.directory.parent for run in runs}:
         rows: list[dict[str, Any]] = [
             {"task": task, "directory": str(run.directory), "overrides": run.overrides}
@@ -91,4 +93,4 @@ def record_runs(folder: Path, cluster: str, runs: Sequence[Planned], tasks: Sequ
         ]
         place = parent / ".submitit" / folder.name
         place.mkdir(parents=True, exist_ok=True)
-        write_json(place / "runs.json", {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "runs": rows})
+        write_json(place / "runs.json", about | {"runs": rows})

@@ -75,7 +75,7 @@ class Local(Launcher):
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
         free, busy, tasks = list(range(self._num_slots()))[::-1], dict[int, tuple[Any, Planned, float]](), [""] * len(todo)
-        record_runs(folder, "local", todo, tasks)
+        record_runs(folder, self, todo, tasks)
         log.info("logs in %s", folder)
         waiting = list(enumerate(todo))
         with _stoppable():
@@ -86,7 +86,7 @@ class Local(Launcher):
                         with self._in_slot(slot, executor):
                             process = executor.submit(self.job(run.overrides))
                         busy[slot], tasks[number] = (process, run, time.monotonic()), process.job_id
-                        record_runs(folder, "local", todo, tasks)
+                        record_runs(folder, self, todo, tasks)
                         log.info("started  %d of %d: %s", number + 1, len(todo), run.directory.name)
                     for slot, (process, run, begun) in list(busy.items()):
                         if process.done():

@@ -117,7 +117,7 @@ class Slurm(Launcher):
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
         place, tasks = jobs[0].paths.folder, [job.job_id for job in jobs]
-        record_runs(place, "slurm", todo, tasks)
+        record_runs(place, self, todo, tasks)
         return place, dict(zip((run.directory for run in todo), tasks, strict=True))
 
     def _notes(self, todo: list[Planned]) -> list[str]:

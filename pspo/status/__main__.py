@@ -9,13 +9,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from pspo import slurm
-from pspo.schema import ConfigError
+from pspo.schema import ConfigError, build
 from pspo.status.state import RETRIED, STATES, Group, collect
 
 WATCH_S = 5.0
@@ -66,9 +67,34 @@ def cancel(group: Group) -> None:
         raise ConfigError(f"scancel says: {complaint}; ask the cluster's administrators, or cancel these jobs yourself")
 
 
+def retry(group: Group) -> None:
+    """Submit again what failed, each run by the launcher that submitted it, with the settings of that time."""
+    from pspo.launcher import make_plan  # seconds that a look at the table need not wait for
+    from pspo.launcher.local import Local
+    from pspo.launcher.slurm import Slurm
+
+    tasks = {row.run: group.task(row.run) for row in group.rows if row.state in RETRIED}
+    for run in [run for run, task in tasks.items() if task is None]:
+        sys.stderr.write(f"pspo: {run} was not submitted by a launcher; the command that started it resumes it\n")
+    by_record: dict[Path, list[list[str]]] = {}
+    for task in filter(None, tasks.values()):
+        by_record.setdefault(task.record, []).append(task.overrides)
+    if not by_record:
+        sys.stderr.write("pspo: no submitted run of this group has failed; nothing to retry\n")
+    for path, jobs in by_record.items():
+        record = json.loads(path.read_text())
+        kind: Any = {"slurm": Slurm, "local": Local}[record["cluster"]]
+        planned = make_plan(jobs)
+        if {run.directory.parent.resolve() for run in planned} != {group.directory.resolve()}:
+            raise ConfigError(
+                f"these runs were submitted from another directory; go there, and retry {group.directory}"
+            )
+        build(kind, record["launcher"] | {"retry_failed": True, "dry_run": False}).launch(planned)
+
+
 def main() -> None:
     """``python -m pspo.status``."""
-    parser = argparse.ArgumentParser(prog="python -m pspo.status", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pspo.status", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
     parser.add_argument("--watch", action="store_true", help="refresh until no run is running or waiting")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -98,7 +124,7 @@ def main() -> None:
 
 def _watch(directory: Path, group: Group) -> None:
     with Live(table(group), auto_refresh=False) as live:
-        while any(row.state in ("running", "waiting", "requeued") for row in group.rows):
+        while group.unfinished:
             time.sleep(WATCH_S)
             group = collect(directory)
             live.update(table(group), refresh=True)

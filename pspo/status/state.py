@@ -49,6 +49,7 @@ class Task:
     cluster: str
     job_id: str | None
     record: Path
+    logs: Path
     overrides: list[str]
 
 
@@ -79,6 +80,11 @@ class Group:
     gone: set[str]
     rows: list[Row]
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether any run is at work or waits."""
+        return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
+
     def task(self, run: str) -> Task | None:
         """The submission that counts for a run: one that is at work or waits, else the newest."""
         newest_first = self.tasks.get(run, [])
@@ -96,7 +102,7 @@ def collect(directory: Path) -> Group:
     for path in sorted(directory.glob(".submitit/*/runs.json"), key=lambda path: -path.stat().st_mtime_ns):
         record = json.loads(path.read_text())
         for run in record["runs"]:
-            task = Task(record["cluster"], run["task"], path, run["overrides"])
+            task = Task(record["cluster"], run["task"], path, Path(record["folder"]), run["overrides"])
             tasks.setdefault(Path(run["directory"]).name, []).append(task)
     begun = {path.name for path in directory.iterdir() if (path / "config.yaml").is_file() or (path / ".lock").exists()}
     owners = {run: _read_json(directory / run / ".owner") for run in begun}
@@ -144,7 +150,7 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
 
 def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
     """State and reason of a run whose job has ended, while the run has not, nor said why."""
-    log = _tail(task.record.parent / f"{task.job_id}_0_log.err").decode(errors="replace") if task else ""
+    log = _tail(task.logs / f"{task.job_id}_0_log.err").decode(errors="replace") if task else ""
     state = SLURM_SAYS.get(job.state, "cut off")
     if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd tells it there
         return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
