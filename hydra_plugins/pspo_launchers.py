@@ -64,10 +64,16 @@ class Arms(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher. ``hydra.launcher.dry_run`` is a key of ours that Hydra's own gets as well."""
+        from pspo.schema import ConfigError
+
         self.loader, launcher, self.dry_run = hydra_context.config_loader, config.hydra.launcher, False
-        if launcher._target_ == BASIC and "dry_run" in launcher:
+        if launcher._target_ == BASIC:
             with read_write(launcher), open_dict(launcher):
-                self.dry_run = bool(launcher.pop("dry_run"))
+                self.dry_run = bool(launcher.pop("dry_run", False))
+            for name in set(launcher) - {"_target_"}:
+                raise ConfigError(
+                    f"hydra.launcher.{name}: hydra/launcher=basic knows dry_run alone; take local or slurm"
+                )
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -78,13 +84,17 @@ class Arms(Sweeper):
 
         jobs = sweep.expand(self.file, arguments, self.loader)
         planned = sweep.plan(self.file, jobs)
-        ours = isinstance(self.launcher, SlurmLauncher)
-        if self.dry_run:
+        chosen, dry_run = self.launcher, self.dry_run
+        if isinstance(chosen, SlurmLauncher):
+            chosen.planned, dry_run = planned, chosen.settings.dry_run
+        elif dry_run:
             launcher.show(planned)
             return []
-        if self.file and not (ours and self.launcher.settings.dry_run):
+        if self.file and not dry_run:
             launcher.record_arms(self.file, planned)
-        if ours:
-            self.launcher.planned = planned
-        returns = self.launcher.launch([launcher.open_keys(run.overrides) for run in planned], initial_job_idx=0)
-        return [each.return_value for each in returns]  # of one that failed: its error
+        assert chosen is not None
+        returns = chosen.launch([launcher.open_keys(run.overrides) for run in planned], initial_job_idx=0)
+        for job in returns:
+            if job.status == JobStatus.FAILED:
+                raise job._return_value  # the error itself, without Hydra's line before it
+        return returns

@@ -79,6 +79,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         return directory
     earlier.check(config, directory)
     check(config)
+    model.check(config.model)
     reward = make_reward(config.reward)
     problems = dataset.load(config.dataset, config.seed)
     if config.budget.total and len(problems.train) < config.rollout.prompts:

@@ -7,7 +7,6 @@ that tree and refuses, in one sentence, what does not fit.
 
 import dataclasses
 import difflib
-import functools
 import math
 import types
 import typing
@@ -64,7 +63,6 @@ class Schema:
 S = TypeVar("S", bound=Schema)
 
 
-@functools.cache
 def fields_of(cls: type[Schema]) -> dict[str, Any]:
     """Field name -> resolved type, in order of declaration."""
     hints = typing.get_type_hints(cls)
@@ -124,17 +122,14 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return value in typing.get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(item, typing.get_args(hint)[1]) for item in value.values())
-    if hint is Any:
-        return True
+    if origin in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(item, typing.get_args(hint)[-1]) for item in items)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return hint is Any or isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:

@@ -1,6 +1,6 @@
-"""Sweeps: named arms and lists of keys become jobs, each a list of overrides. From the command line or a file:
+"""Sweeps: named arms and lists of keys, of the command line or of a file, become jobs, each a list of overrides.
 
-python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]
+``python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]``
 
 A file in ``sweeps/`` says in ``common`` what all jobs share, in ``arms`` what is compared and in ``lists`` over what::
 
@@ -70,7 +70,9 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     for factor, table in factors.items():
         for name in {name for overrides in table.values() for name in overrides}:
             if name in taken:
-                raise ConfigError(f"{file}: the arms of {factor} set {name}, and so does {taken[name]}; leave it to one")
+                raise ConfigError(
+                    f"{file}: the arms of {factor} set {name}, and so does {taken[name]}; leave it to one"
+                )
             taken[name] = f"arms.{factor}"
     jobs = []
     for arms in itertools.product(*(table.items() for table in factors.values())):
@@ -107,10 +109,8 @@ def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[s
         raise ConfigError(f"{where}: {text!r} is no override; write key=value")
     override = parser.parse_override(text)
     name = override.get_key_element().lstrip("+")
-    if override.is_delete():
-        return name, [text]
     if not override.is_sweep_override():
-        return name, [f"{name}={override.get_value_element_as_str()}"]
+        return name, [text.lstrip("+")]
     if not override.is_discrete_sweep():
         raise ConfigError(f"{where}: {text} has no end of values; give a list, choice or range")
     return name, [f"{name}={value}" for value in override.sweep_string_iterator()]
@@ -146,7 +146,7 @@ def load(path: Path) -> SweepFile:
     return made
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
     """Scalars stay text; a key given twice is an error, where YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -185,7 +185,8 @@ def cli() -> None:
     try:
         path = find(sys.argv[1])
     except ConfigError as error:
-        sys.exit(f"pspo: {error}")
+        sys.stderr.write(f"pspo: {error}\n")
+        sys.exit(2)
     sys.argv[1:] = ["-m", f"hydra.sweeper.file='{path}'", *sys.argv[2:]]
     run.cli()
 

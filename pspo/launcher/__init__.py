@@ -1,4 +1,7 @@
-"""Where the runs of a sweep are made: an array of SLURM jobs, or slots on this machine. ``hydra_plugins`` registers them."""
+"""Where the runs of a sweep are made: in an array of SLURM jobs, or in slots on this machine.
+
+``hydra_plugins/`` hands these launchers to Hydra.
+"""
 
 from pspo.config import open_keys
 from pspo.launcher.base import Launcher, RunsFailed

@@ -35,13 +35,13 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         runs = self._look(unique(planned))
         if len(runs) < len(planned):
             log.warning("%d of %d jobs are the same run as another one", len(planned) - len(runs), len(planned))
-        todo = [run for run in runs if run.state in ("new", "resume") or (run.state == "failed" and self.retry_failed)]
+        again = ("new", "resume", "again", *(["failed"] if self.retry_failed else []))
+        todo = [run for run in runs if run.state in again]
         if self.dry_run:
-            show(runs, f"{counted(runs)}; {len(todo)} to run", self._cost(len(todo)), *self._notes(todo))
+            show(runs, f"{counted(runs)}; {len(todo)} to run", *_hints(runs), self._cost(len(todo)), *self._notes(todo))
             return [None] * len(planned)
-        left = sum(run.state == "failed" for run in runs) if not self.retry_failed else 0
-        if left:
-            log.warning("%d failed before and are left so; hydra.launcher.retry_failed=true runs them again", left)
+        for hint in _hints([run for run in runs if run not in todo]):
+            log.warning(hint)
         outcomes = self._run(runs, todo)
         return [outcomes.get(run.directory) for run in planned]
 
@@ -69,6 +69,14 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         return f"cost: {num_runs} runs x {self.hours_per_run:g} h x {gpus} GPU = {total:g} GPU-hours"
 
 
+def _hints(runs: Sequence[Planned]) -> list[str]:
+    meanings = {
+        "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
+        "changed": "changed: done, but by other code than this; rerun=changed makes it again",
+    }
+    return [meaning for state, meaning in meanings.items() if any(run.state == state for run in runs)]
+
+
 def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:
     """Of runs that have all ended: DONE decides; any other failed, for the reason given or the one that it left."""
     failed = {
@@ -81,10 +89,9 @@ def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path,
     return {run.directory: error if run.directory in failed else result(run.directory) for run in runs}
 
 
-def record_runs(folder: Path, launcher: Launcher, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
+def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
     """Write ``.submitit/<job id>/runs.json`` in every group that has runs among them: which task is which run."""
-    about = {"cluster": type(launcher).__name__.lower(), "job_id": folder.name, "folder": str(folder)}
-    about |= {"launcher": as_dict(launcher)}
+    about = {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "launcher": as_dict(launcher)}
     for parent in {run.directory.parent for run in runs}:
         rows: list[dict[str, Any]] = [
             {"task": task, "directory": str(run.directory), "overrides": run.overrides}

@@ -14,8 +14,8 @@ import submitit
 import torch
 
 from pspo.console import log
-from pspo.launcher.base import Launcher, Outcome, failure, outcomes, record_runs
-from pspo.launcher.job import Job
+from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
+from pspo.launcher.job import Job, failure
 from pspo.launcher.plan import Planned, counted
 from pspo.schema import ConfigError, key
 
@@ -43,7 +43,7 @@ class Local(Launcher):
             )
         if slots > len(processors):
             raise ConfigError(
-                f"hydra.launcher.slots={slots}: there are {len(processors)} processors here, of which each slot needs one"
+                f"hydra.launcher.slots={slots}: there are {len(processors)} processors here, and a slot needs one"
             )
         return runs
 
@@ -69,13 +69,19 @@ class Local(Launcher):
 
     def _feed(self, todo: list[Planned]) -> None:
         """Run all, a new one whenever a slot is free. Stopped by Ctrl-C or SIGTERM, it stops its runs, which save."""
-        folder = todo[0].directory.parent.absolute() / ".submitit" / f"local_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
+        folder = (
+            todo[0].directory.parent.absolute() / ".submitit" / f"local_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
+        )
         try:
             executor = submitit.LocalExecutor(folder, max_num_timeout=NO_LIMIT_MIN)
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
-        free, busy, tasks = list(range(self._num_slots()))[::-1], dict[int, tuple[Any, Planned, float]](), [""] * len(todo)
-        record_runs(folder, self, todo, tasks)
+        free, busy, tasks = (
+            list(range(self._num_slots()))[::-1],
+            dict[int, tuple[Any, Planned, float]](),
+            [""] * len(todo),
+        )
+        record_runs(self, "local", folder, todo, tasks)
         log.info("logs in %s", folder)
         waiting = list(enumerate(todo))
         with _stoppable():
@@ -86,7 +92,7 @@ class Local(Launcher):
                         with self._in_slot(slot, executor):
                             process = executor.submit(self.job(run.overrides))
                         busy[slot], tasks[number] = (process, run, time.monotonic()), process.job_id
-                        record_runs(folder, self, todo, tasks)
+                        record_runs(self, "local", folder, todo, tasks)
                         log.info("started  %d of %d: %s", number + 1, len(todo), run.directory.name)
                     for slot, (process, run, begun) in list(busy.items()):
                         if process.done():
@@ -127,7 +133,7 @@ def _tell_end(run: Planned, process: Any, seconds: float) -> None:
 
 
 def _stop(processes: list[Any]) -> None:
-    """Tell all to save and leave; end those that do not. (Ctrl-C on a terminal ends them itself.)"""
+    """Tell all to save and leave; end those that do not. Ctrl-C on a terminal reaches, and ends, them all itself."""
     log.warning("stopping %d runs", len(processes))
     for process in processes:
         process._process.terminate()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pspo import earlier
 from pspo.config import check, compose_all, run_directory
 from pspo.files import write_json
 from pspo.schema import ConfigError, as_dict
@@ -15,7 +16,7 @@ from pspo.schema import ConfigError, as_dict
 class Planned:
     """One run of a sweep.
 
-    ``state`` is new, resume (it was cut off), failed, queued (SLURM has it) or done; ``arm`` names its arm by factor.
+    ``state`` is a word of ``earlier.found``, or queued where SLURM has it; ``arm`` names its arm by factor.
     """
 
     overrides: list[str]
@@ -35,7 +36,8 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
             check(config)
             checked.add(looked_at)
         directory = run_directory(config, job)
-        run = Planned(overrides=job, directory=directory, state=_state(directory), arm=arm)
+        earlier.check(config, directory)
+        run = Planned(overrides=job, directory=directory, state=earlier.found(config, directory), arm=arm)
         if arm and directory in seen:
             raise ConfigError(
                 f"two arms are one and the same run, {directory.name}: {_words(seen[directory])} and {_words(run)}; "
@@ -53,9 +55,7 @@ def unique(runs: Sequence[Planned]) -> list[Planned]:
 
 def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
     """The runs that are not done and have a task in a queue, told so."""
-    return [
-        replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs
-    ]
+    return [replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs]
 
 
 def record_arms(file: str, runs: Sequence[Planned]) -> None:
@@ -77,8 +77,10 @@ def record_arms(file: str, runs: Sequence[Planned]) -> None:
 
 def show(runs: Sequence[Planned], *notes: str) -> None:
     """Print the table of runs and the notes below it."""
-    width = max((len(_words(run)) for run in runs), default=0)
-    lines = [f"{run.state:<8}{_words(run):<{width + 2 * bool(width)}}{run.directory}" for run in runs]
+    shared = set[str]().union(*(run.overrides for run in runs)).intersection(*(run.overrides for run in runs))
+    told = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
+    width = max(map(len, told), default=0) + 2
+    lines = [f"{run.state:<8}{words:<{width}}{run.directory}" for run, words in zip(runs, told, strict=True)]
     sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
     sys.stdout.flush()
 
@@ -86,15 +88,8 @@ def show(runs: Sequence[Planned], *notes: str) -> None:
 def counted(runs: Sequence[Planned]) -> str:
     """``12 runs: 9 new, 2 done, 1 failed``."""
     states = [run.state for run in runs]
-    told = [f"{states.count(s)} {s}" for s in ("new", "resume", "failed", "queued", "done") if s in states]
+    told = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(told)}"
-
-
-def _state(directory: Path) -> str:
-    for name, state in {"DONE": "done", "FAILED": "failed", "config.yaml": "resume"}.items():
-        if (directory / name).is_file():
-            return state
-    return "new"
 
 
 def _words(run: Planned) -> str:

@@ -30,7 +30,7 @@ def configure(kind: str, values: Mapping[str, Any], overrides: Sequence[str]) ->
     try:
         return build(Slurm, merged)
     except ConfigError as error:
-        raise ConfigError(f"{error} ({file} counts as well)") if file.is_file() else error
+        raise ConfigError(f"{error}; {file} counts too" if file.is_file() else str(error)) from error
 
 
 def cluster_file() -> Path:

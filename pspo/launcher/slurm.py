@@ -37,7 +37,9 @@ class Slurm(Launcher):
     partition: str | None = key("partition, or several with commas")
     account: str | None = key("account that is charged")
     qos: str | None = key("quality of service")
-    time_min: int = key("time limit of one job in minutes; a run that needs longer is requeued and resumes", within="[1, inf)")
+    time_min: int = key(
+        "time limit of one job in minutes; a run that needs longer is requeued and resumes", within="[1, inf)"
+    )
     memory_gib: float | None = key("memory of one job in GiB", within="(0, inf)")
     gpus: int = key("GPUs of one job", within="[0, inf)")
     gpu_type: str | None = key("kind of GPU, as in --gres=gpu:<kind>:1")
@@ -47,7 +49,9 @@ class Slurm(Launcher):
     exclude: str | None = key("nodes not to use")
     comment: str | None = key("kept with the job")
     array_parallelism: int = key("jobs of the sweep that may run at one time", within="[1, inf)")
-    notice_s: int = key("seconds before the time limit, or a preemption, when a run is told to save", within="[10, inf)")
+    notice_s: int = key(
+        "seconds before the time limit, or a preemption, when a run is told to save", within="[10, inf)"
+    )
     setup: list[str] = key("shell lines before the job, such as module load")
     additional: dict[str, Any] = key("any further sbatch parameter by its long name; true gives a bare flag")
     wait: bool = key("wait for the last job; exit status 1 if any failed")
@@ -117,7 +121,7 @@ class Slurm(Launcher):
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
         place, tasks = jobs[0].paths.folder, [job.job_id for job in jobs]
-        record_runs(place, self, todo, tasks)
+        record_runs(self, "slurm", place, todo, tasks)
         return place, dict(zip((run.directory for run in todo), tasks, strict=True))
 
     def _notes(self, todo: list[Planned]) -> list[str]:
@@ -165,7 +169,10 @@ def _queued(runs: list[Planned]) -> dict[Path, str]:
                 tasks.setdefault(parent / Path(row["directory"]).name, set()).add(row["task"])
     states = slurm.job_states({task for directory in wanted for task in tasks.get(directory, ())})
     return {
-        directory: task for directory in wanted for task in tasks.get(directory, ()) if task in states and states[task].alive
+        directory: task
+        for directory in wanted
+        for task in tasks.get(directory, ())
+        if task in states and states[task].alive
     }
 
 
