@@ -42,7 +42,7 @@ def settings(tmp_path_factory):
     """The overrides of a run that takes a quarter of a minute, and the cache of its warm policy."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "mine.py").write_text(REWARDS)
-    small = [key for key in SMALL if not key.startswith(("tracker", "budget", "checkpoint"))]
+    small = [key for key in SMALL if not key.startswith(("tracker", "budget", "checkpoint", "evaluation"))]
     own = [f"budget.steps={STEPS}", "evaluation.every=8", "checkpoint.every=5", "reward=custom"]
     return [*small, *own, f"reward.function={folder}/mine.py:slow"], folder / "cache"
 
@@ -51,7 +51,9 @@ def settings(tmp_path_factory):
 def unbroken(settings, tmp_path_factory):
     overrides, cache = settings
     cwd = tmp_path_factory.mktemp("unbroken")
-    status, output = start(cwd, cache, *overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        status, output = start(cwd, cache, *overrides)
     assert status == 0, output
     return only_run(cwd)
 

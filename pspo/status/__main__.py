@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.console import Group as Together
 from rich.live import Live
 from rich.table import Table
 
@@ -22,14 +23,14 @@ from pspo.status.state import RETRIED, STATES, Group, collect
 WATCH_S = 5.0
 
 
-def table(group: Group) -> Table:
+def table(group: Group) -> RenderableType:
     """The rows for a person."""
     counts = [
         f"[{style}]{n} {state}[/]"
         for state, style in STATES.items()
         if (n := sum(r.state == state for r in group.rows))
     ]
-    made = Table(title=f"{group.directory}: {len(group.rows)} runs, {', '.join(counts)}", title_justify="left")
+    made = Table()
     for column in ("run", "state", "budget", "ETA", "reward", "test", "restarts", "job", "why"):
         made.add_column(column, overflow="fold", justify="right" if column in ("budget", "ETA", "reward") else "left")
     for row in group.rows:
@@ -44,7 +45,7 @@ def table(group: Group) -> Table:
             row.job_id or "",
             row.why.splitlines()[-1].replace("[", r"\[") if row.why else "",
         )
-    return made
+    return Together(f"{group.directory}: {', '.join([f'{len(group.rows)} runs', *counts])}", made)
 
 
 def _duration(seconds: float) -> str:
