@@ -5,6 +5,7 @@ python -m pspo.status outputs/<group> [--watch] [--json] [--cancel] [--retry-fai
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.console import Group as Together
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from pspo import slurm
@@ -30,22 +32,31 @@ def table(group: Group) -> RenderableType:
         for state, style in STATES.items()
         if (n := sum(r.state == state for r in group.rows))
     ]
-    made = Table()
-    for column in ("run", "state", "budget", "ETA", "reward", "test", "restarts", "job", "why"):
-        made.add_column(column, overflow="fold", justify="right" if column in ("budget", "ETA", "reward") else "left")
-    for row in group.rows:
-        made.add_row(
-            row.run,
-            f"[{STATES[row.state]}]{row.state}[/]",
-            "" if row.budget is None else f"{row.done or 0:g}/{row.budget:g} {row.unit}",
-            "" if row.eta_s is None else _duration(row.eta_s),
-            "" if row.reward is None else f"{row.reward:.3f}",
-            ", ".join(f"{100 * accuracy:.1f} % {name}" for name, accuracy in row.accuracy.items()),
-            str(row.restarts or ""),
-            row.job_id or "",
-            row.why.splitlines()[-1].replace("[", r"\[") if row.why else "",
-        )
+    columns = {
+        "run": _short([row.run for row in group.rows]),
+        "state": [f"[{STATES[row.state]}]{row.state}[/]" for row in group.rows],
+        "budget": ["" if r.budget is None else f"{r.done or 0:g}/{r.budget:g} {r.unit}" for r in group.rows],
+        "ETA": ["" if row.eta_s is None else _duration(row.eta_s) for row in group.rows],
+        "reward": ["" if row.reward is None else f"{row.reward:.3f}" for row in group.rows],
+        "test": [", ".join(f"{100 * share:.1f} % {name}" for name, share in r.accuracy.items()) for r in group.rows],
+        "restarts": [str(row.restarts or "") for row in group.rows],
+        "job": [row.job_id or "" for row in group.rows],
+        "why": [escape(row.why.splitlines()[-1]) if row.why else "" for row in group.rows],
+    }
+    made = Table(box=None, padding=(0, 2, 0, 0))
+    told = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in told:
+        made.add_column(name, overflow="fold", no_wrap=name not in ("run", "test", "why"))
+    for cells in zip(*told.values(), strict=True):
+        made.add_row(*cells)
     return Together(f"{group.directory}: {', '.join([f'{len(group.rows)} runs', *counts])}", made)
+
+
+def _short(runs: list[str]) -> list[str]:
+    """The names without what all begin with, and without their middle where they are still long; --json has all."""
+    common = os.path.commonprefix(runs).rpartition("_")[0] if len(runs) > 1 else ""  # noqa: RUF071
+    names = [run.removeprefix(common).lstrip("_") for run in runs]
+    return [name if len(name) <= 40 else f"{name[:18]}…{name[-21:]}" for name in names]
 
 
 def _duration(seconds: float) -> str:
