@@ -151,9 +151,11 @@ def groups() -> dict[str, list[str]]:
 def open_keys(arguments: Sequence[str]) -> list[str]:
     """Let every ``key=value`` through Hydra, so that the schema refuses an unknown key and lists the known ones.
 
-    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key.
+    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key. A path with a
+    ``=`` in it, as run directories have, is quoted, which Hydra's grammar asks for.
     """
-    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in arguments]
+    quoted = [re.sub(r"^([^=]+)=([\w./~+-]*=[\w./~+=-]*)$", r"\1='\2'", a) for a in arguments]
+    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in quoted]
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -223,9 +223,10 @@ class _Run:
             beside.cut(0)
             seed = [self.config.seed, Stream.TEST]
             chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
-            for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
-                for row in rows:
-                    beside.append(row)
+            with checkpoint.random_state_kept():  # those of a user's reward
+                for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
+                    for row in rows:
+                        beside.append(row)
             beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))

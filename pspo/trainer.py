@@ -78,7 +78,8 @@ class Trainer:
                         state.row, self.unsaved = self._step(), True
                     last = config.budget.spent(progress)
                     if progress.steps % config.evaluation.every == 0 or last:
-                        state.row |= self._validate()
+                        with checkpoint.random_state_kept():  # those of a user's reward
+                            state.row |= self._validate()
                     self.check_owner()
                     self.tracker.log(state.row, progress.steps)
                     metrics, state.row, self.unsaved = state.row, None, True
@@ -144,7 +145,7 @@ class Trainer:
     def _learning_rates(self, start: float, end: float) -> list[float]:
         """Those of the optimizer steps of one rollout, over which the spent share of the budget goes start -> end."""
         optimizer, first, updates = self.config.optimizer, self.state.progress.optimizer_steps, self.config.update.steps
-        if first <= optimizer.warmup_steps:
+        if first <= optimizer.warmup_steps and optimizer.decay != "constant":  # which needs no share of the budget
             self.state.warmup_fraction = start + (end - start) * min(optimizer.warmup_steps - first, updates) / updates
         return [
             optimizer.lr_at(first + i, start + (end - start) * i / updates, self.state.warmup_fraction)
