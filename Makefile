@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow lint clean
+.PHONY: help run test slow oracle lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -18,6 +18,10 @@ test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on
 
 slow: $(VENV)/.installed  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+oracle: $(VENV)/.installed  ## compare the recipes with TRL, which this installs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[oracle]'
+	$(BIN)/python -m pytest -m oracle $(ARGS)
 
 lint: $(VENV)/.installed  ## check format, lint, types, spelling
 	$(BIN)/ruff format --check .
