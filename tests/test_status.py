@@ -195,6 +195,25 @@ def test_without_slurm_nothing_is_claimed_of_its_jobs(tmp_path, no_slurm):
     assert not slurm.is_gone("7_0")
 
 
+def test_a_run_that_waits_for_a_slot_on_this_machine(tmp_path, no_slurm):
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "pspo"])
+    try:
+        folder = submitted(tmp_path / "g", f"local_20260101_000000_{launcher.pid}", "a", cluster="local")
+        record = json.loads((folder / "runs.json").read_text())
+        record["runs"][0]["task"] = ""
+        (folder / "runs.json").write_text(json.dumps(record))
+        row = only_row(tmp_path / "g")
+        assert (row.state, row.why) == ("waiting", f"for a slot of process {launcher.pid}")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert only_row(tmp_path / "g").state == "cut off"
+    record["runs"][0]["task"] = "99"
+    (folder / "runs.json").write_text(json.dumps(record))
+    (folder / "99_0_log.err").write_text("pspo: no such model\n")
+    assert (only_row(tmp_path / "g").state, only_row(tmp_path / "g").why) == ("failed", "pspo: no such model")
+
+
 def test_a_controller_that_does_not_answer_says_nothing_of_jobs(tmp_path, answers, monkeypatch):
     answers()
     script(tmp_path / "bin" / "squeue", "exec sleep 60")
