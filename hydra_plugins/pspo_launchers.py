@@ -91,7 +91,7 @@ class Arms(Sweeper):
             launcher.show(planned)
             return []
         if self.file and not dry_run:
-            launcher.record_arms(self.file, planned)
+            sweep.record(self.file, planned)
         assert chosen is not None
         returns = chosen.launch([launcher.open_keys(run.overrides) for run in planned], initial_job_idx=0)
         for job in returns:

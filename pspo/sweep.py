@@ -12,6 +12,7 @@ A file in ``sweeps/`` says in ``common`` what all jobs share, in ``arms`` what i
 """
 
 import itertools
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pspo.config import CONF
+from pspo.files import write_json
 from pspo.launcher import Planned, make_plan
 from pspo.schema import ConfigError, Schema, build, key, unknown
 
@@ -90,6 +92,25 @@ def plan(file: str | None, jobs: Sequence[Job]) -> list[Planned]:
         raise error if file is None else ConfigError(f"{file}: {error}") from error
 
 
+def record(file: str, planned: Sequence[Planned]) -> None:
+    """Add the runs to ``sweep.json`` of their group's directory, for reports to group by; the newest word counts.
+
+    Raises ConfigError where that cannot be written.
+    """
+    for parent in {run.directory.parent for run in planned}:
+        path = parent / "sweep.json"
+        known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
+        for run in planned:
+            if run.directory.parent == parent:
+                about = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
+                known[run.directory.name] = about | {"directory": run.directory.name}
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, list(known.values()))
+        except OSError as error:
+            raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
+
+
 def _single(parser: OverridesParser, texts: Sequence[str], where: str) -> dict[str, list[str]]:
     """Overrides by key, each of one value."""
     found: dict[str, list[str]] = {}
@@ -107,7 +128,7 @@ def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[s
     """The key of an override in Hydra's grammar, and one override for each of its values."""
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{where}: {text!r} is no override; write key=value")
-    override = parser.parse_override(text)
+    override = parser.parse_overrides([text])[0]
     name = override.get_key_element().lstrip("+")
     if not override.is_sweep_override():
         return name, [text.lstrip("+")]

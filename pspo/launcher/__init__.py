@@ -6,7 +6,7 @@
 from pspo.config import open_keys
 from pspo.launcher.base import Launcher, RunsFailed
 from pspo.launcher.job import Job, result
-from pspo.launcher.plan import Planned, counted, make_plan, record_arms, show
+from pspo.launcher.plan import Planned, counted, make_plan, show
 from pspo.launcher.settings import configure
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "counted",
     "make_plan",
     "open_keys",
-    "record_arms",
     "result",
     "show",
 ]

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pspo import earlier
-from pspo.config import check, compose_all, run_directory
-from pspo.files import write_json
+from pspo.config import check, compose_all, identity, run_directory
 from pspo.schema import ConfigError, as_dict
 
 
@@ -28,22 +27,24 @@ class Planned:
 def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
     """One entry for each job, in order. Raises ConfigError if any does not compose, or if two arms are the same run."""
     overrides = [[override.lstrip("+") for override in job] for job in jobs]
-    checked, runs, seen = set(), [], dict[Path, Planned]()
+    checked, runs, seen = set(), [], dict[tuple[str, str, str], Planned]()
     for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
         parts = [config.output_dir, config.group, *map(as_dict, (config.dataset, config.model, config.reward))]
         looked_at = json.dumps([*parts, config.budget.total > 0])
         if looked_at not in checked:
             check(config)
             checked.add(looked_at)
-        directory = run_directory(config, job)
+        same = (config.output_dir, config.group, identity(config))
+        before = seen.get(same)
+        directory = run_directory(config, job) if before is None else before.directory
         earlier.check(config, directory)
         run = Planned(overrides=job, directory=directory, state=earlier.found(config, directory), arm=arm)
-        if arm and directory in seen:
+        if arm and before:
             raise ConfigError(
-                f"two arms are one and the same run, {directory.name}: {_words(seen[directory])} and {_words(run)}; "
-                "an override of the command line or of lists takes away what they differ in"
+                f"two arms are one and the same run, {directory.name}: {_words(before)} and {_words(run)}; "
+                "either they differ in nothing, or an override takes away what they differ in"
             )
-        seen[directory] = run
+        seen[same] = run
         runs.append(run)
     return runs
 
@@ -56,23 +57,6 @@ def unique(runs: Sequence[Planned]) -> list[Planned]:
 def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
     """The runs that are not done and have a task in a queue, told so."""
     return [replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs]
-
-
-def record_arms(file: str, runs: Sequence[Planned]) -> None:
-    """Add the runs to ``sweep.json`` in their group's directory, for reports to group by; the newest word counts."""
-    for parent in {run.directory.parent for run in runs}:
-        path = parent / "sweep.json"
-        known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
-        for run in runs:
-            if run.directory.parent == parent:
-                name = run.directory.name
-                row = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides, "directory": name}
-                known[name] = row
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, list(known.values()))
-        except OSError as error:
-            raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
 
 
 def show(runs: Sequence[Planned], *notes: str) -> None:
