@@ -1,32 +1,120 @@
-"""How good a completion is beside the others of its group."""
+"""How good a completion is beside the others of its group, or than a value model expected.
 
+Shape suffixes: P prompts, G completions of each, T token positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor
 
-from pspo.schema import Schema, key
+from pspo.schema import Schema, key, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Advantage(Schema, block="advantage"):
-    """Group-relative advantage: A_pg = (R_pg − mean_g R_p) / (std_g R_p + eps) (GRPO, arXiv 2402.03300, section 4.1).
+class Advantage(Schema, ABC, block="advantage"):
+    """Base of all estimators; ``advantage(reward_PG)`` is one number for each completion, in float64.
 
-    P prompts, G completions each. A group whose rewards are all equal has advantage exactly 0.
+    A group whose rewards are all equal has advantage exactly 0 under every group-relative estimator.
     """
+
+    name: str
+    per_token: ClassVar[bool] = False
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class that ``advantage.name`` names. Raises ConfigError with the list of estimators."""
+        if values.get("name") not in ADVANTAGES:
+            raise unknown(str(values.get("name")), ADVANTAGES, "advantage")
+        return cast(type[Self], ADVANTAGES[values["name"]])
+
+    @abstractmethod
+    def __call__(self, reward_PG: Tensor) -> Tensor:
+        """Rewards (P, G) -> advantages (P, G), in float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(Advantage):
+    """A_pg = (R_pg − mean_g R_p) / (std_g R_p + eps) (GRPO, arXiv 2402.03300, section 4.1)."""
 
     ddof: int = key("degrees of freedom taken off the standard deviation: the paper's is 1", within="[0, 1]")
     eps: float = key("added to the standard deviation", within="[0, inf)")
 
     def __call__(self, reward_PG: Tensor) -> Tensor:
-        """Rewards (P, G) -> advantages (P, G), in float64."""
-        reward_PG = reward_PG.double()
-        centred_PG = reward_PG - reward_PG.mean(dim=1, keepdim=True)
-        std_P1 = reward_PG.std(dim=1, correction=self.ddof, keepdim=True)
+        std_P1 = reward_PG.double().std(dim=1, correction=self.ddof, keepdim=True)
         # Equal rewards may leave a rounding error over eps, or 0 / 0 when eps is 0.
-        return torch.where(has_spread(reward_PG)[:, None], centred_PG / (std_P1 + self.eps), 0.0)
+        return torch.where(has_spread(reward_PG)[:, None], _centred(reward_PG) / (std_P1 + self.eps), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(Advantage):
+    """A_pg = R_pg − mean_g R_p: without the division that weighs easy and hard problems up (Dr. GRPO, 2503.20783)."""
+
+    def __call__(self, reward_PG: Tensor) -> Tensor:
+        return _centred(reward_PG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOut(Advantage):
+    """A_pg = R_pg − mean over the others of the group = G / (G − 1) · (R_pg − mean_g R_p) (RLOO, arXiv 2402.14740)."""
+
+    def __call__(self, reward_PG: Tensor) -> Tensor:
+        return _centred(reward_PG) * (reward_PG.shape[1] / (reward_PG.shape[1] - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GAE(Advantage):
+    """Generalised advantage estimation from a value model, per token (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    δ_t = r_t + γ V_{t+1} − V_t; A_t = Σ_k (γλ)^k δ_{t+k}; returns A_t + V_t. The reward stands at the last token, after
+    which V = 0, also where the completion was cut off: it is judged as it stands. ``pspo.critic`` has the value model.
+    """
+
+    per_token: ClassVar[bool] = True
+    gamma: float = key("γ: discount of a token", within="[0, 1]")
+    lam: float = key("λ: 1 is the return less the value, 0 the error of one token", within="[0, 1]")
+    normalize: bool = key("advantages of a step are brought to mean 0 and standard deviation 1")
+    critic: Literal["trunk", "separate"] = key("a value head on the policy's trunk, or a model of its own")
+    value_lr: float = key("highest learning rate of the value model's own weights", within="(0, inf)")
+    value_weight: float = key("weight of the value loss", within="(0, inf)")
+    value_clip: float | None = key(
+        "how far a value may move in one step's updates; null for no bound", within="(0, inf)"
+    )
+
+    def __call__(self, reward_PG: Tensor) -> Tensor:
+        raise TypeError("GAE is estimated per token; call estimate(rewards, values)")
+
+    def estimate(
+        self, rewards: Sequence[float], values: Sequence[Sequence[float]]
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """Rewards of completions and values of their tokens -> advantages and returns of their tokens."""
+        advantages = []
+        for reward, value in zip(rewards, values, strict=True):
+            ahead, advantage = 0.0, []
+            for t in reversed(range(len(value))):
+                following = reward if t + 1 == len(value) else self.gamma * value[t + 1]
+                ahead = following - value[t] + self.gamma * self.lam * ahead
+                advantage.append(ahead)
+            advantages.append(advantage[::-1])
+        returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, values, strict=True)]
+        if self.normalize:
+            flat = torch.tensor([a for advantage in advantages for a in advantage], dtype=torch.float64)
+            mean, std = flat.mean().item(), flat.std(correction=0).item()
+            advantages = [[(a - mean) / (std + 1e-8) for a in advantage] for advantage in advantages]
+        return advantages, returns
+
+
+ADVANTAGES: dict[str, type[Advantage]] = {"group": Group, "mean": Mean, "leave_one_out": LeaveOneOut, "gae": GAE}
 
 
 def has_spread(reward_PG: Tensor) -> Tensor:
     """Which groups (P,) have rewards that differ, so that they carry a gradient."""
     return reward_PG.amax(dim=1) != reward_PG.amin(dim=1)  # not `>`: a NaN must reach the update, which stops at it
+
+
+def _centred(reward_PG: Tensor) -> Tensor:
+    reward_PG = reward_PG.double()
+    return torch.where(has_spread(reward_PG)[:, None], reward_PG - reward_PG.mean(dim=1, keepdim=True), 0.0)

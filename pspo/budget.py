@@ -7,11 +7,15 @@ from pspo.schema import ConfigError, Schema, key
 
 @dataclass
 class Progress:
-    """What a run has spent so far; all four are logged, whichever the budget counts."""
+    """What a run has spent so far; all are logged, whichever the budget counts.
+
+    ``prompts`` were sampled from; ``prompts_used`` of them were trained on: fewer under dynamic sampling.
+    """
 
     steps: int = 0
     prompts: int = 0
     completion_tokens: int = 0
+    prompts_used: int = 0
     optimizer_steps: int = 0
 
     def metrics(self) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Checkpoints at step boundaries: written beside, flushed, digested, renamed; the newest whole one is resumed from."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -142,6 +144,16 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", words.numpy().astype(np.uint32), *rest))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever the block draws from the global generators, and however it ends, they go on as if it had not been."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before)
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
+from pspo.diagnostics import Diagnostics
 from pspo.evaluation import Evaluation
+from pspo.loss import Loss
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective
 from pspo.optimizer import Optimizer
@@ -52,11 +56,13 @@ class Config(Schema):
     objective: Objective
     smoothing: Smoothing
     advantage: Advantage
+    loss: Loss
     rollout: Rollout
     update: Update
     optimizer: Optimizer
     budget: Budget
     evaluation: Evaluation
+    diagnostics: Diagnostics
     checkpoint: Checkpoint
     tracker: TrackerConfig
 
@@ -72,12 +78,20 @@ class Config(Schema):
                 f"update.num_minibatches={self.update.num_minibatches} must be at most the {rows} completions of a "
                 "step (rollout.prompts x rollout.group_size)"
             )
+        self.loss.check(self.objective, self.advantage)
+        if not self.smoothing.constant:
+            if not self.objective.takes_alpha:
+                raise no_alpha(self.smoothing.name, self.objective.name)
+            if self.smoothing.name == "adaptive" and self.diagnostics.every != 1:
+                raise self.diagnostics.refuse("every", "smoothing=adaptive is steered by them; set diagnostics.every=1")
+        for name in self.diagnostics.counterfactual if self.diagnostics.counterfactual_every else []:
+            self.loss.check(default_objective(name), self.advantage)
 
 
 NOT_SCIENCE = (
-    "group", "output_dir", "device", "threads", "rerun", "continue_from", "checkpoint", "tracker", "smoothing",
+    "group", "output_dir", "device", "threads", "rerun", "continue_from", "checkpoint", "tracker", "diagnostics",
 )  # fmt: skip
-"""Blocks that say where and how comfortably a run is made, not what is run; alpha stands in the objective."""
+"""Blocks that say where and how comfortably a run is made and how closely it is watched, not what is run."""
 
 ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("gradient_checkpointing",)}
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
@@ -89,11 +103,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     cls = OBJECTIVES.get(objective.get("name"))
     if smoothing.get("alpha") is not None and cls is not None:
         if not cls.takes_alpha:
-            takes = ", ".join(name for name, known in OBJECTIVES.items() if known.takes_alpha)
-            raise ConfigError(
-                f"smoothing={smoothing['name']} sets objective.alpha, which objective={objective['name']} does not have"
-                f"; objectives with alpha: {takes} (or leave smoothing=none)"
-            )
+            raise no_alpha(smoothing["name"], objective["name"])
         if objective.get("alpha") != smoothing["alpha"]:
             raise ConfigError(
                 f"smoothing={smoothing['name']} sets alpha to {smoothing['alpha']}, but objective.alpha="
@@ -111,9 +121,26 @@ def read(path: Path) -> Config:
     return build(Config, {str(name): value for name, value in values.items()})
 
 
+def no_alpha(smoothing: str, objective: str) -> ConfigError:
+    """The error for a smoothing of an objective that has no alpha."""
+    takes = ", ".join(name for name, known in OBJECTIVES.items() if known.takes_alpha)
+    return ConfigError(
+        f"smoothing={smoothing} sets objective.alpha, which objective={objective} does not have"
+        f"; objectives with alpha: {takes} (or leave smoothing=none)"
+    )
+
+
+def default_objective(name: str) -> Objective:
+    """An objective with the values of its option under ``conf/objective``."""
+    values = yaml.safe_load((CONF / "objective" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return build(Objective, values)  # type: ignore[type-abstract]
+
+
 def science(config: Config) -> dict[str, Any]:
     """What was run: the configuration without ``NOT_SCIENCE`` and ``ONLY_MEMORY``."""
     values = {name: value for name, value in as_dict(config).items() if name not in NOT_SCIENCE}
+    if config.smoothing.constant:  # its alpha stands in the objective
+        del values["smoothing"]
     for block, names in ONLY_MEMORY.items():
         values[block] = {name: value for name, value in values[block].items() if name not in names}
     return values
@@ -156,9 +183,11 @@ def groups() -> dict[str, list[str]]:
 def open_keys(arguments: Sequence[str]) -> list[str]:
     """Let every ``key=value`` through Hydra, so that the schema refuses an unknown key and lists the known ones.
 
-    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key.
+    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key. A path with a
+    ``=`` in it, as run directories have, is quoted, which Hydra's grammar asks for.
     """
-    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in arguments]
+    quoted = [re.sub(r"^([^=]+)=([\w./~+-]*=[\w./~+=-]*)$", r"\1='\2'", a) for a in arguments]
+    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in quoted]
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -67,12 +67,12 @@ def check(config: Config, directory: Path) -> None:
                 "continue_from",
                 f"only the budget may differ, but {name} is {there.get(name)} there and {here.get(name)} here",
             )
-    if config.optimizer.decay != "constant":
-        raise config.refuse(
-            "continue_from",
-            f"optimizer.decay={config.optimizer.decay} follows the budget, so that a longer run differs from its "
-            "first step on; run it anew, without continue_from",
-        )
+    for key, value in {"optimizer.decay": config.optimizer.decay, "smoothing": config.smoothing.name}.items():
+        if value == "linear":
+            reason = (
+                f"{key}=linear follows the budget, so that a longer run differs from its first step on; run it anew"
+            )
+            raise config.refuse("continue_from", reason)
     progress = _progress(source)
     if config.budget.spent(progress):
         spent = getattr(progress, config.budget.unit)
@@ -103,7 +103,8 @@ def carry_over(config: Config, directory: Path) -> None:
         validated = ("validation/", "time/validation_s")
         rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    shutil.copyfile(source / "completions.jsonl", directory / "completions.jsonl")
+    for name in ("completions.jsonl", "diagnostics.jsonl"):
+        shutil.copyfile(source / name, directory / name)
     (directory / "evaluation").mkdir(exist_ok=True)
     for answers in (source / "evaluation").glob("*_before.jsonl"):
         shutil.copyfile(answers, directory / "evaluation" / answers.name)
@@ -136,8 +137,8 @@ def _has_changed(config: Config, directory: Path) -> bool:
 
 def _progress(source: Path) -> Progress:
     """What a finished run has spent."""
-    summary = json.loads((source / "summary.json").read_text())
-    return Progress(**{name: summary[name] for name in Progress().__dict__})
+    rows = read_lines(source / "metrics.jsonl")
+    return Progress(**{name: rows[-1][f"budget/{name}"] for name in vars(Progress())}) if rows else Progress()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,28 +64,48 @@ def pad_to(rows: list[list[float]], like_BT: Tensor, dtype: torch.dtype) -> Tens
     return padded_BT.to(like_BT.device)
 
 
-def token_logprobs(model: Any, batch: Batch, temperature: float, autocast: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (with gradient) and entropies (without) of the completion tokens, both of shape (B, T).
+@dataclass(frozen=True)
+class Scored:
+    """What a policy says of a batch's completion tokens; masked positions are 0.
+
+    Attributes:
+        logprob_BT: log-probabilities, with gradient.
+        entropy_BT: entropies in nats, with gradient where asked for.
+        hidden_NH: the hidden states that predicted the tokens.
+    """
+
+    logprob_BT: Tensor
+    entropy_BT: Tensor
+    hidden_NH: Tensor
+
+
+def token_logprobs(
+    model: Any, batch: Batch, temperature: float, autocast: bool = False, entropy_gradient: bool = False
+) -> Scored:
+    """Log-probabilities and entropies of the completion tokens.
 
     They are those of the temperature-scaled, untruncated policy: log softmax(logits / temperature)[token]. Only the
     hidden states that predict completion tokens reach the language-model head, in chunks whose logits are recomputed
-    in the backward pass, so that no tensor of logits of the whole batch ever exists. Masked positions are 0.
+    in the backward pass, so that no tensor of logits of the whole batch ever exists.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    head, tokens = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
-        hidden_BSH = decoder(
-            input_ids=batch.input_ids_BS, attention_mask=batch.attention_BS.long(), use_cache=False
-        ).last_hidden_state
-        row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
-        hidden_NH = hidden_BSH[row_N, batch.position_BT[row_N, column_N]]
-        logprob_N, entropy_N = _chunked(
-            head, hidden_NH, batch.token_ids_BT[batch.mask_BT], temperature, model.config.vocab_size
-        )
-    zeros_BT = torch.zeros(batch.mask_BT.shape, dtype=logprob_N.dtype, device=logprob_N.device)
-    return (
-        zeros_BT.masked_scatter(batch.mask_BT, logprob_N),
-        zeros_BT.masked_scatter(batch.mask_BT, entropy_N),
-    )
+        hidden_NH = predicting_states(model.get_decoder(), batch)
+        logprob_N, entropy_N = _chunked(head, hidden_NH, tokens, temperature, entropy_gradient, model.config.vocab_size)
+    return Scored(scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N), hidden_NH)
+
+
+def predicting_states(decoder: Any, batch: Batch) -> Tensor:
+    """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
+    states = decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_BS.long(), use_cache=False)
+    row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
+    hidden_NH: Tensor = states.last_hidden_state[row_N, batch.position_BT[row_N, column_N]]
+    return hidden_NH
+
+
+def scatter(mask_BT: Tensor, values_N: Tensor) -> Tensor:
+    """Values of the completion tokens laid end to end -> (B, T), 0 where masked."""
+    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
 
 
 def log_ratio(logprob_BT: Tensor, old_logprob_BT: Tensor) -> Tensor:
@@ -99,25 +119,32 @@ def autocast_to_bfloat16(device: torch.device, enabled: bool) -> contextlib.Abst
 
 
 def _chunked(
-    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, num_tokens: int
+    head: torch.nn.Module,
+    hidden_NH: Tensor,
+    token_N: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+    vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    size = max(1, CHUNK_LOGITS // num_tokens)
-    pieces = [
-        # One chunk is no more than what recomputation would hold again, so it keeps its logits.
-        checkpoint(_logprob_entropy, head, hidden, token, temperature, use_reentrant=False, preserve_rng_state=False)
-        if len(hidden_NH) > size
-        else _logprob_entropy(head, hidden, token, temperature)
-        for hidden, token in zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
-    ]
+    size = max(1, CHUNK_LOGITS // vocab_size)
+    pieces = []
+    for hidden, token in zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True):
+        arguments = (head, hidden, token, temperature, entropy_gradient)
+        pieces.append(
+            # One chunk is no more than what recomputation would hold again, so it keeps its logits.
+            checkpoint(_logprob_entropy, *arguments, use_reentrant=False, preserve_rng_state=False)
+            if len(hidden_NH) > size
+            else _logprob_entropy(*arguments)
+        )
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
 
 def _logprob_entropy(
-    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float
+    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     logits_NV = head(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
     logprob_NV = logits_NV.log_softmax(-1)
-    with torch.no_grad():
+    with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
         entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
     return logprob_NV.gather(-1, token_N[:, None]).squeeze(-1), entropy_N

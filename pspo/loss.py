@@ -1,42 +1,181 @@
-"""From an objective's loss per token to the loss of an optimizer batch, and the diagnostics beside it."""
+"""From an objective's loss per token to the loss of an optimizer batch: what is orthogonal to the objective.
+
+Shape suffixes: B completions, T token positions.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pspo.advantage import Advantage
 from pspo.logprob import LOG_RATIO_CLAMP, log_ratio
 from pspo.objective import Objective, ObjectiveInput
+from pspo.schema import ConfigError, Schema, key
 from pspo.statistics import Statistics
 
 
-def batch_loss(
-    objective: Objective,
-    logprob_BT: Tensor,
-    old_logprob_BT: Tensor,
-    advantage_B: Tensor,
-    mask_BT: Tensor,
-    num_tokens: int,
-    statistics: Statistics,
-) -> Tensor:
-    """This micro-batch's share of the token-level mean: Σ loss·mask / tokens of the whole optimizer batch.
+@dataclass(frozen=True, kw_only=True)
+class Loss(Schema, block="loss"):
+    """Importance level, aggregation, and the terms beside the objective, each a choice of its own."""
 
-    ``num_tokens`` counts the completion tokens of all micro-batches that make one optimizer step, so their gradients
-    add up to that of one large batch. Masked positions have a gradient of exactly zero. KL(old‖new) is the k3
-    estimate on sampled tokens, E_old[r − 1 − log r] (Schulman, "Approximating KL divergence", 2020).
+    importance: Literal["token", "sequence", "sequence_token"] = key(
+        "ratio of a token, of a completion (geometric mean), or of a completion with its token's gradient"
+    )
+    aggregation: Literal["token", "sequence", "sequence_sum", "constant"] = key(
+        "mean of tokens, of completion means, of completion sums, or of sums over rollout.max_new_tokens"
+    )
+    kl: Literal["none", "k1", "k2", "k3"] = key("estimator of KL(policy‖reference), the frozen policy before training")
+    kl_weight: float = key("β: weight of that KL in the loss", within="[0, inf)")
+    entropy_weight: float = key("weight of the policy's entropy, taken off the loss", within="[0, inf)")
+    mask_truncated: bool = key("completions cut at rollout.max_new_tokens do not train")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_weight and self.kl == "none":
+            raise self.refuse("kl_weight", "needs an estimator; set loss.kl to k1, k2 or k3")
+
+    def check(self, objective: Objective, advantage: Advantage) -> None:
+        """Refuse a choice that makes no sense beside the others. Raises ConfigError."""
+        if self.importance in objective.not_at:
+            raise ConfigError(
+                f"loss.importance={self.importance} does not go with objective={objective.name}: "
+                f"{objective.not_at[self.importance]}"
+            )
+        if advantage.per_token and (objective.whole_completions or self.importance == "sequence"):
+            which = f"objective={objective.name}" if objective.whole_completions else "loss.importance=sequence"
+            raise ConfigError(
+                f"{which} has one advantage for a completion, which advantage={advantage.name} does not give; "
+                "choose advantage=group, mean or leave_one_out"
+            )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether log-probabilities of a frozen reference are needed."""
+        return self.kl != "none"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss sees of a micro-batch, all of shape (B, T); ``reference_BT`` where there is a KL penalty."""
+
+    old_logprob_BT: Tensor
+    advantage_BT: Tensor
+    mask_BT: Tensor
+    reference_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the loss of a micro-batch is divided by: counts of the whole optimizer batch, and the longest completion."""
+
+    num_tokens: int
+    num_rows: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The loss of a micro-batch, and the weights that stand behind its gradient.
+
+    Attributes:
+        loss: its share of the optimizer batch's loss, with gradient.
+        log_ratio_BT: log r at the level of ``importance``.
+        token_log_ratio_BT: log r of each token.
+        gradient_BT: ∂(Σ objective)/∂logprob before aggregation, so the weight is w = −gradient / A.
     """
-    old_logprob_BT = torch.where(mask_BT, old_logprob_BT, logprob_BT.detach())
-    log_ratio_BT = log_ratio(logprob_BT, old_logprob_BT)
+
+    loss: Tensor
+    log_ratio_BT: Tensor
+    token_log_ratio_BT: Tensor
+    gradient_BT: Tensor
+
+
+def batch_loss(
+    config: Loss, objective: Objective, logprob_BT: Tensor, entropy_BT: Tensor, batch: Batch, size: Size,
+    statistics: Statistics,
+) -> Weighed:  # fmt: skip
+    """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
+
+    ``size`` counts all micro-batches that make one optimizer step, so their gradients add up to that of one large
+    batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the log-probabilities
+    once, here, and the result passed on to the model: what the diagnostics read is the gradient itself. KL(old‖new)
+    is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (Schulman, "Approximating KL divergence", 2020).
+    """
+    mask_BT = batch.mask_BT
+    leaf_BT = logprob_BT.detach().requires_grad_()
+    old_logprob_BT = torch.where(mask_BT, batch.old_logprob_BT, leaf_BT.detach())
+    token_log_ratio_BT = log_ratio(leaf_BT, old_logprob_BT)
     x = ObjectiveInput(
-        logprob_BT=logprob_BT,
+        logprob_BT=leaf_BT,
         old_logprob_BT=old_logprob_BT,
-        log_ratio_BT=log_ratio_BT,
-        advantage_BT=advantage_B[:, None].expand_as(logprob_BT).to(logprob_BT.dtype),
+        log_ratio_BT=token_log_ratio_BT,
+        advantage_BT=batch.advantage_BT.to(leaf_BT.dtype),
         mask_BT=mask_BT,
     )
-    loss_BT = objective(x)
+    x = at_level(config.importance, x)
+    objective_BT = objective(x)
+    (gradient_BT,) = torch.autograd.grad(torch.where(mask_BT, objective_BT, 0.0).sum(), leaf_BT)
+    coefficient_BT = coefficients(config.aggregation, mask_BT, size).to(leaf_BT.dtype)
+    total_BT = _with_gradient(objective_BT.detach(), gradient_BT, logprob_BT)
+    if batch.reference_BT is not None:
+        kl_BT = kl(config.kl, logprob_BT, torch.where(mask_BT, batch.reference_BT, leaf_BT.detach()))
+        statistics.mean("policy/kl_reference", kl_BT, mask_BT)
+        total_BT = total_BT + config.kl_weight * kl_BT
+    if config.entropy_weight:
+        total_BT = total_BT - config.entropy_weight * entropy_BT
+    loss = torch.where(mask_BT, coefficient_BT * total_BT, 0.0).sum()
     with torch.no_grad():
-        ratio_BT = log_ratio_BT.exp()
-        statistics.mean("loss/mean", loss_BT, mask_BT)
+        ratio_BT, log_ratio_BT = token_log_ratio_BT.exp(), token_log_ratio_BT.detach()
+        statistics.mean("loss/mean", objective_BT, mask_BT)
+        statistics.mean("policy/entropy_mean", entropy_BT, mask_BT)
         statistics.mean("policy/kl_old_new_k3", ratio_BT - 1 - log_ratio_BT, mask_BT)
         statistics.max("policy/ratio_max", ratio_BT, mask_BT)
         statistics.mean("policy/ratio_clamped_rate", (log_ratio_BT.abs() >= LOG_RATIO_CLAMP).double(), mask_BT)
-    return torch.where(mask_BT, loss_BT, 0.0).sum() / num_tokens
+    return Weighed(loss, x.log_ratio_BT.detach(), log_ratio_BT, gradient_BT)
+
+
+def at_level(importance: str, x: ObjectiveInput) -> ObjectiveInput:
+    """The same input with its ratio at another level.
+
+    ``sequence``: s = exp(1/L Σ_t log r_t) at every token (GSPO, arXiv 2507.18071, eq. 7); ``sequence_token``:
+    sg[s] π_t / sg[π_t], which has the value of s and the gradient of its own token alone (ibid., eq. 14).
+    """
+    if importance == "token":
+        return x
+    mean_BT = x.sequence_mean(x.log_ratio_BT)
+    if importance == "sequence_token":
+        mean_BT = _with_gradient(mean_BT.detach(), torch.ones_like(mean_BT), x.logprob_BT)
+    return ObjectiveInput(**{**vars(x), "log_ratio_BT": mean_BT})
+
+
+def coefficients(aggregation: str, mask_BT: Tensor, size: Size) -> Tensor:
+    """c_i, the factor (B, 1) on the losses of completion i's L_i tokens.
+
+    ``token``: 1 / tokens; ``sequence``: 1 / (L_i · rows); ``sequence_sum``: 1 / rows; ``constant``: 1 / (rows ·
+    max_length), Dr. GRPO's (arXiv 2503.20783). Tokens and rows are those of the optimizer batch that train.
+    """
+    length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1).double()
+    divisor_B1 = {
+        "token": torch.full_like(length_B1, size.num_tokens),
+        "sequence": length_B1 * size.num_rows,
+        "sequence_sum": torch.full_like(length_B1, size.num_rows),
+        "constant": torch.full_like(length_B1, size.num_rows * size.max_length),
+    }[aggregation]
+    return 1 / divisor_B1
+
+
+def kl(estimator: str, logprob_BT: Tensor, reference_BT: Tensor) -> Tensor:
+    """Estimates of KL(policy‖reference) per token, with gradient (Schulman, "Approximating KL divergence", 2020).
+
+    With d = log π − log π_ref: k1 = d, k2 = d² / 2, k3 = e^−d + d − 1. As a loss on the policy's own samples, k2 has
+    the gradient of the KL; that of k1 is zero in expectation; k3's is biased, and GRPO's choice. d is clamped to ±20.
+    """
+    d_BT = log_ratio(logprob_BT, reference_BT)
+    return {"k1": d_BT, "k2": d_BT.square() / 2, "k3": (-d_BT).exp() + d_BT - 1}[estimator]
+
+
+def _with_gradient(value_BT: Tensor, gradient_BT: Tensor, by_BT: Tensor) -> Tensor:
+    """``value_BT``, whose derivative by ``by_BT`` is ``gradient_BT``."""
+    return value_BT + gradient_BT * (by_BT - by_BT.detach())

@@ -28,8 +28,8 @@ class Optimizer(Schema, ABC, block="optimizer"):
         return cast(type[Self], OPTIMIZERS[values["name"]])
 
     @abstractmethod
-    def make(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer."""
+    def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """The torch optimizer of parameters, or of groups of them."""
 
     def lr_at(self, step: int, fraction: float, warmup_fraction: float) -> float:
         """The learning rate of optimizer step ``step`` (from 0), when ``fraction`` of the budget is spent.
@@ -52,7 +52,7 @@ class AdamW(Optimizer):
     eps: float = key("added to the root of the mean of squares", within="(0, inf)")
     weight_decay: float = key("decoupled weight decay", within="[0, inf)")
 
-    def make(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         betas = (self.beta1, self.beta2)
         return torch.optim.AdamW(parameters, lr=self.lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay)
 
@@ -63,7 +63,7 @@ class SGD(Optimizer):
 
     momentum: float = key("decay of the mean of gradients; 0 is plain", within="[0, 1)")
 
-    def make(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum)
 
 

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lock, model, report
+from pspo.advice import advice
 from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
@@ -116,6 +117,8 @@ class _Run:
         torch.set_num_threads(threads)
         checkpoint.seed_global_generators(self.config.seed)
         log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
+        for sentence in advice(self.config):
+            log.warning("%s", sentence)
         policy = model.load(self.config.model, self.config.seed, self.device)
         prompts, notes = self._encode(policy.tokenizer)
         tracker = Tracker(
@@ -170,7 +173,7 @@ class _Run:
             "completion_tokens": state.progress.completion_tokens,
             "selection": config.selection,
             "selected_step": state.best_step if config.selection == "best" else state.progress.steps,
-            "notes": notes + state.notes,
+            "notes": advice(config) + notes + state.notes,
             "evaluation": {name: {"before": before[name], "after": after[name]} for name in tests},
             "time/wall_s": trainer.earlier_s + time.perf_counter() - started,
         }
@@ -217,9 +220,10 @@ class _Run:
             beside.cut(0)
             seed = [self.config.seed, Stream.TEST]
             chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
-            for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
-                for row in rows:
-                    beside.append(row)
+            with checkpoint.random_state_kept():  # those of a user's reward
+                for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
+                    for row in rows:
+                        beside.append(row)
             beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))

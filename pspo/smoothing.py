@@ -1,14 +1,86 @@
-"""How alpha is given over time; the options under ``conf/smoothing`` set ``objective.alpha``."""
+"""How alpha is given over time: constant presets, a schedule over the budget, or steered toward a target KL."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Self, cast
 
-from pspo.schema import Schema, key
+from pspo.schema import Schema, key, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothing(Schema, block="smoothing"):
-    """Which preset of ``objective.alpha`` was chosen."""
+    """Base: alpha begins at ``objective.alpha`` and is ``next_alpha`` after every step."""
 
-    name: Literal["none", "light", "paper", "strong"] = key("none leaves alpha to the objective")
-    alpha: float | None = key("what the preset sets objective.alpha to", within="[0, 1)")
+    name: str
+    alpha: float | None = key("what a preset sets objective.alpha to, or null", within="[0, 1)")
+    constant: ClassVar[bool] = False
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class that ``smoothing.name`` names. Raises ConfigError with the list of options."""
+        if values.get("name") not in SMOOTHINGS:
+            raise unknown(str(values.get("name")), SMOOTHINGS, "smoothing")
+        return cast(type[Self], SMOOTHINGS[values["name"]])
+
+    def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
+        """Alpha of the next step.
+
+        ``first`` is objective.alpha, ``alpha`` that of the step just made, ``fraction`` the share of the budget spent
+        and ``kl`` KL(old‖new), k3, in nats per token after its last update, where it was measured.
+        """
+        return alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(Smoothing):
+    """``none`` leaves alpha to the objective; ``light``, ``paper`` and ``strong`` set it."""
+
+    constant: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Smoothing):
+    """α = α₀ + (α₁ − α₀) f, where f is the share of the budget spent and α₀ is objective.alpha."""
+
+    final: float = key("α₁: alpha at the end of the budget", within="[0, 1)")
+
+    def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
+        return first + (self.final - first) * fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptive(Smoothing):
+    """Odds of alpha times exp(gain · e) after every step, e = clip(KL / target − 1, −1, 1); alpha in [low, high].
+
+    The proportional controller in log space that Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) put on their KL
+    coefficient, here on α / (1 − α): a policy that moves too far is smoothed more.
+    """
+
+    target_kl: float = key("KL(old‖new), nats per token, to hold after the last update of a step", within="(0, inf)")
+    gain: float = key("largest change of the log-odds of alpha in one step", within="(0, inf)")
+    low: float = key("smallest alpha", within="(0, 1)")
+    high: float = key("largest alpha", within="(0, 1)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low >= self.high:
+            raise self.refuse("low", f"must be below smoothing.high={self.high!r}")
+
+    def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
+        if kl is None:
+            return alpha
+        error = min(1.0, max(-1.0, kl / self.target_kl - 1)) if math.isfinite(kl) else 1.0
+        within = min(self.high, max(self.low, alpha))
+        odds = within / (1 - within) * math.exp(self.gain * error)
+        return min(self.high, max(self.low, odds / (1 + odds)))
+
+
+SMOOTHINGS: dict[str, type[Smoothing]] = {
+    "none": Constant,
+    "light": Constant,
+    "paper": Constant,
+    "strong": Constant,
+    "linear": Linear,
+    "adaptive": Adaptive,
+}

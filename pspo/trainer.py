@@ -1,30 +1,33 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
-import resource
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pspo import checkpoint, interrupt
 from pspo.advantage import has_spread
 from pspo.budget import Progress
-from pspo.config import Config, identity
-from pspo.console import log, progress_bar, track
-from pspo.dataset import Prompt, order
-from pspo.evaluation import answer, completion_row, summarize
+from pspo.config import Config, default_objective, identity
+from pspo.console import log, progress_bar
+from pspo.critic import make_critic
+from pspo.dataset import Prompt
+from pspo.diagnostics import Record
+from pspo.environment import peak_gib
+from pspo.evaluation import completion_row, validate
+from pspo.experience import collect, make_rows
 from pspo.files import JsonLines, SaveError
 from pspo.model import Policy
-from pspo.reward import Reward, Score
-from pspo.rollout import Completion, sample
+from pspo.objective import Objective
+from pspo.reward import Reward
 from pspo.statistics import Statistics
 from pspo.stream import Stream, generator
 from pspo.tracker import Tracker
-from pspo.update import make_rows, update
+from pspo.update import Learner, update
 
 NO_SPREAD_STEPS = 5
 """After so many steps in a row in which every group has equal rewards, the run says that it learns nothing."""
@@ -39,6 +42,7 @@ class State:
     best_reward: float | None = None
     best_step: int = 0
     no_spread_steps: int = 0
+    alpha: float | None = None
     notes: list[str] = field(default_factory=list)
     row: dict[str, float] | None = field(default_factory=dict)  # of the last step, while it has yet to be validated
 
@@ -60,22 +64,37 @@ class Trainer:
     check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
 
     def __post_init__(self) -> None:
-        self.optimizer = self.config.optimizer.make(self.policy.trainable().values())
+        config, rollout = self.config, self.config.rollout
+        self.critic = make_critic(config.advantage, self.policy)
+        self.reference = self.policy.frozen() if config.loss.has_reference else None
+        self.learner = Learner(
+            self.policy,
+            self.critic,
+            config.objective,
+            config.loss,
+            temperature=rollout.temperature,
+            max_length=rollout.max_new_tokens,
+            max_tokens=config.update.max_tokens,
+            max_grad_norm=config.optimizer.max_grad_norm,
+        )
+        self.optimizer = config.optimizer.make(self._parameter_groups())
+        self.state.alpha = getattr(config.objective, "alpha", None)
         self.completions = JsonLines(self.directory / "completions.jsonl")
+        self.diagnostics = JsonLines(self.directory / "diagnostics.jsonl")
         self.checkpoints = self.directory / "checkpoints"
         self.unsaved = False
 
     def run(self) -> State:
         """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
-        config, state, progress = self.config, self.state, self.state.progress
-        self.limit = interrupt.TimeLimit()
+        config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit
+        self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
         try:
             with progress_bar(transient=False) as bar:
-                done = getattr(progress, config.budget.unit)
-                task = bar.add_task("training", total=config.budget.total, completed=done, info="")
+                task = bar.add_task("training", total=config.budget.total, completed=getattr(progress, unit), info="")
                 while state.row or not config.budget.spent(progress):
                     if state.row is None:
                         state.row, self.unsaved = self._step(), True
+                        self.random = checkpoint.random_state()  # a user's reward may draw from it
                     last = config.budget.spent(progress)
                     if progress.steps % config.evaluation.every == 0 or last:
                         state.row |= self._validate()
@@ -85,7 +104,7 @@ class Trainer:
                     if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
-                        bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
+                        bar.update(task, completed=getattr(progress, unit), info=_summary(metrics))
                     interrupt.check()
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
@@ -102,99 +121,116 @@ class Trainer:
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         number, fraction = progress.steps + 1, config.budget.fraction(progress)
-        chosen = order(len(self.train), config.seed, progress.prompts, config.rollout.prompts)
-        completions = self._collect([self.train[i] for i in chosen], number)
+        asked = (self.policy, self.train, self.reward, config.rollout)
+        collected = collect(*asked, seed=config.seed, step=number, start=progress.prompts)
         rollout_s = time.perf_counter() - begun
-        scores = [self.reward(c.text, c.prompt.problem) for c in completions]
-        reward_PG = torch.tensor([s.reward for s in scores], dtype=torch.float64).view(-1, config.rollout.group_size)
-        advantage_PG = config.advantage(reward_PG)
-        progress.steps, progress.prompts = number, progress.prompts + len(chosen)
-        progress.completion_tokens += sum(len(c.token_ids) for c in completions)
-        update(
+        completions, reward_PG = collected.training()
+        rows, critic_metrics = make_rows(
+            completions,
+            reward_PG,
+            config.advantage,
             self.policy,
-            config.objective,
-            self.optimizer,
-            make_rows(completions, advantage_PG.flatten()),
-            config=config.update,
+            reference=self.reference,
+            critic=self.critic,
             temperature=config.rollout.temperature,
-            max_grad_norm=config.optimizer.max_grad_norm,
+            max_tokens=config.update.max_tokens,
+            mask_truncated=config.loss.mask_truncated,
+        )
+        num_tokens = sum(len(c.token_ids) for c in collected.completions)
+        progress.steps, progress.prompts = number, progress.prompts + len(collected.reward_PG)
+        progress.prompts_used += len(reward_PG)
+        progress.completion_tokens += num_tokens
+        record = self._record(number)
+        progress.optimizer_steps += update(
+            replace(self.learner, objective=self._objective()),
+            self.optimizer,
+            rows,
+            config=config.update,
             learning_rates=self._learning_rates(fraction, config.budget.fraction(progress)),
             random=generator(config.seed, Stream.MINIBATCH, number),
             statistics=statistics,
+            record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )
-        progress.optimizer_steps += config.update.steps
-        self._warn_without_spread(reward_PG)
+        self._warn_without_spread(collected.reward_PG)
         self.check_owner()
-        for completion, score in zip(completions[: config.rollout.group_size], scores, strict=False):
+        for completion, score in zip(
+            collected.completions[: config.rollout.group_size], collected.scores, strict=False
+        ):
             self.completions.append({"step": number} | completion_row(completion, score))
+        for row in record.rows if record else []:
+            self.diagnostics.append({"step": number} | row)
         step_s = time.perf_counter() - begun
         return {
-            **_rollout_metrics(completions, scores, reward_PG),
+            **collected.metrics(),
             **statistics.result(),
+            **critic_metrics,
+            **(record.summary() if record else {}),
+            **self._next_alpha(record),
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],
             **progress.metrics(),
             "time/step_s": step_s,
             "time/rollout_s": rollout_s,
             "time/update_s": step_s - rollout_s,
-            "time/tokens_per_s": sum(len(c.token_ids) for c in completions) / step_s,
-            "memory/peak_gib": _peak_gib(self.policy.device),
+            "time/tokens_per_s": num_tokens / step_s,
+            "memory/peak_gib": peak_gib(self.policy.device),
         }
+
+    def _objective(self) -> Objective:
+        """The objective with this step's alpha."""
+        objective = self.config.objective
+        return (
+            objective
+            if self.config.smoothing.constant or self.state.alpha is None
+            else objective.with_alpha(self.state.alpha)
+        )
+
+    def _next_alpha(self, record: Record | None) -> dict[str, float]:
+        """Move alpha on for the next step; the metric is that of the step just made."""
+        alpha, config = self.state.alpha, self.config
+        if alpha is None:
+            return {}
+        kl = record.rows[-1]["kl/after_k3"] if record and record.rows else None
+        first, fraction = getattr(config.objective, "alpha", alpha), config.budget.fraction(self.state.progress)
+        self.state.alpha = config.smoothing.next_alpha(first, alpha, fraction, kl)
+        return {"objective/alpha": alpha}
+
+    def _record(self, number: int) -> Record | None:
+        """Where the inner steps of this step are to be recorded; None where they are not."""
+        config = self.config.diagnostics
+        probe = bool(config.counterfactual_every) and number % config.counterfactual_every == 0
+        if not probe and not (config.every and number % config.every == 0):
+            return None
+        return Record([default_objective(name) for name in config.counterfactual] if probe else [])
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The policy's parameters, then the value model's own, whose learning rate follows the same schedule."""
+        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
+        if self.critic is not None:
+            groups[1]["lr_factor"] = self.critic.config.value_lr / self.config.optimizer.lr
+        return groups
 
     def _learning_rates(self, start: float, end: float) -> list[float]:
         """Those of the optimizer steps of one rollout, over which the spent share of the budget goes start -> end."""
         optimizer, first, updates = self.config.optimizer, self.state.progress.optimizer_steps, self.config.update.steps
-        if first <= optimizer.warmup_steps:
+        if first <= optimizer.warmup_steps and optimizer.decay != "constant":  # which needs no share of the budget
             self.state.warmup_fraction = start + (end - start) * min(optimizer.warmup_steps - first, updates) / updates
         return [
             optimizer.lr_at(first + i, start + (end - start) * i / updates, self.state.warmup_fraction)
             for i in range(updates)
         ]
 
-    def _collect(self, prompts: list[Prompt], number: int) -> list[Completion]:
-        rollout = self.config.rollout
-        return sample(
-            self.policy,
-            prompts,
-            seed=[self.config.seed, Stream.TRAIN, number],
-            group_size=rollout.group_size,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_rows=rollout.max_rows,
-        )
-
     def _validate(self) -> dict[str, float]:
-        """Greedy and sampled answers to held-out training problems; keeps the best weights where they are asked for."""
+        """Answers to held-out training problems; keeps the best weights where they are asked for."""
         if not self.validation:
             return {}
-        begun = time.perf_counter()
-        seed = [self.config.seed, Stream.VALIDATION, self.state.progress.steps]
-        asked = (self.policy, self.validation, self.reward, self.config.rollout)
-        greedy, sampled = (
-            summarize([row for chunk in track(chunks, "validation", len(self.validation)) for row in chunk])
-            for chunks in (answer(*asked, seed=seed, greedy=greedy) for greedy in (True, False))
-        )
-        best = self.state.best_reward
-        if self.config.selection == "best" and (best is None or sampled["reward_mean"] > best):
-            self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps
-            name = f"best_{self.state.best_step:06d}"
-            checkpoint.save(self.checkpoints, name, {"weights": checkpoint.weights(self.policy)}, {})
-        log.info(
-            "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens",
-            self.state.progress.steps,
-            100 * greedy["accuracy"],
-            100 * sampled["accuracy"],
-            sampled["length_mean"],
-        )
-        return {
-            "validation/greedy_accuracy": greedy["accuracy"],
-            "validation/greedy_length_mean": greedy["length_mean"],
-            "validation/sampled_accuracy": sampled["accuracy"],
-            "validation/sampled_reward_mean": sampled["reward_mean"],
-            "validation/sampled_length_mean": sampled["length_mean"],
-            "time/validation_s": time.perf_counter() - begun,
-        }
+        config, step = self.config, self.state.progress.steps
+        metrics = validate(self.policy, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
+        best, reward = self.state.best_reward, metrics["validation/sampled_reward_mean"]
+        if config.selection == "best" and (best is None or reward > best):
+            self.state.best_reward, self.state.best_step = reward, step
+            checkpoint.save(self.checkpoints, f"best_{step:06d}", {"weights": checkpoint.weights(self.policy)}, {})
+        return metrics
 
     def _warn_without_spread(self, reward_PG: Tensor) -> None:
         self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
@@ -211,10 +247,12 @@ class Trainer:
         state = {
             "weights": checkpoint.weights(self.policy),
             "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_state(),
+            "random": self.random,
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
+            "critic": self.critic.state_dict() if self.critic else {},
             "completions": self.completions.sync(),
+            "diagnostics": self.diagnostics.sync(),
         }
         steps = self.state.progress.steps
         name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
@@ -232,6 +270,7 @@ class Trainer:
         if found is None:
             self.tracker.rewind(None)
             self.completions.cut(0)
+            self.diagnostics.cut(0)
             return
         path, saved, meta = found
         checkpoint.restore_weights(self.policy, saved["weights"])
@@ -239,7 +278,10 @@ class Trainer:
         checkpoint.restore_random_state(saved["random"])
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
         self.tracker.rewind(saved["tracker"])
+        if self.critic is not None:
+            self.critic.load_state_dict(saved["critic"])
         self.completions.cut(saved["completions"])
+        self.diagnostics.cut(saved["diagnostics"])
         self.earlier_s = meta["time/wall_s"]
         log.info("resumed from %s", path)
 
@@ -251,34 +293,8 @@ class Trainer:
         checkpoint.restore_weights(self.policy, found[0]["weights"])
 
 
-def _rollout_metrics(completions: list[Completion], scores: list[Score], reward_PG: Tensor) -> dict[str, float]:
-    """What was sampled and what it was worth; a component that a score lacks counts as 0."""
-    names = sorted({name for score in scores for name in score.components})
-    return {
-        "reward/mean": reward_PG.mean().item(),
-        "reward/std": reward_PG.std().item(),
-        **{f"reward/{name}_mean": _mean(s.components.get(name, 0.0) for s in scores) for name in names},
-        "reward/correct_mean": _mean(s.correct for s in scores),
-        "reward/unparsed_rate": _mean(not s.parsed for s in scores),
-        "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
-        "completion/length_mean": _mean(len(c.token_ids) for c in completions),
-        "completion/truncated_rate": _mean(not c.finished for c in completions),
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
 def _summary(metrics: dict[str, float]) -> str:
     return (
         f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
         f"KL(old‖new) {metrics['policy/kl_old_new_k3']:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
     )
-
-
-def _peak_gib(device: torch.device) -> float:
-    """Peak memory: of the GPU in this step where there is one, else of the process so far (Linux counts in KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,18 +1,21 @@
 """The updates of one step: epochs over a rollout, minibatches, micro-batches, optimizer steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pspo.logprob import make_batch, pad_to, token_logprobs
-from pspo.loss import batch_loss
+from pspo.critic import Critic
+from pspo.diagnostics import PROBE, InnerStep, Record, compare, distance, kl_after
+from pspo.experience import Row, batch_of, column, pack, score
+from pspo.logprob import token_logprobs
+from pspo.loss import Batch, Loss, Size, batch_loss
 from pspo.model import Policy
 from pspo.objective import Objective
-from pspo.rollout import Completion
 from pspo.schema import Schema, key
 from pspo.statistics import Statistics
 
@@ -36,110 +39,163 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One completion as the update sees it."""
+class Learner:
+    """What learns, and from which loss: the same through a run but for the objective's alpha.
 
-    prompt_ids: list[int]
-    token_ids: list[int]
-    old_logprobs: list[float]
-    advantage: float
+    Attributes:
+        policy: the model that is trained.
+        critic: its value model, where the advantage needs one.
+        objective: the trust region.
+        loss: what is orthogonal to it.
+        temperature: that of the sampling.
+        max_length: the longest completion, in tokens.
+        max_tokens: of one micro-batch, padded.
+        max_grad_norm: gradients are scaled down to it, the policy's and the value model's each by themselves.
+    """
 
+    policy: Policy
+    critic: Critic | None
+    objective: Objective
+    loss: Loss
+    temperature: float
+    max_length: int
+    max_tokens: int
+    max_grad_norm: float
 
-def make_rows(completions: Sequence[Completion], advantage_N: Tensor) -> list[Row]:
-    """Completions with their advantages."""
-    return [
-        Row(c.prompt.token_ids, c.token_ids, c.logprobs, a)
-        for c, a in zip(completions, advantage_N.tolist(), strict=True)
-    ]
+    def parameters(self) -> list[list[torch.nn.Parameter]]:
+        """The policy's, then the value model's own."""
+        own = [] if self.critic is None else [list(self.critic.parameters())]
+        return [list(self.policy.trainable().values()), *own]
 
 
 def update(
-    policy: Policy,
-    objective: Objective,
+    learner: Learner,
     optimizer: torch.optim.Optimizer,
-    rows: list[Row],
+    rows: Sequence[Row],
     *,
     config: Update,
-    temperature: float,
-    max_grad_norm: float,
     learning_rates: Sequence[float],
     random: np.random.Generator,
     statistics: Statistics,
+    record: Record | None = None,
     failure: Path,
-) -> None:
+) -> int:
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
-    ``learning_rates`` has one for each optimizer step of this rollout. Raises NonFiniteError, after saving the
-    offending minibatch at ``failure``, before a step is taken that cannot be trusted.
+    ``learning_rates`` has one for each optimizer step of this rollout. Returns how many were taken: none for a
+    minibatch without rows. Raises NonFiniteError, after saving the offending minibatch at ``failure``, before a step is
+    taken that cannot be trusted.
     """
-    number = 0
-    for _ in range(config.num_epochs):
-        for chosen in np.array_split(random.permutation(len(rows)), config.num_minibatches):
+    number, taken, parameters = 0, 0, learner.parameters()
+    for epoch in range(config.num_epochs):
+        for place, chosen in enumerate(np.array_split(random.permutation(len(rows)), config.num_minibatches)):
+            number += 1
+            if len(chosen) == 0:
+                continue
             minibatch = [rows[i] for i in chosen]
+            inner = InnerStep() if record is not None else None
             optimizer.zero_grad(set_to_none=True)
-            loss = accumulate(
-                policy, objective, minibatch, config.max_tokens, temperature, statistics, first=number == 0
-            )
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
-            if not (loss.isfinite() and grad_norm.isfinite()):
+            loss = accumulate(learner, minibatch, statistics, inner, first=number == 1)
+            norms = [torch.nn.utils.clip_grad_norm_(group, learner.max_grad_norm) for group in parameters]
+            if not (loss.isfinite() and all(norm.isfinite() for norm in norms)):
                 torch.save([vars(row) for row in minibatch], failure)
                 raise NonFiniteError(
-                    f"loss {loss.item()}, gradient norm {grad_norm.item()}: the optimizer step was not taken and the "
+                    f"loss {loss.item()}, gradient norm {norms[0].item()}: the optimizer step was not taken and the "
                     f"weights are as before; its batch is saved in {failure} (torch.load)"
                 )
-            one = torch.ones((), dtype=torch.bool, device=grad_norm.device)
-            statistics.mean("optimizer/grad_norm_mean", grad_norm, one)
+            one = torch.ones((), dtype=torch.bool, device=loss.device)
+            statistics.mean("optimizer/grad_norm_mean", norms[0], one)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rates[number]
+                group["lr"] = learning_rates[number - 1] * group.get("lr_factor", 1.0)
+            if record is not None and record.others and number == config.steps:
+                record.probe = compare(partial(_gradient, learner, minibatch), learner.objective, record.others)
+            before = [parameter.detach().clone() for parameter in parameters[0]] if record is not None else []
             optimizer.step()
-            number += 1
+            taken += 1
+            if record is not None and inner is not None:
+                norm = norms[0].item()
+                record.rows.append(
+                    {"epoch": epoch, "minibatch": place}
+                    | inner.result()
+                    | _kl_after(learner, minibatch)
+                    | {
+                        "optimizer/grad_norm": norm,
+                        "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
+                        "optimizer/update_norm": distance(before, parameters[0]),
+                    }
+                )
     optimizer.zero_grad(set_to_none=True)
+    return taken
 
 
 def accumulate(
-    policy: Policy,
-    objective: Objective,
-    rows: list[Row],
-    max_tokens: int,
-    temperature: float,
+    learner: Learner,
+    rows: Sequence[Row],
     statistics: Statistics,
+    inner: InnerStep | None = None,
     first: bool = False,
 ) -> Tensor:
     """Add the gradient of one optimizer batch to the parameters; its loss, NaN if a log-probability is not finite.
 
-    Neither depends on ``max_tokens`` beyond rounding: every micro-batch divides by the tokens of the whole batch.
-    ``first`` says that the weights are still those that sampled the rows: then the difference of log-probabilities is
-    the numerical gap between sampler and trainer.
+    Neither depends on ``max_tokens`` beyond rounding: every micro-batch divides by the whole batch's counts. ``first``
+    says that the weights are still those that sampled the rows: then the difference of log-probabilities is the
+    numerical gap between sampler and trainer.
     """
+    policy, critic = learner.policy, learner.critic
     policy.model.train(policy.gradient_checkpointing)  # the library recomputes activations in training mode only
     for module in policy.model.modules():
         if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
             module.eval()
-    num_tokens = sum(len(row.token_ids) for row in rows)
+    size = Size(sum(len(row.token_ids) for row in rows), len(rows), learner.max_length)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    for micro in pack(rows, max_tokens):
-        batch = make_batch([r.prompt_ids for r in micro], [r.token_ids for r in micro], policy.pad_id, policy.device)
-        logprob_BT, entropy_BT = token_logprobs(policy.model, batch, temperature, policy.autocast)
-        old_logprob_BT = pad_to([r.old_logprobs for r in micro], logprob_BT, logprob_BT.dtype)
-        advantage_B = torch.tensor([r.advantage for r in micro], dtype=torch.float64, device=policy.device)
-        loss = batch_loss(objective, logprob_BT, old_logprob_BT, advantage_B, batch.mask_BT, num_tokens, statistics)
+    for chosen in pack([len(row.prompt_ids) + len(row.token_ids) for row in rows], learner.max_tokens):
+        micro = [rows[i] for i in chosen]
+        tokens = batch_of(micro, policy)
+        scored = token_logprobs(
+            policy.model, tokens, learner.temperature, policy.autocast, learner.loss.entropy_weight > 0
+        )
+        logprob_BT = scored.logprob_BT
+        batch = Batch(
+            old_logprob_BT=column(micro, "old_logprobs", logprob_BT),
+            advantage_BT=column(micro, "advantages", logprob_BT, torch.float64),
+            mask_BT=tokens.mask_BT,
+            reference_BT=column(micro, "reference_logprobs", logprob_BT) if learner.loss.has_reference else None,
+        )
+        weighed = batch_loss(learner.loss, learner.objective, logprob_BT, scored.entropy_BT, batch, size, statistics)
+        loss = weighed.loss
+        if critic is not None:
+            value_BT = critic(tokens, scored.hidden_NH, policy.autocast)
+            old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
+            error_BT = critic.loss(value_BT, old_value_BT, return_BT)
+            statistics.mean("critic/loss_mean", error_BT, tokens.mask_BT)
+            loss = loss + torch.where(tokens.mask_BT, error_BT, 0.0).sum() / size.num_tokens
         loss.backward()  # type: ignore[no-untyped-call]
-        statistics.mean("policy/entropy_mean", entropy_BT, batch.mask_BT)
+        if inner is not None:
+            inner.add(weighed, batch.advantage_BT, scored.entropy_BT, tokens.mask_BT)
         if first:
-            statistics.mean("policy/sampler_gap_mean", (logprob_BT - old_logprob_BT).abs(), batch.mask_BT)
-        finite = (logprob_BT.isfinite() & old_logprob_BT.isfinite()).all()
+            gap_BT = (logprob_BT - batch.old_logprob_BT).abs()
+            statistics.mean("policy/sampler_gap_mean", gap_BT, tokens.mask_BT)
+        finite = (logprob_BT.isfinite() & batch.old_logprob_BT.isfinite()).all()
         total += torch.where(finite, loss.detach().double(), torch.nan)
     policy.model.eval()
     return total
 
 
-def pack(rows: list[Row], max_tokens: int) -> list[list[Row]]:
-    """Cut rows into micro-batches of like length, each of at most ``max_tokens`` with its padding (or of one row)."""
-    micro_batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt_ids) + len(row.token_ids)):
-        length = len(row.prompt_ids) + len(row.token_ids)
-        if micro_batches and (len(micro_batches[-1]) + 1) * length <= max_tokens:
-            micro_batches[-1].append(row)
-        else:
-            micro_batches.append([row])
-    return micro_batches
+def _kl_after(learner: Learner, minibatch: Sequence[Row]) -> dict[str, float]:
+    probe = minibatch[: max(1, len(minibatch) // PROBE)]  # rows are shuffled: the first are as good as any
+    logprobs, _ = score(learner.policy, probe, learner.temperature, learner.max_tokens, None)
+    return kl_after(logprobs, [row.old_logprobs for row in probe])
+
+
+def _gradient(learner: Learner, rows: Sequence[Row], objective: Objective) -> Tensor:
+    """The gradient of an objective alone, without the terms beside it, on a batch; leaves the parameters' own alone."""
+    parameters = learner.parameters()[0]
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    bare = replace(learner.loss, kl="none", kl_weight=0.0, entropy_weight=0.0)
+    accumulate(replace(learner, objective=objective, loss=bare, critic=None), rows, Statistics())
+    found = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, kept, strict=True):
+        parameter.grad = gradient
+    return torch.cat([gradient.flatten() for gradient in found])

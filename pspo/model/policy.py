@@ -2,7 +2,7 @@
 
 import copy
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -91,6 +91,10 @@ class Policy:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that the optimizer changes, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def frozen(self) -> "Policy":
+        """A copy that nothing trains: the reference of a KL penalty."""
+        return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval())
 
 
 def check(config: Model) -> None:

@@ -112,7 +112,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
         targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
         tensors = make_batch([prompts[i] for i, _ in batch], targets, tokenizer.pad_token_id, torch.device("cpu"))
-        logprob_BT, _ = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast)
+        logprob_BT = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast).logprob_BT
         loss = -logprob_BT.sum() / tensors.mask_BT.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

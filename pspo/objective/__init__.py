@@ -2,8 +2,42 @@
 
 from pspo.objective.base import Objective, ObjectiveInput
 from pspo.objective.clip import Clip, NoClip
-from pspo.objective.pspo import PSPO
+from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
+from pspo.objective.gmpo import GMPO
+from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric
+from pspo.objective.soft import CFPO, MASPO, SAPO
 
-OBJECTIVES: dict[str, type[Objective]] = {"noclip": NoClip, "clip": Clip, "pspo": PSPO}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "noclip": NoClip,
+    "clip": Clip,
+    "pspo": PSPO,
+    "pspo_geometric": PSPOGeometric,
+    "pspo_clip": PSPOClip,
+    "cispo": CISPO,
+    "sapo": SAPO,
+    "gmpo": GMPO,
+    "cfpo": CFPO,
+    "dppo": DPPO,
+    "maspo": MASPO,
+    "topr": TOPR,
+    "vespo": VESPO,
+}
 
-__all__ = ["OBJECTIVES", "PSPO", "Clip", "NoClip", "Objective", "ObjectiveInput"]
+__all__ = [
+    "CFPO",
+    "CISPO",
+    "DPPO",
+    "GMPO",
+    "MASPO",
+    "OBJECTIVES",
+    "PSPO",
+    "SAPO",
+    "TOPR",
+    "VESPO",
+    "Clip",
+    "NoClip",
+    "Objective",
+    "ObjectiveInput",
+    "PSPOClip",
+    "PSPOGeometric",
+]

@@ -8,9 +8,10 @@ Shape suffixes: B completions, T token positions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor
 
 from pspo.schema import Schema, unknown
@@ -23,8 +24,9 @@ class ObjectiveInput:
     Attributes:
         logprob_BT: log π_θ(a_t|s_t), with gradient.
         old_logprob_BT: log π_old(a_t|s_t), constant.
-        log_ratio_BT: log r_t = log π_θ − log π_old, clamped once by ``pspo.logprob.log_ratio``.
-        advantage_BT: A, constant.
+        log_ratio_BT: log of the importance ratio at the level of ``loss.importance``: of one token, log r_t = log π_θ −
+            log π_old, clamped once by ``pspo.logprob.log_ratio``, or of a completion.
+        advantage_BT: A, constant; the same at all tokens of a completion, unless it is estimated per token (GAE).
         mask_BT: which positions count.
     """
 
@@ -36,8 +38,16 @@ class ObjectiveInput:
 
     @property
     def ratio_BT(self) -> Tensor:
-        """The importance ratio r_t = π_θ(a_t|s_t) / π_old(a_t|s_t)."""
+        """The importance ratio r_t = π_θ(a_t|s_t) / π_old(a_t|s_t), or that of a completion."""
         return self.log_ratio_BT.exp()
+
+    def sequence_sum(self, values_BT: Tensor) -> Tensor:
+        """Σ_t over the completion's tokens, at each of them: (B, T)."""
+        return torch.where(self.mask_BT, values_BT, 0.0).sum(-1, keepdim=True).expand_as(values_BT)
+
+    def sequence_mean(self, values_BT: Tensor) -> Tensor:
+        """1/L Σ_t over the completion's L tokens, at each of them: (B, T)."""
+        return self.sequence_sum(values_BT) / self.mask_BT.sum(-1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,12 @@ class Objective(Schema, ABC, block="objective"):
 
     name: str
     takes_alpha: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    """Whether the loss is linear in the ratio that it acts on, so that smoothing it is a factor on the gradient."""
+    not_at: ClassVar[Mapping[str, str]] = {}
+    """Importance levels at which the objective makes no sense, each with the reason, for ``pspo.loss``."""
+    whole_completions: ClassVar[bool] = False
+    """Whether the formula has one advantage for a whole completion, so that an estimate per token does not fit."""
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -55,6 +71,10 @@ class Objective(Schema, ABC, block="objective"):
         if values.get("name") not in OBJECTIVES:
             raise unknown(str(values.get("name")), OBJECTIVES, "objective")
         return cast(type[Self], OBJECTIVES[values["name"]])
+
+    def with_alpha(self, alpha: float) -> Self:
+        """The same objective with another alpha, where it takes one."""
+        return replace(self, alpha=alpha)  # type: ignore[call-arg]
 
     @abstractmethod
     def __call__(self, x: ObjectiveInput) -> Tensor:

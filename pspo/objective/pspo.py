@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from pspo.objective.base import Objective, ObjectiveInput
@@ -19,7 +20,42 @@ class PSPO(Objective):
     """
 
     takes_alpha: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)")
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         return -((1 - self.alpha) * x.ratio_BT + self.alpha) * x.advantage_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PSPOGeometric(Objective):
+    """Smoothing in log space: π̃ ∝ π_θ^(1−α) π_old^α, so r̃ = r^(1−α) (up to its normaliser); maximise r̃ A.
+
+    Source: this project; the geometric counterpart of Dwyer et al. 2025 (arXiv 2509.21282). Gradient weight w(r) =
+    (1 − α) r^(1−α): sub-linear, so it damps large ratios and lifts small ones, which no learning rate can undo.
+    """
+
+    takes_alpha: ClassVar[bool] = True
+    alpha: float = key("α: exponent of the old policy in the mixture", within="[0, 1)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        return -((1 - self.alpha) * x.log_ratio_BT).exp() * x.advantage_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class PSPOClip(Objective):
+    """Smoothing inside the clip: with r̃ = (1 − α) r + α, maximise min(r̃ A, clip(r̃, 1 − ε_low, 1 + ε_high) A).
+
+    Source: this project. Gradient weight w(r) = (1 − α) r inside the band of r̃ or on the corrective side, else 0: as
+    ``clip`` with the band widened to ε / (1 − α), times (1 − α).
+    """
+
+    takes_alpha: ClassVar[bool] = True
+    alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)")
+    eps_low: float = key("ε_low: how far the smoothed ratio may fall below 1", within="(0, 1]")
+    eps_high: float = key("ε_high: how far the smoothed ratio may rise above 1", within="(0, inf)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        smoothed_BT = (1 - self.alpha) * x.ratio_BT + self.alpha
+        clipped_BT = smoothed_BT.clamp(1 - self.eps_low, 1 + self.eps_high)
+        return -torch.minimum(smoothed_BT * x.advantage_BT, clipped_BT * x.advantage_BT)

@@ -18,6 +18,7 @@ METRICS: dict[str, str] = {
     "reward/zero_spread_rate": "share of groups whose rewards are all equal: they teach nothing, 0 to 1",
     "completion/length_mean": "completion length, tokens",
     "completion/truncated_rate": "share of completions cut at rollout.max_new_tokens, 0 to 1",
+    "reward/overlong_mean": "mean of the soft over-long penalty, part of the reward, -1 to 0",
     "loss/mean": "the objective's loss, mean over the step's tokens",
     "policy/kl_old_new_k3": "KL(old‖new), k3 estimate on sampled tokens, nats per token; mean over the step's updates, "
     "each measured before it, so 0 by construction with one update per rollout",
@@ -25,11 +26,46 @@ METRICS: dict[str, str] = {
     "policy/ratio_max": "largest importance ratio new/old of any token",
     "policy/ratio_clamped_rate": "share of tokens whose log-ratio was clamped to ±20, 0 to 1",
     "policy/sampler_gap_mean": "mean |log-prob of sampler − of trainer| at equal weights, nats: numerical error only",
+    "policy/kl_reference": "loss.kl's estimate of KL(policy‖reference), the policy before training, nats per token",
+    "objective/alpha": "alpha of the step, where the objective has one",
+    "ratio/positive_q01": "1 % quantile of the ratio on tokens with A > 0, at the level of loss.importance; mean over "
+    "the step's inner steps, as all keys down to optimizer/update_norm (diagnostics.jsonl has each inner step)",
+    **{
+        f"ratio/{sign}_{quantile}": f"{told} of the ratio on tokens with A {'>' if sign == 'positive' else '<'} 0"
+        for sign in ("positive", "negative")
+        for quantile, told in (
+            ("q01", "1 % quantile"),
+            ("q25", "25 % quantile"),
+            ("q50", "median"),
+            ("q75", "75 % quantile"),
+            ("q99", "99 % quantile"),
+            ("max", "largest value in the step"),
+        )
+        if (sign, quantile) != ("positive", "q01")
+    },
+    "ratio/ess": "effective sample size (Σr)² / Σr² as a share of the tokens, 0 to 1",
+    "ratio/tv": "total variation between old and new policy, E|r − 1| / 2 on sampled tokens, before the inner step",
+    "weight/zero_rate": "share of tokens (A ≠ 0) whose gradient weight w is 0, 0 to 1",
+    "weight/damped_rate": "share of tokens with 0 < w < noclip's r",
+    "weight/amplified_rate": "share of tokens with w > r",
+    "weight/reversed_rate": "share of tokens with w < 0: pulled back",
+    "weight/mass_kept": "gradient mass kept, Σ|w A| / Σ|r A|",
+    "kl/before_k1": "KL(old‖new), k1 estimate E[−log r], before the inner step, nats per token",
+    "kl/after_k1": "the same after it, on every sixteenth row of its minibatch",
+    "kl/after_k3": "KL(old‖new), k3 estimate, after it, on the same rows",
+    "optimizer/grad_norm_clipped": "norm of the policy's gradient after clipping",
+    "optimizer/update_norm": "‖Δθ‖ of the policy's weights in one optimizer step",
+    "counterfactual/active_norm": "norm of the active objective's gradient on the probe's batch, the last minibatch",
+    "counterfactual/<objective>_norm": "norm of another objective's gradient on the same batch and policy",
+    "counterfactual/<objective>_cosine": "its cosine with the active objective's",
+    "critic/loss_mean": "weighted value loss, mean over the step's tokens",
+    "critic/explained_variance": "1 − Var(R − V) / Var(R) before the updates: 1 is perfect, 0 a constant",
     "optimizer/grad_norm_mean": "norm of the gradient before clipping, mean over the step's updates",
     "optimizer/lr": "learning rate of the step's last update",
     "budget/steps": "rollouts so far",
     "budget/prompts": "prompts sampled from so far",
     "budget/completion_tokens": "tokens sampled for training so far",
+    "budget/prompts_used": "prompts trained on so far: fewer than sampled from under dynamic sampling",
     "budget/optimizer_steps": "optimizer steps so far",
     "validation/greedy_accuracy": "accuracy of greedy answers to held-out training problems, 0 to 1",
     "validation/greedy_length_mean": "length of greedy validation answers, tokens",
@@ -50,6 +86,8 @@ def meaning(key: str) -> str | None:
     """The meaning of a logged key, or None; a reward's own components fall under ``reward/<component>_mean``."""
     if re.fullmatch(r"reward/\w+_mean", key):
         return METRICS.get(key, METRICS["reward/<component>_mean"])
+    if key not in METRICS and key.startswith("counterfactual/"):
+        return METRICS.get(f"counterfactual/<objective>_{key.rpartition('_')[2]}")
     return METRICS.get(key)
 
 

@@ -49,6 +49,7 @@ class Task:
     cluster: str
     job_id: str | None
     record: Path
+    logs: Path
     overrides: list[str]
 
 
@@ -79,6 +80,11 @@ class Group:
     gone: set[str]
     rows: list[Row]
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether any run is at work or waits."""
+        return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
+
     def task(self, run: str) -> Task | None:
         """The submission that counts for a run: one that is at work or waits, else the newest."""
         newest_first = self.tasks.get(run, [])
@@ -96,7 +102,7 @@ def collect(directory: Path) -> Group:
     for path in sorted(directory.glob(".submitit/*/runs.json"), key=lambda path: -path.stat().st_mtime_ns):
         record = json.loads(path.read_text())
         for run in record["runs"]:
-            task = Task(record["cluster"], run["task"], path, run["overrides"])
+            task = Task(record["cluster"], run["task"], path, Path(record["folder"]), run["overrides"])
             tasks.setdefault(Path(run["directory"]).name, []).append(task)
     begun = {path.name for path in directory.iterdir() if (path / "config.yaml").is_file() or (path / ".lock").exists()}
     owners = {run: _read_json(directory / run / ".owner") for run in begun}
@@ -133,6 +139,8 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
         row.why = str(failure.get("error", "")).strip()
     elif job:
         row.state, row.why = _ended(job, task)
+    elif task and task.cluster == "local" and not owner:
+        row.state, row.why = _in_slot(task)
     elif row.job_id and (task is None or task.cluster == "slurm"):
         row.state, row.why = _unknown(group, row.job_id)
     elif owner:
@@ -144,7 +152,7 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
 
 def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
     """State and reason of a run whose job has ended, while the run has not, nor said why."""
-    log = _tail(task.record.parent / f"{task.job_id}_0_log.err").decode(errors="replace") if task else ""
+    log = _log(task) if task else ""
     state = SLURM_SAYS.get(job.state, "cut off")
     if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd tells it there
         return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
@@ -153,14 +161,31 @@ def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
     if state == "failed" and job.signal:
         return "failed", f"killed by signal {job.signal}"
     if state == "failed":
-        last = [line for line in log.splitlines() if line.strip()][-3:]
-        return "failed", "\n".join(last) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}"
+        return "failed", _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}"
     return state, "" if state != "cut off" else f"SLURM says {job.state}, before the run was done"
 
 
 def _is_newer(path: Path, task: Task | None) -> bool:
     """Whether a file tells of the submission, not of an earlier attempt."""
     return path.is_file() and (task is None or path.stat().st_mtime_ns > task.record.stat().st_mtime_ns)
+
+
+def _in_slot(task: Task) -> tuple[str, str]:
+    """State and reason of a run that the local launcher has, and that has left no trace in its directory."""
+    launcher = task.logs.name.rpartition("_")[2]
+    if b"pspo" in _tail(Path("/proc", launcher, "cmdline")):
+        return ("running", "it starts") if task.job_id else ("waiting", f"for a slot of process {launcher}")
+    if task.job_id:
+        return "failed", _last_lines(_log(task)) or "it ended before it began its directory"
+    return "cut off", f"never begun: its launcher, process {launcher}, is not at work on this machine"
+
+
+def _log(task: Task) -> str:
+    return _tail(task.logs / f"{task.job_id}_0_log.err").decode(errors="replace")
+
+
+def _last_lines(log: str) -> str:
+    return "\n".join([line for line in log.splitlines() if line.strip()][-3:])
 
 
 def _unknown(group: Group, job_id: str) -> tuple[str, str]:
@@ -199,7 +224,7 @@ def _last_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _tail(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))  # 0 in /proc, whose files have no size
             return file.read()
     except OSError:
         return b""

@@ -1,0 +1,208 @@
+"""From problems to what the update learns from: completions, their rewards, and one row for each.
+
+Shape suffixes: P prompts, G completions of each, B rows of a micro-batch, T token positions.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pspo.advantage import GAE, Advantage, has_spread
+from pspo.critic import Critic
+from pspo.dataset import Prompt, order
+from pspo.logprob import Batch, make_batch, pad_to, token_logprobs
+from pspo.model import Policy
+from pspo.reward import Reward, Score
+from pspo.rollout import Completion, Rollout, sample
+from pspo.stream import Stream
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion as the update sees it; every list but the prompt has one number for each of its tokens.
+
+    Attributes:
+        prompt_ids: the tokens before it.
+        token_ids: its tokens.
+        old_logprobs: log π_old of each.
+        advantages: A of each.
+        reference_logprobs: log π_ref of each, where there is a KL penalty.
+        values: V of each at the start of the step, where there is a value model.
+        returns: what V is fitted to.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    old_logprobs: list[float]
+    advantages: list[float]
+    reference_logprobs: list[float] | None = None
+    values: list[float] | None = None
+    returns: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one step sampled.
+
+    Attributes:
+        completions: of all prompts drawn, group by group.
+        scores: of each.
+        reward_PG: what the advantage sees: the reward and the over-long penalty.
+        used_P: which groups train.
+    """
+
+    completions: list[Completion]
+    scores: list[Score]
+    reward_PG: Tensor
+    used_P: Tensor
+
+    def training(self) -> tuple[list[Completion], Tensor]:
+        """The completions and rewards (P, G) of the groups that train."""
+        size = self.reward_PG.shape[1]
+        groups = self.used_P.nonzero().flatten().tolist()
+        return [self.completions[p * size + g] for p in groups for g in range(size)], self.reward_PG[self.used_P]
+
+    def metrics(self) -> dict[str, float]:
+        """What was sampled and what it was worth; a component that a score lacks counts as 0."""
+        completions, scores = self.completions, self.scores
+        names = sorted({name for score in scores for name in score.components})
+        return {
+            "reward/mean": self.reward_PG.mean().item(),
+            "reward/std": self.reward_PG.std().item(),
+            **{f"reward/{name}_mean": _mean(s.components.get(name, 0.0) for s in scores) for name in names},
+            "reward/correct_mean": _mean(s.correct for s in scores),
+            "reward/unparsed_rate": _mean(not s.parsed for s in scores),
+            "reward/zero_spread_rate": 1 - has_spread(self.reward_PG).double().mean().item(),
+            "completion/length_mean": _mean(len(c.token_ids) for c in completions),
+            "completion/truncated_rate": _mean(not c.finished for c in completions),
+        }
+
+
+def collect(
+    policy: Policy, train: Sequence[Prompt], reward: Reward, rollout: Rollout, *, seed: int, step: int, start: int
+) -> Collected:
+    """Sample one step's completions, from problem number ``start`` of the data order on.
+
+    Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal do not train, and as
+    many prompts are drawn again, ``max_redraws`` times at the most.
+    """
+    completions: list[Completion] = []
+    scores: list[Score] = []
+    missing = rollout.prompts
+    for _ in range(rollout.max_redraws + 1):
+        drawn = len(completions) // rollout.group_size
+        chosen = [train[i] for i in order(len(train), seed, start + drawn, missing)]
+        completions += sample(
+            policy,
+            chosen,
+            seed=[seed, Stream.TRAIN, step],
+            group_size=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_rows=rollout.max_rows,
+        )
+        for completion in completions[len(scores) :]:
+            score = reward(completion.text, completion.prompt.problem)
+            if rollout.overlong_share:
+                penalty = rollout.overlong_penalty(len(completion.token_ids))
+                score = replace(
+                    score, reward=score.reward + penalty, components=score.components | {"overlong": penalty}
+                )
+            scores.append(score)
+        reward_PG = torch.tensor([s.reward for s in scores], dtype=torch.float64).view(-1, rollout.group_size)
+        used_P = has_spread(reward_PG) if rollout.max_redraws else torch.ones(len(reward_PG), dtype=torch.bool)
+        missing = rollout.prompts - int(used_P.sum())
+        if missing == 0:
+            break
+    return Collected(completions, scores, reward_PG, used_P)
+
+
+def make_rows(
+    completions: Sequence[Completion],
+    reward_PG: Tensor,
+    advantage: Advantage,
+    policy: Policy,
+    *,
+    reference: Policy | None,
+    critic: Critic | None,
+    temperature: float,
+    max_tokens: int,
+    mask_truncated: bool,
+) -> tuple[list[Row], dict[str, float]]:
+    """The rows that train, and metrics of the value model.
+
+    Truncated completions, where they are masked, count in the mean of their group and do not train.
+    """
+    blank = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [0.0] * len(c.token_ids)) for c in completions]
+    metrics: dict[str, float] = {}
+    if critic is not None and isinstance(advantage, GAE):
+        _, values = score(policy, blank, temperature, max_tokens, critic)
+        advantages, returns = advantage.estimate(reward_PG.flatten().tolist(), values)
+        rows = [
+            replace(row, advantages=a, values=v, returns=r)
+            for row, a, v, r in zip(blank, advantages, values, returns, strict=True)
+        ]
+        metrics["critic/explained_variance"] = _explained_variance(values, returns)
+    else:
+        advantage_N = advantage(reward_PG).flatten().tolist()
+        rows = [replace(row, advantages=[a] * len(row.token_ids)) for row, a in zip(blank, advantage_N, strict=True)]
+    if mask_truncated:
+        rows = [row for row, completion in zip(rows, completions, strict=True) if completion.finished]
+    if reference is not None:
+        logprobs, _ = score(reference, rows, temperature, max_tokens, None)
+        rows = [replace(row, reference_logprobs=values) for row, values in zip(rows, logprobs, strict=True)]
+    return rows, metrics
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, rows: Sequence[Row], temperature: float, max_tokens: int, critic: Critic | None
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Log-probabilities of every row's tokens, and their values where there is a critic, without gradient."""
+    logprobs: list[list[float]] = [[] for _ in rows]
+    values: list[list[float]] = [[] for _ in rows]
+    for chosen in pack([len(row.prompt_ids) + len(row.token_ids) for row in rows], max_tokens):
+        batch = batch_of([rows[i] for i in chosen], policy)
+        scored = token_logprobs(policy.model, batch, temperature, policy.autocast)
+        pairs = [(logprobs, scored.logprob_BT)]
+        if critic is not None:
+            pairs.append((values, critic(batch, scored.hidden_NH, policy.autocast)))
+        for found, values_BT in pairs:
+            for i, row in zip(chosen, values_BT.tolist(), strict=True):
+                found[i] = row[: len(rows[i].token_ids)]
+    return logprobs, values
+
+
+def batch_of(rows: Sequence[Row], policy: Policy) -> Batch:
+    """The tokens of some rows, padded."""
+    return make_batch([r.prompt_ids for r in rows], [r.token_ids for r in rows], policy.pad_id, policy.device)
+
+
+def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """One of the rows' lists, padded with zeros to (B, T)."""
+    return pad_to([getattr(row, name) for row in rows], like_BT, dtype or like_BT.dtype)
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut rows, by index, into micro-batches of like length, each of at most ``max_tokens`` padded, or one row."""
+    micro_batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if micro_batches and (len(micro_batches[-1]) + 1) * lengths[i] <= max_tokens:
+            micro_batches[-1].append(i)
+        else:
+            micro_batches.append([i])
+    return micro_batches
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _explained_variance(values: list[list[float]], returns: list[list[float]]) -> float:
+    """1 − Var(R − V) / Var(R): 1 for perfect values, 0 for a constant, below 0 for worse."""
+    value, target = (np.concatenate([np.asarray(row) for row in rows]) for rows in (values, returns))
+    return float(1 - np.var(target - value) / max(float(np.var(target)), 1e-12))

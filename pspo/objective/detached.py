@@ -1,0 +1,109 @@
+"""Objectives whose ratio is a constant weight on A log π: no gradient flows through the ratio itself."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pspo.objective.base import Objective, ObjectiveInput
+from pspo.schema import key
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(Objective):
+    """Clipped importance-sampling weights: maximise sg[min(r, c)] A log π, so every token keeps a gradient.
+
+    Source: MiniMax-M1 (arXiv 2506.13585), without a lower bound as there; c = 5 is ScaleRL's (2510.13786).
+    Gradient weight w(r) = min(r, c).
+    """
+
+    cap: float = key("c: largest weight of a token", within="[1, inf)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        return -x.ratio_BT.detach().clamp(max=self.cap) * x.advantage_BT * x.logprob_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPO(Objective):
+    """Divergence proximal policy optimisation: maximise sg[min(r, C)] A M log π, masked by a divergence, not a ratio.
+
+    Both divergences are those of the two-way choice "this token or another", between π_old and π at the sampled token.
+    ``tv``: M = 0 where A > 0 and π − π_old > δ, or A < 0 and π − π_old < −δ. ``kl``: M = 0 where KL(π_old‖π) > δ and
+    the policy moves away (A > 0 and r > 1, or A < 0 and r < 1). Source: arXiv 2602.04879; δ is 0.15 (TV) or 0.05 (KL),
+    C is 20. Gradient weight w(r) = min(r, C) M.
+    """
+
+    not_at: ClassVar[dict[str, str]] = {
+        level: "its mask compares the two policies' probabilities of a single token"
+        for level in ("sequence", "sequence_token")
+    }
+    divergence: Literal["tv", "kl"] = key("binary total variation or binary KL(old‖new)")
+    delta: float = key("δ: largest divergence that still learns", within="(0, inf)")
+    cap: float = key("C: largest weight of a token", within="[1, inf)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        with torch.no_grad():
+            # Rounding may leave a log-probability just above 0.
+            new_BT, old_BT = (logprob_BT.clamp(max=0).exp() for logprob_BT in (x.logprob_BT, x.old_logprob_BT))
+            if self.divergence == "tv":
+                away_BT = x.advantage_BT.sign() * (new_BT - old_BT) > self.delta
+            else:
+                shift_BT = (x.old_logprob_BT - x.logprob_BT).clamp(-1e30, 1e30)
+                rest_BT = torch.xlogy(1 - old_BT, 1 - old_BT) - torch.xlogy(1 - old_BT, 1 - new_BT)
+                moved_BT = x.advantage_BT.sign() * x.log_ratio_BT > 0
+                away_BT = moved_BT & (old_BT * shift_BT + rest_BT > self.delta)
+            weight_BT = torch.where(away_BT, 0.0, x.ratio_BT.clamp(max=self.cap))
+        return -weight_BT * x.advantage_BT * x.logprob_BT
+
+
+_OWN = {
+    level: "it weighs whole completions by itself; set loss.importance=token"
+    for level in ("sequence", "sequence_token")
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOPR(Objective):
+    """Tapered off-policy REINFORCE: maximise A log π where A > 0, sg[min(W, 1)] A log π elsewhere, with W = Π_t r_t.
+
+    Source: Le Roux et al. 2025 (arXiv 2503.14286): right completions are imitated whatever the old policy
+    thought of them, wrong ones unlearned only as far as the policy still writes them. Gradient weight 1, or min(W, 1).
+    """
+
+    not_at: ClassVar[dict[str, str]] = _OWN
+    whole_completions: ClassVar[bool] = True
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        with torch.no_grad():
+            tapered_BT = x.sequence_sum(x.log_ratio_BT).clamp(max=0).exp()
+            weight_BT = torch.where(x.advantage_BT > 0, 1.0, tapered_BT)
+        return -weight_BT * x.advantage_BT * x.logprob_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class VESPO(Objective):
+    """Variational sequence-level soft policy optimisation: maximise sg[φ(W)] A log π, with W = Π_t r_t.
+
+    φ(W) = e^λ W^k e^(−λW), with log W clamped to [log 1e-8, 20]. Source: arXiv 2602.10693. Gradient weight φ(W): 1 at
+    W = 1, 0 at both ends, with k and λ of their own where A ≥ 0 and where A < 0.
+    """
+
+    not_at: ClassVar[dict[str, str]] = _OWN
+    whole_completions: ClassVar[bool] = True
+    k_positive: float = key("k where A >= 0: how fast the weight of unlikely completions falls", within="(0, inf)")
+    lambda_positive: float = key("λ where A >= 0: how fast the weight of likely completions falls", within="(0, inf)")
+    k_negative: float = key("k where A < 0", within="(0, inf)")
+    lambda_negative: float = key("λ where A < 0", within="(0, inf)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        with torch.no_grad():
+            log_w_BT = x.sequence_sum(x.log_ratio_BT).clamp(LOG_W_MIN, LOG_W_MAX)
+            gain = x.advantage_BT >= 0
+            k_BT = torch.where(gain, self.k_positive, self.k_negative)
+            lambda_BT = torch.where(gain, self.lambda_positive, self.lambda_negative)
+            weight_BT = (lambda_BT + k_BT * log_w_BT - lambda_BT * log_w_BT.exp()).exp().to(log_w_BT.dtype)
+        return -weight_BT * x.advantage_BT * x.logprob_BT
+
+
+LOG_W_MIN, LOG_W_MAX = -18.420680743952367, 20.0  # log 1e-8
