@@ -1,10 +1,12 @@
 """Checkpoints at step boundaries: written beside, flushed, digested, renamed; the newest whole one is resumed from."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -15,7 +17,7 @@ import torch
 from pspo import __version__
 from pspo.files import SaveError, new_directory, write_json
 from pspo.model import Policy
-from pspo.schema import Schema, key
+from pspo.schema import ConfigError, Schema, key
 
 log = logging.getLogger("pspo")
 
@@ -28,14 +30,22 @@ class Checkpoint(Schema, block="checkpoint"):
     keep: int = key("how many of the newest are kept", within="[1, inf)")
 
 
-def save(directory: Path, name: str, state: dict[str, Any], clock: dict[str, float]) -> None:
-    """Write ``directory/name/`` with ``state.pt``, its digest and the clock. Raises SaveError; others stay intact."""
+FORMAT = 2
+"""What ``state.pt`` holds, and where; a checkpoint of another format is refused."""
+
+
+def save(directory: Path, name: str, state: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write ``directory/name/``: ``state.pt``, and its digest beside what is told ``about`` it. Raises SaveError.
+
+    Earlier checkpoints stay intact.
+    """
     try:
         with new_directory(directory / name) as beside:
             with (beside / "state.pt").open("wb") as file:
                 writer = _Hashing(file)
                 torch.save(state, cast(IO[bytes], writer))
-            write_json(beside / "meta.json", {"version": __version__, "sha256": writer.digest.hexdigest()} | clock)
+            meta = {"format": FORMAT, "version": __version__, "sha256": writer.digest.hexdigest()} | about
+            write_json(beside / "meta.json", meta)
     except (OSError, RuntimeError) as error:  # torch.save wraps an OSError of the file in a RuntimeError
         kept = [path for path in _steps(directory) if _read_meta(path) is not None]
         raise SaveError(
@@ -50,6 +60,31 @@ def prune(directory: Path, keep: int, best: int = 0) -> None:
     others = [path for path in directory.glob("best_*") if path.name != f"best_{best:06d}"]
     for path in [*_steps(directory)[keep:], *others, *directory.glob(".step_*"), *directory.glob(".best_*")]:
         shutil.rmtree(path)
+
+
+def names(directory: Path) -> list[str]:
+    """The checkpoints of steps there are, newest first, whole or torn."""
+    return [path.name for path in _steps(directory)]
+
+
+def check(directory: Path, identity: str) -> None:
+    """Refuse checkpoints that the run ``identity`` cannot resume from. Raises ConfigError; reads no more than meta."""
+    for path in _steps(directory):
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+        except (OSError, ValueError):  # torn: it will be passed over
+            continue
+        remedy = "move the run directory away, or set another group"
+        if meta.get("format") != FORMAT:
+            raise ConfigError(
+                f"{path} was saved by pspo {meta.get('version')} in format {meta.get('format', 1)}, and this pspo "
+                f"{__version__} reads format {FORMAT}; resume with that version, {remedy}"
+            )
+        if meta.get("identity") != identity:
+            raise ConfigError(
+                f"{path} is a checkpoint of another configuration ({meta.get('identity')}) than this run's "
+                f"({identity}); {remedy}"
+            )
 
 
 def newest(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
@@ -109,6 +144,16 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", words.numpy().astype(np.uint32), *rest))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever the block draws from the global generators, and however it ends, they go on as if it had not been."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before)
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

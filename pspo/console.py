@@ -1,5 +1,6 @@
 """What a person sees: one console, one log, progress bars on a terminal and quiet elsewhere."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -45,12 +46,17 @@ def log_to_console() -> None:
     log.propagate = False
 
 
-def log_to_file(path: Path) -> logging.Handler:
+@contextlib.contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
     """Send the log to a file as well; the clock stands in a field of its own that begins with ``time/``."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(_Clocked("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
-    return handler
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 class _ConsoleHandler(logging.Handler):

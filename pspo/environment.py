@@ -30,6 +30,23 @@ def choose_device(configured: str) -> torch.device:
     return torch.device("cuda" if configured != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def slurm_job() -> str | None:
+    """The SLURM job that this process is part of, ``123`` or ``123_4`` in an array; None outside of SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def squeue(job: str, field: str) -> str | None:
+    """A field (``%T``) of a job in SLURM's queue; empty for a job that is gone, None where SLURM cannot be asked."""
+    command = ["squeue", "--noheader", f"--jobs={job}", f"--format={field}"]
+    plain = os.environ | {"SLURM_TIME_FORMAT": "standard"}
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=plain)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return None if asked.returncode and "Invalid job id" not in asked.stderr else asked.stdout.strip()
+
+
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run, and to judge why it may differ."""
     tracked = _git("ls-files", "--error-unmatch", "environment.py")  # else it is installed inside another repository

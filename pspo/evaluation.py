@@ -1,15 +1,19 @@
 """Held-out problems: one answer each, and the interval that their accuracy carries."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pspo.checkpoint import random_state_kept
+from pspo.console import log, track
 from pspo.dataset import Prompt
 from pspo.model import Policy
 from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
 from pspo.schema import Schema, key
 from pspo.statistics import wilson_interval
+from pspo.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,36 @@ def answer(
             max_rows=rollout.max_rows,
         )
         yield [completion_row(c, reward(c.text, c.prompt.problem)) for c in completions]
+
+
+def validate(
+    policy: Policy, prompts: Sequence[Prompt], reward: Reward, rollout: Rollout, *, seed: int, step: int
+) -> dict[str, float]:
+    """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
+    begun = time.perf_counter()
+    seeds = [seed, Stream.VALIDATION, step]
+    with random_state_kept():
+        greedy, sampled = (
+            summarize([row for chunk in track(chunks, "validation", len(prompts)) for row in chunk])
+            for chunks in (
+                answer(policy, prompts, reward, rollout, seed=seeds, greedy=greedy) for greedy in (True, False)
+            )
+        )
+    log.info(
+        "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens",
+        step,
+        100 * greedy["accuracy"],
+        100 * sampled["accuracy"],
+        sampled["length_mean"],
+    )
+    return {
+        "validation/greedy_accuracy": greedy["accuracy"],
+        "validation/greedy_length_mean": greedy["length_mean"],
+        "validation/sampled_accuracy": sampled["accuracy"],
+        "validation/sampled_reward_mean": sampled["reward_mean"],
+        "validation/sampled_length_mean": sampled["length_mean"],
+        "time/validation_s": time.perf_counter() - begun,
+    }
 
 
 def completion_row(completion: Completion, score: Score) -> dict[str, Any]:

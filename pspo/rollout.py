@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pspo import interrupt
 from pspo.dataset import Problem, Prompt
 from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
@@ -84,7 +85,7 @@ def sample(
     """``group_size`` completions of every prompt, grouped by prompt in the order given; temperature 0 is greedy.
 
     The random numbers of a completion depend on (seed, problem, sample index, position) alone: not on what else is in
-    the batch, nor on its order. Prompts of like length are decoded together.
+    the batch, nor on its order. Prompts of like length are decoded together. Raises Interrupted between two tokens.
     """
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
     rows = [(i, g) for i in by_length for g in range(group_size)]
@@ -159,6 +160,7 @@ def _decode(
         cache.batch_select_indices(prompt_of)
         attention = attention[prompt_of]
         for t in range(length_T):
+            interrupt.check()
             token, logprob = draw(logits, uniform_BT[row_of, t], temperature, top_p)
             alive = ~finished_B[row_of]
             token_BT[row_of[alive], t] = token[alive]

@@ -3,56 +3,52 @@
 python -m pspo.run objective=pspo model=qwen1_5b
 """
 
-import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import filelock
 import hydra
 import torch
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from pspo import checkpoint, dataset, environment, model, report
+from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lock, model, report
 from pspo.advice import advice
-from pspo.config import CONF, Config, compose, open_keys, resolve, run_directory
+from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
 from pspo.evaluation import answer, summarize
 from pspo.files import JsonLines, SaveError, read_lines, write_json, write_text
 from pspo.help import help_text
-from pspo.reward import Reward, check_gold, make_reward, source_files
+from pspo.launcher import RunsFailed, result
+from pspo.reward import Reward, check_gold, make_reward
 from pspo.schema import ConfigError, as_dict, unknown
 from pspo.stream import Stream
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError, RunsFailed)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """One run, or one job of a multirun."""
+def main(composed: DictConfig) -> float | None:
+    """One run, or one job of a multirun; returns what a sweeper may maximise."""
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
     overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
     try:
-        run(resolve({str(name): value for name, value in values.items()}), overrides)
+        return result(run(resolve({str(name): value for name, value in values.items()}), overrides))
     except EXPECTED as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end
@@ -68,8 +64,6 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
     sys.argv[1:] = open_keys(sys.argv[1:])
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            _check_all(sys.argv[1:])
         main()
     except EXPECTED as error:
         _leave(error)
@@ -82,42 +76,25 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     log_to_console()
     device = environment.choose_device(config.device)
     directory = run_directory(config, overrides)
-    if (directory / "DONE").is_file():
-        log.info("already done: %s; another seed or group makes a new run, deleting it repeats this one", directory)
-        if (directory / "DONE").read_text().strip() != environment.code_digest(*source_files(config.reward)):
-            log.warning("the code has changed since that run was made")
+    if earlier.is_done(config, directory):
         return directory
-    _check_writable(config.output_dir)
-    dataset.check(config.dataset)
-    if config.budget.total and dataset.is_test_set(config.dataset):
-        raise dataset.refuse_training(config.dataset)
-    reward = make_reward(config.reward)
+    earlier.check(config, directory)
+    check(config)
     model.check(config.model)
+    reward = make_reward(config.reward)
     problems = dataset.load(config.dataset, config.seed)
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
     tests = [problem for test in problems.test.values() for problem in test]
     check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])
-    with _lock(directory):
-        handler = log_to_file(directory / "run.log")
-        try:
-            _Run(config, list(overrides), directory, device, problems, reward).execute()
-        except ConfigError:
-            raise
-        except OSError as error:
-            log.exception("the run failed")
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            raise SaveError(
-                f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, "
-                "then run the same command again to resume from the last checkpoint"
-            ) from error
-        except Exception:
-            log.exception("the run failed; the same command resumes from its last checkpoint")
-            raise
-        finally:
-            log.removeHandler(handler)
-            handler.close()
+    earlier.set_aside(config, directory)
+    with (
+        lock.hold(directory) as owner,
+        log_to_file(directory / "run.log"),
+        failure.recorded(directory, owner),
+        interrupt.caught(),
+    ):
+        _Run(config, list(overrides), directory, device, problems, reward, owner).execute()
     return directory
 
 
@@ -131,9 +108,11 @@ class _Run:
     device: torch.device
     problems: dataset.Splits
     reward: Reward
+    owner: lock.Owner
 
     def execute(self) -> None:
         started = time.perf_counter()
+        earlier.carry_over(self.config, self.directory)
         threads = self._write_identity()
         torch.set_num_threads(threads)
         checkpoint.seed_global_generators(self.config.seed)
@@ -152,15 +131,16 @@ class _Run:
         )
         try:
             summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
-        except BaseException:
-            tracker.close(exit_code=1)
+        except BaseException as error:
+            tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
             raise
         tracker.summarize(summary)
         tracker.close()
         write_json(self.directory / "summary.json", summary)
         report.write_curves(self.directory)
         report.write_report(self.directory)
-        write_text(self.directory / "DONE", environment.code_digest(*source_files(self.config.reward)) + "\n")
+        lock.check(self.directory, self.owner)
+        write_text(self.directory / "DONE", earlier.code(self.config) + "\n")
         console = Console()  # the result is the output; all else goes to standard error
         console.print(report.final_table(summary))
         for label, name in {"run": "", "figure": "curves.png", "report": "report.html"}.items():
@@ -171,10 +151,14 @@ class _Run:
     ) -> dict[str, Any]:
         config, tests = self.config, list(self.problems.test)
         trainer = Trainer(
-            config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker, started
-        )
+            config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker, started,
+            check_owner=lambda: lock.check(self.directory, self.owner),
+        )  # fmt: skip
         before = {name: self._evaluate(policy, name, prompts[name], "before") for name in tests}
         trainer.resume()
+        if self.owner.restart:
+            steps = trainer.state.progress.steps
+            log.info("restart %d: %s, resumed from step %d", self.owner.restart, self.owner, steps)
         state = trainer.run()
         after = {name: self._evaluate(policy, name, prompts[name], "after") for name in tests}
         model.save(policy, self.directory / "model")
@@ -236,44 +220,13 @@ class _Run:
             beside.cut(0)
             seed = [self.config.seed, Stream.TEST]
             chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
-            for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
-                for row in rows:
-                    beside.append(row)
+            with checkpoint.random_state_kept():  # those of a user's reward
+                for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
+                    for row in rows:
+                        beside.append(row)
             beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))
-
-
-def _check_all(arguments: Sequence[str]) -> None:
-    """Compose every job of a multirun before the first one starts. Raises ConfigError."""
-    given = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a]
-    overrides = OverridesParser.create().parse_overrides(given)
-    for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
-        for job in batch:
-            compose(job)
-
-
-def _check_writable(output_dir: str) -> None:
-    """Refuse a directory that cannot be written, without writing. Raises ConfigError."""
-    at = Path(output_dir).absolute()
-    nearest = next(path for path in (at, *at.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={output_dir}: cannot write in {nearest}; set output_dir=<directory>")
-
-
-def _lock(directory: Path) -> AbstractContextManager[Any]:
-    """Make the run directory and lock it for this process; the kernel releases the lock of a process that dies."""
-    owner = directory / ".owner"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(directory / ".lock", timeout=0).acquire()
-        write_text(owner, f"{os.uname().nodename}, process {os.getpid()}")
-    except filelock.Timeout:
-        at_work = owner.read_text() if owner.is_file() else "unknown"
-        raise ConfigError(f"another process ({at_work}) is at work in {directory}; wait for it, or stop it") from None
-    except OSError as error:
-        raise ConfigError(f"cannot write {directory} ({error.strerror}); set output_dir=<directory>") from error
-    return held
 
 
 def _leave(error: Exception) -> NoReturn:
@@ -282,7 +235,7 @@ def _leave(error: Exception) -> NoReturn:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         error = unknown(option, error.options, group)
     sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError) else 2)
+    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | RunsFailed) else 2)
 
 
 if __name__ == "__main__":

@@ -122,13 +122,14 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return value in typing.get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(item, typing.get_args(hint)[-1]) for item in items)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return hint is Any or isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:
@@ -137,9 +138,18 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:
         return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+    if origin is dict:
+        return f"a table, each item {_describe(typing.get_args(hint)[1])}"
     if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "null",
+        Any: "anything",
+    }
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

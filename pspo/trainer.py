@@ -1,6 +1,7 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pspo import checkpoint
+from pspo import checkpoint, interrupt
 from pspo.advantage import has_spread
 from pspo.budget import Progress
-from pspo.config import Config, default_objective
-from pspo.console import log, progress_bar, track
+from pspo.config import Config, default_objective, identity
+from pspo.console import log, progress_bar
 from pspo.critic import make_critic
 from pspo.dataset import Prompt
 from pspo.diagnostics import Record
 from pspo.environment import peak_gib
-from pspo.evaluation import answer, completion_row, summarize
+from pspo.evaluation import completion_row, validate
 from pspo.experience import collect, make_rows
 from pspo.files import JsonLines, SaveError
 from pspo.model import Policy
@@ -43,6 +44,7 @@ class State:
     no_spread_steps: int = 0
     alpha: float | None = None
     notes: list[str] = field(default_factory=list)
+    row: dict[str, float] | None = field(default_factory=dict)  # of the last step, while it has yet to be validated
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Trainer:
     started: float = field(default_factory=time.perf_counter)
     earlier_s: float = 0.0
     state: State = field(default_factory=State)
+    check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
 
     def __post_init__(self) -> None:
         config, rollout = self.config, self.config.rollout
@@ -79,23 +82,34 @@ class Trainer:
         self.completions = JsonLines(self.directory / "completions.jsonl")
         self.diagnostics = JsonLines(self.directory / "diagnostics.jsonl")
         self.checkpoints = self.directory / "checkpoints"
+        self.unsaved = False
 
     def run(self) -> State:
         """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
-        config, progress = self.config, self.state.progress
-        if progress.steps == 0 and not config.budget.spent(progress):
-            self.tracker.log(self._validate(), 0)
-        with progress_bar(transient=False) as bar:
-            done = getattr(progress, config.budget.unit)
-            task = bar.add_task("training", total=config.budget.total, completed=done, info="")
-            while not config.budget.spent(progress):
-                metrics = self._step()
-                if progress.steps % config.evaluation.every == 0 or config.budget.spent(progress):
-                    metrics |= self._validate()
-                self.tracker.log(metrics, progress.steps)
-                if progress.steps % config.checkpoint.every == 0 or config.budget.spent(progress):
-                    self._save()
-                bar.update(task, completed=getattr(progress, config.budget.unit), info=_summary(metrics))
+        config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit
+        self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
+        try:
+            with progress_bar(transient=False) as bar:
+                task = bar.add_task("training", total=config.budget.total, completed=getattr(progress, unit), info="")
+                while state.row or not config.budget.spent(progress):
+                    if state.row is None:
+                        state.row, self.unsaved = self._step(), True
+                        self.random = checkpoint.random_state()  # a user's reward may draw from it
+                    last = config.budget.spent(progress)
+                    if progress.steps % config.evaluation.every == 0 or last:
+                        state.row |= self._validate()
+                    self.check_owner()
+                    self.tracker.log(state.row, progress.steps)
+                    metrics, state.row, self.unsaved = state.row, None, True
+                    if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
+                        self._save()
+                    if progress.steps:
+                        bar.update(task, completed=getattr(progress, unit), info=_summary(metrics))
+                    interrupt.check()
+        except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
+            if self.unsaved:
+                self._save()
+            raise
         if self.state.best_reward is not None:
             self._restore_best()
         return self.state
@@ -139,6 +153,7 @@ class Trainer:
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )
         self._warn_without_spread(collected.reward_PG)
+        self.check_owner()
         for completion, score in zip(
             collected.completions[: config.rollout.group_size], collected.scores, strict=False
         ):
@@ -198,7 +213,7 @@ class Trainer:
     def _learning_rates(self, start: float, end: float) -> list[float]:
         """Those of the optimizer steps of one rollout, over which the spent share of the budget goes start -> end."""
         optimizer, first, updates = self.config.optimizer, self.state.progress.optimizer_steps, self.config.update.steps
-        if first <= optimizer.warmup_steps:
+        if first <= optimizer.warmup_steps and optimizer.decay != "constant":  # which needs no share of the budget
             self.state.warmup_fraction = start + (end - start) * min(optimizer.warmup_steps - first, updates) / updates
         return [
             optimizer.lr_at(first + i, start + (end - start) * i / updates, self.state.warmup_fraction)
@@ -206,36 +221,16 @@ class Trainer:
         ]
 
     def _validate(self) -> dict[str, float]:
-        """Greedy and sampled answers to held-out training problems; keeps the best weights where they are asked for."""
+        """Answers to held-out training problems; keeps the best weights where they are asked for."""
         if not self.validation:
             return {}
-        begun = time.perf_counter()
-        seed = [self.config.seed, Stream.VALIDATION, self.state.progress.steps]
-        asked = (self.policy, self.validation, self.reward, self.config.rollout)
-        greedy, sampled = (
-            summarize([row for chunk in track(chunks, "validation", len(self.validation)) for row in chunk])
-            for chunks in (answer(*asked, seed=seed, greedy=greedy) for greedy in (True, False))
-        )
-        best = self.state.best_reward
-        if self.config.selection == "best" and (best is None or sampled["reward_mean"] > best):
-            self.state.best_reward, self.state.best_step = sampled["reward_mean"], self.state.progress.steps
-            name = f"best_{self.state.best_step:06d}"
-            checkpoint.save(self.checkpoints, name, {"weights": checkpoint.weights(self.policy)}, {})
-        log.info(
-            "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens",
-            self.state.progress.steps,
-            100 * greedy["accuracy"],
-            100 * sampled["accuracy"],
-            sampled["length_mean"],
-        )
-        return {
-            "validation/greedy_accuracy": greedy["accuracy"],
-            "validation/greedy_length_mean": greedy["length_mean"],
-            "validation/sampled_accuracy": sampled["accuracy"],
-            "validation/sampled_reward_mean": sampled["reward_mean"],
-            "validation/sampled_length_mean": sampled["length_mean"],
-            "time/validation_s": time.perf_counter() - begun,
-        }
+        config, step = self.config, self.state.progress.steps
+        metrics = validate(self.policy, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
+        best, reward = self.state.best_reward, metrics["validation/sampled_reward_mean"]
+        if config.selection == "best" and (best is None or reward > best):
+            self.state.best_reward, self.state.best_step = reward, step
+            checkpoint.save(self.checkpoints, f"best_{step:06d}", {"weights": checkpoint.weights(self.policy)}, {})
+        return metrics
 
     def _warn_without_spread(self, reward_PG: Tensor) -> None:
         self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
@@ -248,21 +243,25 @@ class Trainer:
             log.warning(self.state.notes[-1])
 
     def _save(self) -> None:
+        self.check_owner()
         state = {
             "weights": checkpoint.weights(self.policy),
             "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_state(),
+            "random": self.random,
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
             "critic": self.critic.state_dict() if self.critic else {},
             "completions": self.completions.sync(),
             "diagnostics": self.diagnostics.sync(),
         }
-        name = f"step_{self.state.progress.steps:06d}"
-        checkpoint.save(
-            self.checkpoints, name, state, {"time/wall_s": self.earlier_s + time.perf_counter() - self.started}
-        )
-        self.tracker.commit(self.state.progress.steps)
+        steps = self.state.progress.steps
+        name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
+        wall_s = self.earlier_s + time.perf_counter() - self.started
+        about = {"identity": identity(self.config), "time/wall_s": wall_s}
+        with self.limit.saving():
+            checkpoint.save(self.checkpoints, name, state, about)
+        self.unsaved = False
+        self.tracker.commit(steps)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best=self.state.best_step)
 
     def resume(self) -> None:

@@ -47,6 +47,12 @@ def test_alpha_given_twice_is_refused():
             compose(overrides)
 
 
+def test_a_run_directory_is_a_value_as_it_stands():
+    for path in ("outputs/main/pspo_seed=1_budget.steps=3_seed0_d4d609e9", "/a/b=c", "a=", "~/x=1+2"):
+        assert compose([f"continue_from={path}"]).continue_from == path
+        assert compose([f"continue_from='{path}'"]).continue_from == path
+
+
 def test_what_bounds_memory_alone_does_not_name_a_run():
     base = identity(compose())
     for override in ("update.max_tokens=99", "rollout.max_rows=9", "model.gradient_checkpointing=true", "threads=1"):

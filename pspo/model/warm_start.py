@@ -18,6 +18,7 @@ import filelock
 import torch
 import transformers
 
+from pspo import interrupt
 from pspo.console import track
 from pspo.dataset import Problem, embedded, render
 from pspo.files import new_directory
@@ -106,6 +107,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
     model.train()
     batches = _batches(settings, seed, len(problems))
     for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
+        interrupt.check()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
         targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]

@@ -1,0 +1,58 @@
+"""What a run that failed leaves behind: ``FAILED``, with the kind of failure and its last lines."""
+
+import contextlib
+import errno
+import logging
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pspo.files import SaveError, write_json
+from pspo.lock import Owner
+from pspo.schema import ConfigError
+from pspo.update import NonFiniteError
+
+log = logging.getLogger("pspo")
+
+LAST_LINES = 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
+def recorded(directory: Path, owner: Owner) -> Iterator[None]:
+    """Record in ``FAILED`` what the block raises, and raise it on; the record of an earlier attempt is removed."""
+    path = directory / "FAILED"
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as raised:
+        error = _told(raised, directory)
+        if not isinstance(error, ConfigError):
+            log.exception("the run failed; the same command resumes from its last checkpoint")
+        lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+        record = {"kind": kind(error), "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
+        with contextlib.suppress(OSError):  # the very disk may be the failure
+            write_json(path, record)
+        if error is raised:
+            raise
+        raise error from raised
+
+
+def kind(error: BaseException) -> str:
+    """In one or two words: out of memory, non-finite, cannot save, configuration, or error."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory"
+    kinds = {NonFiniteError: "non-finite", SaveError: "cannot save", ConfigError: "configuration"}
+    return next((name for cls, name in kinds.items() if isinstance(error, cls)), "error")
+
+
+def _told(error: Exception, directory: Path) -> Exception:
+    """A full or read-only disk as one sentence; any other error as it is."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM:
+        return error
+    return SaveError(
+        f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, "
+        "then run the same command again to resume from the last checkpoint"
+    )

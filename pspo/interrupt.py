@@ -1,0 +1,114 @@
+"""Being told to stop: signals, noted when they come and obeyed where it is safe, and the end of the job's time.
+
+SIGUSR2 (SLURM's ``--signal``, submitit, a preemption): save, then hand over to the handler that was there before ours.
+Inside submitit that is its own, which requeues the job. Without one the process leaves with ``STATUS[SIGUSR2]``.
+SIGTERM (scancel): save, and leave with a status that brings nothing back. A cancelled job stays cancelled.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from types import FrameType
+
+from pspo.environment import slurm_job, squeue
+
+log = logging.getLogger("pspo")
+
+STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}
+"""Exit statuses: 75 is sysexits' EX_TEMPFAIL, "try again"; 143 is what shells call the end by SIGTERM."""
+
+MARGIN = 1.5
+"""A checkpoint is due when the job has less time left than this many times its longest step and save."""
+
+_received: signal.Signals | None = None
+
+
+class Interrupted(BaseException):
+    """A signal asks this process to stop. No ``Exception``, so that nothing takes it for a failure."""
+
+    def __init__(self, signum: signal.Signals) -> None:
+        super().__init__(f"stopped by {signum.name}")
+        self.signum = signum
+
+
+def check() -> None:
+    """Raise ``Interrupted`` if a signal came. Call it where stopping is safe; it costs nothing."""
+    if _received is not None:
+        raise Interrupted(_received)
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[None]:
+    """Note the signals while the block runs; when it was left by ``Interrupted``, requeue or leave the process.
+
+    Only a process's main thread gets signals; in another this does nothing. A signal that comes too late for this
+    block is kept for the next one: the next run of a multirun stops in its place.
+    """
+    global _received
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {signum: signal.signal(signum, _note) for signum in STATUS}
+    try:
+        yield
+        return
+    except Interrupted as interrupted:
+        signum, _received = interrupted.signum, None
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+    requeue = earlier[signum]
+    if signum == signal.SIGUSR2 and callable(requeue):
+        log.warning("stopped by %s; handing over to %s", signum.name, getattr(requeue, "__qualname__", requeue))
+        requeue(signum, None)
+    log.warning("stopped by %s, exit status %d; the same command resumes", signum.name, STATUS[signum])
+    raise SystemExit(STATUS[signum])
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    """Keep the signal; SIGTERM has the last word, as a cancelled job must not be requeued."""
+    global _received  # noqa: PLW0603  signals belong to the process, and so does what came of them
+    if _received != signal.SIGTERM:
+        _received = signal.Signals(signum)
+
+
+class TimeLimit:
+    """Watches the time that the job has left, for clusters that send no signal before they kill."""
+
+    def __init__(self) -> None:
+        self.end = job_end()
+        self.step_s = self.save_s = 0.0
+        self._begun = time.time()
+
+    def near(self) -> bool:
+        """Whether the next step may not end, and be saved, in time. Call it once at the end of each step."""
+        now = time.time()
+        self.step_s, self._begun = max(self.step_s, now - self._begun), now
+        return self.end is not None and self.end - now < MARGIN * (self.step_s + self.save_s)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure a save; its time is no part of a step's."""
+        begun = time.time()
+        yield
+        self._begun = time.time()
+        self.save_s = max(self.save_s, self._begun - begun)
+
+
+def job_end() -> float | None:
+    """When SLURM will end this job, in seconds since the epoch; None outside of a job and where nobody can tell."""
+    job = slurm_job()
+    if job is None:
+        return None
+    told = os.environ.get("SLURM_JOB_END_TIME", "")
+    if told.isdigit():
+        return float(told)
+    try:
+        return datetime.fromisoformat(squeue(job, "%e") or "").timestamp()
+    except ValueError:  # N/A, NONE
+        return None

@@ -1,0 +1,76 @@
+import errno
+import json
+import os
+
+import pytest
+import torch
+
+from pspo import failure
+from pspo.files import SaveError
+from pspo.lock import Owner
+from pspo.schema import ConfigError
+from pspo.update import NonFiniteError
+
+OWNER = Owner("node", 1, "123_4", 0, 2, "2026-01-01T00:00:00+00:00")
+
+KINDS = [
+    (ConfigError("budget.steps=-1: no"), "configuration"),
+    (MemoryError(), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (SaveError("no room"), "cannot save"),
+    (NonFiniteError("loss is nan"), "non-finite"),
+    (ZeroDivisionError("division by zero"), "error"),
+]
+
+
+def raised(directory, error):
+    with pytest.raises(type(error)) as caught, failure.recorded(directory, OWNER):
+        raise error
+    return caught.value, json.loads((directory / "FAILED").read_text())
+
+
+@pytest.mark.parametrize(("error", "kind"), KINDS)
+def test_what_was_raised_is_recorded_with_its_kind_and_raised_on(tmp_path, error, kind):
+    value, record = raised(tmp_path, error)
+    assert value is error
+    assert list(record) == ["kind", "error", "job_id", "restart"]
+    assert (record["kind"], record["job_id"], record["restart"]) == (kind, "123_4", 2)
+    assert type(error).__name__ in record["error"].splitlines()[-1]
+    assert len(record["error"].splitlines()) <= failure.LAST_LINES
+
+
+def test_memory_that_the_cpu_refuses_is_told_as_such(tmp_path):
+    with pytest.raises(RuntimeError), failure.recorded(tmp_path, OWNER):
+        torch.empty(1 << 60)
+    assert json.loads((tmp_path / "FAILED").read_text())["kind"] == "out of memory"
+
+
+@pytest.mark.parametrize("number", failure.NO_ROOM)
+def test_a_disk_without_room_is_one_sentence(tmp_path, number):
+    error = OSError(number, os.strerror(number), "metrics.jsonl")
+    with (
+        pytest.raises(SaveError, match=r"cannot write metrics.jsonl .*same command again"),
+        failure.recorded(tmp_path, OWNER),
+    ):
+        raise error
+    assert json.loads((tmp_path / "FAILED").read_text())["kind"] == "cannot save"
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_the_failure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(failure, "write_json", full)
+    with pytest.raises(ZeroDivisionError), failure.recorded(tmp_path, OWNER):
+        raise ZeroDivisionError
+
+
+def test_the_next_attempt_removes_it_and_leaving_is_no_failure(tmp_path):
+    raised(tmp_path, ValueError("x"))
+    with failure.recorded(tmp_path, OWNER):
+        assert not (tmp_path / "FAILED").exists()
+    with pytest.raises(SystemExit), failure.recorded(tmp_path, OWNER):
+        raise SystemExit(75)
+    with pytest.raises(KeyboardInterrupt), failure.recorded(tmp_path, OWNER):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "FAILED").exists()

@@ -1,0 +1,99 @@
+"""Kills at random instants: no run is lost, no directory corrupt, and every end is that of the unbroken run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from forked import REWARD, TINY, ends, fork, make, only_run, wait
+
+NUM_KILLS, NUM_PROCESS_KILLS = 200, 8
+SEED = int(os.environ.get("PSPO_KILLS_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def until_done(start, cwd, length_s, random, kills):
+    """Start a run, kill it at a random instant of its length, and so on until it ends by itself; count the kills."""
+    while True:
+        pid = start()
+        deadline = time.monotonic() + random.uniform(0, length_s)
+        status = None
+        while time.monotonic() < deadline and status is None:
+            done, raw = os.waitpid(pid, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(raw) if done else None
+            time.sleep(0.001)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            status = wait(pid)
+        if status != -signal.SIGKILL:
+            assert status == 0, (cwd / "output.txt").read_text()
+            return
+        kills.append(progress(cwd))
+
+
+def progress(cwd):
+    """How far the killed process had come: the last row on disk, and whether it was at work on a checkpoint."""
+    rows = list(cwd.glob("outputs/main/*/metrics.jsonl"))
+    saving = list(cwd.glob("outputs/main/*/checkpoints/.*"))
+    return len(rows[0].read_bytes().splitlines()) if rows else -1, bool(saving)
+
+
+@pytest.mark.slow
+def test_200_kills_of_forks(cache, tmp_path):
+    random, kills, num_runs = np.random.default_rng(SEED), [], 0
+    assert make(tmp_path / "warm", cache) == 0
+    begun = time.monotonic()
+    assert make(tmp_path / "unbroken", cache) == 0
+    length_s, expected = time.monotonic() - begun, ends(only_run(tmp_path / "unbroken"))
+    while len(kills) < NUM_KILLS:
+        cwd = tmp_path / f"run{num_runs}"
+        until_done(lambda cwd=cwd: fork(cwd, cache), cwd, length_s, random, kills)
+        assert ends(only_run(cwd)) == expected, cwd
+        num_runs += 1
+    steps = {step: [at for at, _ in kills].count(step) for step in range(-1, 7)}
+    print(f"{len(kills)} kills, {num_runs} runs; rows at the kill: {steps}; in a save: {sum(s for _, s in kills)}")
+
+
+@pytest.mark.slow
+def test_kills_of_whole_processes_with_wandb(cache, tmp_path):
+    """As a user calls it; W&B offline, whose parts, merged by id, have no gap and no double step."""
+    random, kills, num_runs = np.random.default_rng(SEED), [], 0
+    overrides = [*TINY, "tracker=wandb"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+    def start(cwd):
+        cwd.mkdir(exist_ok=True)
+        (cwd / "mine.py").write_text(REWARD)
+        with (cwd / "output.txt").open("a") as output:
+            command = [sys.executable, "-m", "pspo.run", *overrides]
+            return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output).pid
+
+    assert wait(start(tmp_path / "warm")) == 0
+    begun = time.monotonic()
+    assert wait(start(tmp_path / "unbroken")) == 0
+    length_s, expected = time.monotonic() - begun, ends(only_run(tmp_path / "unbroken"))
+    while len(kills) < NUM_PROCESS_KILLS:
+        cwd = tmp_path / f"run{num_runs}"
+        until_done(lambda cwd=cwd: start(cwd), cwd, length_s, random, kills)
+        assert ends(only_run(cwd)) == expected, cwd
+        assert wandb_steps(only_run(cwd)) == [0, 1, 2, 3, 4, 5], cwd
+        num_runs += 1
+
+
+def wandb_steps(directory):
+    """The steps of all parts of a W&B run, in the order in which they would be uploaded."""
+    steps = []
+    for part in sorted(directory.glob("wandb/offline-run-*"), key=lambda path: path.name):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        records = [json.loads(line) for line in text.splitlines()]
+        steps += [record["history"]["step"]["num"] for record in records if record.get("type") == "history"]
+    return steps
