@@ -44,13 +44,15 @@ class DPPO(Objective):
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():
-            # Rounding may leave a log-probability just above 0.
-            new_BT, old_BT = (logprob_BT.clamp(max=0).exp() for logprob_BT in (x.logprob_BT, x.old_logprob_BT))
+            # Rounding may leave a log-probability just above 0; 1 − π is taken from it, not from a π rounded to 1.
+            new_logprob_BT, old_logprob_BT = x.logprob_BT.clamp(max=0), x.old_logprob_BT.clamp(max=0)
+            new_BT, old_BT = new_logprob_BT.exp(), old_logprob_BT.exp()
             if self.divergence == "tv":
                 away_BT = x.advantage_BT.sign() * (new_BT - old_BT) > self.delta
             else:
-                shift_BT = (x.old_logprob_BT - x.logprob_BT).clamp(-1e30, 1e30)
-                rest_BT = torch.xlogy(1 - old_BT, 1 - old_BT) - torch.xlogy(1 - old_BT, 1 - new_BT)
+                shift_BT = (old_logprob_BT - new_logprob_BT).clamp(-1e30, 1e30)
+                new_rest_BT, old_rest_BT = -new_logprob_BT.expm1(), -old_logprob_BT.expm1()
+                rest_BT = torch.xlogy(old_rest_BT, old_rest_BT) - torch.xlogy(old_rest_BT, new_rest_BT)
                 moved_BT = x.advantage_BT.sign() * x.log_ratio_BT > 0
                 away_BT = moved_BT & (old_BT * shift_BT + rest_BT > self.delta)
             weight_BT = torch.where(away_BT, 0.0, x.ratio_BT.clamp(max=self.cap))
@@ -100,9 +102,9 @@ class VESPO(Objective):
         with torch.no_grad():
             log_w_BT = x.sequence_sum(x.log_ratio_BT).clamp(LOG_W_MIN, LOG_W_MAX)
             gain = x.advantage_BT >= 0
-            k_BT = torch.where(gain, self.k_positive, self.k_negative)
-            lambda_BT = torch.where(gain, self.lambda_positive, self.lambda_negative)
-            weight_BT = (lambda_BT + k_BT * log_w_BT - lambda_BT * log_w_BT.exp()).exp().to(log_w_BT.dtype)
+            k_BT = torch.full_like(log_w_BT, self.k_negative).masked_fill(gain, self.k_positive)
+            lambda_BT = torch.full_like(log_w_BT, self.lambda_negative).masked_fill(gain, self.lambda_positive)
+            weight_BT = (lambda_BT + k_BT * log_w_BT - lambda_BT * log_w_BT.exp()).exp()
         return -weight_BT * x.advantage_BT * x.logprob_BT
 
 

@@ -22,7 +22,8 @@ class SAPO(Objective):
     tau_negative: float = key("τ₋: sharpness elsewhere", within="(0, inf)")
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
-        tau_BT = torch.where(x.advantage_BT > 0, self.tau_positive, self.tau_negative).to(x.ratio_BT.dtype)
+        negative_BT = torch.full_like(x.advantage_BT, self.tau_negative)  # where() of two numbers would be float32
+        tau_BT = negative_BT.masked_fill(x.advantage_BT > 0, self.tau_positive)
         return -(4 / tau_BT) * torch.sigmoid(tau_BT * (x.ratio_BT - 1)) * x.advantage_BT
 
 
