@@ -59,7 +59,7 @@ def main() -> None:
         arms[run["lr"], run["updates"], run["objective"]][run["seed"]] = run
     heads = ["lr", "updates", "objective", "seeds", "accuracy, %", f"less {baseline}, points", *SEEN]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    for (lr, updates, objective), runs in sorted(arms.items(), key=lambda item: (item[0][0], item[0][1])):
+    for (lr, updates, objective), runs in sorted(arms.items(), key=lambda item: item[0]):
         others = arms.get((lr, updates, baseline), {})
         paired = [runs[seed]["after"] - others[seed]["after"] for seed in sorted(runs.keys() & others.keys())]
         cells = [f"{lr:g}", updates, objective, len(runs), interval([run["after"] for run in runs.values()])]
