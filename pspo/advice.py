@@ -26,14 +26,13 @@ def rescaling(config: Config) -> str | None:
     alpha = getattr(config.objective, "alpha", None)
     if not config.objective.linear or alpha is None or (alpha == 0 and config.smoothing.constant):
         return None
+    if config.loss.kl_weight or config.loss.entropy_weight or _shares_trunk(config):
+        return None  # 1 - alpha then counts against their weight
     if not isinstance(config.optimizer, AdamW):
         return (
             f"linear smoothing multiplies the gradient by 1 - alpha: under optimizer={config.optimizer.name} this is "
             "noclip at a learning rate of lr (1 - alpha), as far as gradient-norm clipping does not act"
         )
-    beside = config.loss.kl_weight or config.loss.entropy_weight or _shares_trunk(config)
-    if beside:
-        return None
     if not config.smoothing.constant:
         return (
             f"smoothing={config.smoothing.name} under optimizer=adamw: linear smoothing multiplies the gradient by "

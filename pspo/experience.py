@@ -137,6 +137,8 @@ def make_rows(
 
     Truncated completions, where they are masked, count in the mean of their group and do not train.
     """
+    if not completions:
+        return [], {}
     blank = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [0.0] * len(c.token_ids)) for c in completions]
     metrics: dict[str, float] = {}
     if critic is not None and isinstance(advantage, GAE):

@@ -1,5 +1,6 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -178,12 +179,8 @@ class Trainer:
 
     def _objective(self) -> Objective:
         """The objective with this step's alpha."""
-        objective = self.config.objective
-        return (
-            objective
-            if self.config.smoothing.constant or self.state.alpha is None
-            else objective.with_alpha(self.state.alpha)
-        )
+        alpha = None if self.config.smoothing.constant else self.state.alpha
+        return self.config.objective if alpha is None else self.config.objective.with_alpha(alpha)
 
     def _next_alpha(self, record: Record | None) -> dict[str, float]:
         """Move alpha on for the next step; the metric is that of the step just made."""
@@ -294,7 +291,8 @@ class Trainer:
 
 
 def _summary(metrics: dict[str, float]) -> str:
+    kl = metrics.get("policy/kl_old_new_k3", math.nan)  # none where nothing trained
     return (
         f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
-        f"KL(old‖new) {metrics['policy/kl_old_new_k3']:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
+        f"KL(old‖new) {kl:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
     )

@@ -35,7 +35,6 @@ def test_every_module_of_a_concern_has_its_test():
             indirect |= {
                 "help": "config",
                 "schema": "config",
-                "smoothing": "config",
                 "hub": "model",
                 "stream": "rollout",
             }

@@ -63,7 +63,8 @@ def test_pad_to():
 def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, temperature):
     model = tiny_policy(torch.float64, exact=True).model
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    logprob_BT, entropy_BT = token_logprobs(model, batch, temperature)
+    scored = token_logprobs(model, batch, temperature)
+    logprob_BT, entropy_BT = scored.logprob_BT, scored.entropy_BT
     assert logprob_BT.dtype == entropy_BT.dtype == torch.float64
     for b, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         expected_T, expected_entropy_T = by_the_library(model, prompt, completion, temperature)
@@ -74,16 +75,45 @@ def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, temperature):
 def test_gradient_is_that_of_the_librarys_logits(tiny_policy):
     model = tiny_policy(torch.float64, exact=True).model
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    token_logprobs(model, batch, 0.7)[0].sum().backward()
+    token_logprobs(model, batch, 0.7).logprob_BT.sum().backward()
     got = gradients(model)
     sum(by_the_library(model, p, c, 0.7)[0].sum() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)).backward()
     for name, expected in gradients(model).items():
         torch.testing.assert_close(got[name], expected, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("positions", [1, 5, 100])
+def test_gradient_of_the_entropy_is_that_of_the_librarys_logits(tiny_policy, monkeypatch, positions):
+    """Where it is asked for, in one chunk and in several; else there is none."""
+    model = tiny_policy(torch.float64, exact=True).model
+    monkeypatch.setattr(logprob, "CHUNK_LOGITS", positions * model.config.vocab_size)
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    assert not token_logprobs(model, batch, 0.7).entropy_BT.requires_grad
+    entropy_BT = token_logprobs(model, batch, 0.7, entropy_gradient=True).entropy_BT
+    assert not entropy_BT[~batch.mask_BT].any()
+    entropy_BT.sum().backward()
+    got = gradients(model)
+    sum(by_the_library(model, p, c, 0.7)[1].sum() for p, c in zip(PROMPTS, COMPLETIONS, strict=True)).backward()
+    assert max(g.abs().max() for g in got.values()) > 1e-3
+    for name, expected in gradients(model).items():
+        torch.testing.assert_close(got[name], expected, atol=1e-10, rtol=1e-10)
+
+
+def test_hidden_states_are_those_that_predicted_the_tokens(tiny_policy):
+    model = tiny_policy(torch.float64, exact=True).model
+    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
+    scored = token_logprobs(model, batch, 0.7)
+    logits_NV = model.get_output_embeddings()(scored.hidden_NH) / 0.7
+    tokens_N1 = batch.token_ids_BT[batch.mask_BT][:, None]
+    expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1).squeeze(-1)
+    torch.testing.assert_close(scored.logprob_BT[batch.mask_BT], expected_N, atol=1e-12, rtol=0)
+    assert torch.equal(logprob.scatter(batch.mask_BT, expected_N)[batch.mask_BT], expected_N)
+
+
 def test_masked_positions_are_zero_and_nothing_else_is(tiny_policy):
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    logprob_BT, entropy_BT = token_logprobs(tiny_policy().model, batch, 1.0)
+    scored = token_logprobs(tiny_policy().model, batch, 1.0)
+    logprob_BT, entropy_BT = scored.logprob_BT, scored.entropy_BT
     assert torch.equal(logprob_BT < 0, batch.mask_BT)
     assert torch.equal(entropy_BT > 0, batch.mask_BT)
     assert not logprob_BT[~batch.mask_BT].any()
@@ -97,7 +127,7 @@ def test_padding_and_last_tokens_get_no_gradient(tiny_policy):
     model, embedded = tiny_policy(torch.float64, exact=True).model, []
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     hook = model.get_input_embeddings().register_forward_hook(lambda *args: embedded.append(args[-1]))
-    logprob_BT, _ = token_logprobs(model, batch, 1.0)
+    logprob_BT = token_logprobs(model, batch, 1.0).logprob_BT
     hook.remove()
     gradient_BS = torch.autograd.grad(logprob_BT.sum(), embedded[0])[0].abs().amax(-1)
     length_B1 = torch.tensor([[len(p) + len(c)] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
@@ -109,16 +139,17 @@ def test_what_stands_in_the_padding_is_of_no_account(tiny_policy, pad_id):
     model = tiny_policy(torch.float64, exact=True).model
     expected = token_logprobs(model, make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU), 1.0)
     got = token_logprobs(model, make_batch(PROMPTS, COMPLETIONS, pad_id=pad_id, device=CPU), 1.0)
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1], expected[1])
+    for name in ("logprob_BT", "entropy_BT", "hidden_NH"):
+        assert torch.equal(getattr(got, name), getattr(expected, name))
 
 
 def test_float32_is_near_float64_and_bfloat16_heads_are_raised(tiny_policy):
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    exact_BT, _ = token_logprobs(tiny_policy(torch.float64, exact=True).model, batch, 1.0)
+    exact_BT = token_logprobs(tiny_policy(torch.float64, exact=True).model, batch, 1.0).logprob_BT
     model = tiny_policy(torch.float32).model
-    plain_BT, _ = token_logprobs(model, batch, 1.0)
-    mixed_BT, entropy_BT = token_logprobs(model, batch, 1.0, autocast=True)
+    plain_BT = token_logprobs(model, batch, 1.0).logprob_BT
+    mixed = token_logprobs(model, batch, 1.0, autocast=True)
+    mixed_BT, entropy_BT = mixed.logprob_BT, mixed.entropy_BT
     assert plain_BT.dtype == mixed_BT.dtype == entropy_BT.dtype == torch.float32
     torch.testing.assert_close(plain_BT.double(), exact_BT, atol=1e-5, rtol=0)
     torch.testing.assert_close(mixed_BT.double(), exact_BT, atol=0.05, rtol=0)
@@ -127,25 +158,26 @@ def test_float32_is_near_float64_and_bfloat16_heads_are_raised(tiny_policy):
 # --- chunks
 
 
+@pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("positions", [1, 3, 5, 12])
-def test_chunks_change_neither_value_nor_gradient(tiny_policy, monkeypatch, positions):
+def test_chunks_change_neither_value_nor_gradient(tiny_policy, monkeypatch, positions, entropy_gradient):
     model = tiny_policy(torch.float64, exact=True).model
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     results = []
     for chunk in (2**24, positions * model.config.vocab_size):
         monkeypatch.setattr(logprob, "CHUNK_LOGITS", chunk)
-        logprob_BT, entropy_BT = token_logprobs(model, batch, 0.7)
-        (logprob_BT**2).sum().backward()
-        results.append([logprob_BT.detach(), entropy_BT, *gradients(model).values()])
+        scored = token_logprobs(model, batch, 0.7, entropy_gradient=entropy_gradient)
+        (scored.logprob_BT**2 + scored.entropy_BT**2).sum().backward()
+        results.append([scored.logprob_BT.detach(), scored.entropy_BT.detach(), *gradients(model).values()])
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
 
 
 def test_a_chunk_holds_at_least_one_position(tiny_policy, monkeypatch):
     batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
     model = tiny_policy(torch.float64, exact=True).model
-    expected_BT, _ = token_logprobs(model, batch, 1.0)
+    expected_BT = token_logprobs(model, batch, 1.0).logprob_BT
     monkeypatch.setattr(logprob, "CHUNK_LOGITS", 1)
-    torch.testing.assert_close(token_logprobs(model, batch, 1.0)[0], expected_BT, atol=1e-12, rtol=0)
+    torch.testing.assert_close(token_logprobs(model, batch, 1.0).logprob_BT, expected_BT, atol=1e-12, rtol=0)
 
 
 class Largest(TorchDispatchMode):
@@ -179,7 +211,7 @@ def test_logits_of_a_large_vocabulary_neither_exist_at_once_nor_are_kept(monkeyp
         kept = []
         with Largest() as largest:
             with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
-                logprob_BT, _ = token_logprobs(model, batch, 1.0)
+                logprob_BT = token_logprobs(model, batch, 1.0).logprob_BT
             logprob_BT.sum().backward()
         seen[chunk] = largest.elements, sum(shape.numel() for shape in kept if shape[-1:] == (vocabulary,))
     assert seen[2**22] == (2**22 // vocabulary * vocabulary, 0)

@@ -326,7 +326,7 @@ def gap(policy, completions, temperature):
         [c.prompt.token_ids for c in completions], [c.token_ids for c in completions], policy.pad_id, policy.device
     )
     with torch.no_grad():
-        logprob_BT, _ = token_logprobs(policy.model, batch, temperature, policy.autocast)
+        logprob_BT = token_logprobs(policy.model, batch, temperature, policy.autocast).logprob_BT
     recorded = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(c.logprobs, dtype=torch.float64) for c in completions], True
     )

@@ -2,6 +2,7 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,17 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo import experience, logprob
 from pspo import update as module
-from pspo.advantage import Advantage
+from pspo.advantage import GAE, Group
+from pspo.config import default_objective
+from pspo.critic import make_critic
 from pspo.dataset import Problem, Prompt
+from pspo.experience import Row, make_rows, pack
 from pspo.logprob import Batch, make_batch
-from pspo.objective import OBJECTIVES, PSPO, Clip, NoClip
+from pspo.loss import Loss
+from pspo.objective import OBJECTIVES, PSPO
 from pspo.rollout import sample
 from pspo.schema import ConfigError
 from pspo.statistics import Statistics
-from pspo.update import NonFiniteError, Row, Update, accumulate, make_rows, pack, update
+from pspo.update import Learner, NonFiniteError, Update, accumulate, update
 
-ALL = [NoClip(name="noclip"), Clip(name="clip", eps_low=0.2, eps_high=0.2), PSPO(name="pspo", alpha=0.1)]
+ALL = [default_objective(name) for name in OBJECTIVES]
+NOCLIP, CLIP = default_objective("noclip"), default_objective("clip")
 every = pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
 cuts = pytest.mark.parametrize(
     ("options", "tolerance"),
@@ -29,18 +36,42 @@ cuts = pytest.mark.parametrize(
         pytest.param({"dtype": torch.float64, "exact": True}, 1e-12, id="float64"),
     ],
 )
+AGGREGATIONS = ("token", "sequence", "sequence_sum", "constant")
+CHOICES = [
+    pytest.param(o, {"importance": level, "aggregation": aggregation}, id=f"{o.name}-{level}-{aggregation}")
+    for o in ALL
+    for level in ("token", "sequence", "sequence_token")
+    for aggregation in AGGREGATIONS
+    if level not in o.not_at
+]
+TERMS = {"kl": "k3", "kl_weight": 0.3, "entropy_weight": 0.2}
 ONE_STEP = Update(num_epochs=1, num_minibatches=1, max_tokens=10_000)
 
 
 def make(num_rows=8, seed=0):
-    """Rows of many lengths whose old log-probs are near those of a random policy of 128 tokens."""
+    """Rows of many lengths whose old and reference log-probs are near those of a random policy of 128 tokens."""
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(num_rows):
         prompt, completion = (random.integers(7, 128, size=random.integers(1, 9)).tolist() for _ in range(2))
         old_logprobs = (-math.log(128) + 0.3 * random.standard_normal(len(completion))).tolist()
-        rows.append(Row(prompt, completion, old_logprobs, float(random.standard_normal())))
+        advantages = [float(random.standard_normal())] * len(completion)
+        rows.append(
+            Row(prompt, completion, old_logprobs, advantages, [x - 0.1 * i for i, x in enumerate(old_logprobs)])
+        )
     return rows
+
+
+def constant(row, advantage):
+    return replace(row, advantages=[advantage] * len(row.token_ids))
+
+
+def learner_of(policy, objective, *, loss=None, **changes):
+    """A learner without a critic; ``loss`` has what differs from the plain token mean."""
+    plain = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.0}
+    settings = {"temperature": 1.0, "max_length": 10, "max_tokens": 10_000, "max_grad_norm": math.inf, "critic": None}
+    loss = Loss(**plain | {"mask_truncated": False} | (loss or {}))
+    return Learner(policy=policy, objective=objective, loss=loss, **settings | changes)
 
 
 def gradient(policy):
@@ -53,25 +84,21 @@ def weights(policy):
     return torch.cat([p.detach().flatten().clone() for p in policy.trainable().values()])
 
 
-def accumulated(policy, objective, rows, max_tokens):
+def accumulated(policy, objective, rows, max_tokens, **loss):
     statistics = Statistics()
-    loss = accumulate(policy, objective, rows, max_tokens, 0.8, statistics, first=True)
-    return loss.item(), gradient(policy), statistics.result()
+    learner = learner_of(policy, objective, loss=loss, temperature=0.8, max_tokens=max_tokens)
+    total = accumulate(learner, rows, statistics, first=True)
+    return total.item(), gradient(policy), statistics.result()
 
 
-def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, failure=None, **changes):
+def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, failure=None, loss=None, **changes):
     """``update`` under SGD unless told otherwise; its statistics."""
     optimizer = optimizer or torch.optim.SGD(policy.trainable().values(), lr=lr)
     statistics = Statistics()
-    settings = {
-        "temperature": 1.0,
-        "max_grad_norm": math.inf,
-        "learning_rates": [lr] * config.steps,
-        "random": np.random.default_rng(0),
-    }
-    update(
-        policy, objective, optimizer, rows, config=config, statistics=statistics, failure=failure, **settings | changes
-    )
+    settings = {"learning_rates": [lr] * config.steps, "random": np.random.default_rng(0)}
+    own = {name: changes.pop(name) for name in list(changes) if name not in settings}
+    learner = learner_of(policy, objective, loss=loss, max_tokens=config.max_tokens, **own)
+    update(learner, optimizer, rows, config=config, statistics=statistics, failure=failure, **settings | changes)
     return statistics.result()
 
 
@@ -83,23 +110,23 @@ def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, fai
     max_tokens=st.integers(1, 400),
 )
 def test_pack_takes_every_row_once_and_keeps_to_its_budget(lengths, max_tokens):
-    rows = [Row([0] * p, [i] * c, [0.0] * c, 0.0) for i, (p, c) in enumerate(lengths)]
-    packed = pack(rows, max_tokens)
-    assert sorted(row.token_ids[0] for micro in packed for row in micro) == list(range(len(rows)))
+    packed = pack([p + c for p, c in lengths], max_tokens)
+    assert sorted(i for micro in packed for i in micro) == list(range(len(lengths)))
     for micro in packed:
         assert micro
-        longest = max(len(row.prompt_ids) + len(row.token_ids) for row in micro)
+        longest = max(sum(lengths[i]) for i in micro)
         assert len(micro) == 1 or len(micro) * longest <= max_tokens
-    padded = [make_batch([r.prompt_ids for r in m], [r.token_ids for r in m], 0, torch.device("cpu")) for m in packed]
-    for micro, batch in zip(packed, padded, strict=True):
+        prompts, completions = zip(*([[0] * p, [i] * c] for i, (p, c) in ((i, lengths[i]) for i in micro)), strict=True)
+        batch = make_batch(prompts, completions, 0, torch.device("cpu"))
         assert len(micro) == 1 or batch.input_ids_BS.numel() <= max_tokens
 
 
 def test_pack_uses_its_budget():
-    rows = [Row([0] * 5, [0] * 5, [0.0] * 5, 0.0)] * 8
-    assert [len(micro) for micro in pack(rows, 40)] == [4, 4]
-    assert [len(micro) for micro in pack(rows, 39)] == [3, 3, 2]
-    assert [len(micro) for micro in pack(rows, 1)] == [1] * 8
+    lengths = [10] * 8
+    assert [len(micro) for micro in pack(lengths, 40)] == [4, 4]
+    assert [len(micro) for micro in pack(lengths, 39)] == [3, 3, 2]
+    assert [len(micro) for micro in pack(lengths, 1)] == [1] * 8
+    assert pack([], 40) == []
 
 
 @pytest.mark.parametrize("max_tokens", [10_000, 40])
@@ -114,7 +141,7 @@ def test_loss_gradient_and_statistics_from_the_librarys_logits(tiny_policy, max_
         entropies.append(predicting.entropy())
     logprob_N, entropy_N = torch.cat(logprobs), torch.cat(entropies).detach()
     old_logprob_N = torch.tensor([x for row in rows for x in row.old_logprobs], dtype=torch.float64)
-    advantage_N = torch.tensor([row.advantage for row in rows for _ in row.token_ids], dtype=torch.float64)
+    advantage_N = torch.tensor([x for row in rows for x in row.advantages], dtype=torch.float64)
     log_ratio_N = logprob_N - old_logprob_N
     expected = -(log_ratio_N.exp() * advantage_N).sum() / len(advantage_N)
     expected.backward()
@@ -122,7 +149,7 @@ def test_loss_gradient_and_statistics_from_the_librarys_logits(tiny_policy, max_
     assert (log_ratio_N < 0).any()
     assert (log_ratio_N > 0).any()
 
-    loss, got, result = accumulated(policy, ALL[0], rows, max_tokens)
+    loss, got, result = accumulated(policy, NOCLIP, rows, max_tokens)
     assert loss == pytest.approx(expected.item(), rel=1e-10)
     assert (got - expected_gradient).norm() / expected_gradient.norm() <= 1e-10
     told = {
@@ -136,11 +163,16 @@ def test_loss_gradient_and_statistics_from_the_librarys_logits(tiny_policy, max_
     assert {name: result[name] for name in told} == pytest.approx(told, rel=1e-10)
 
 
+def number_of_micro_batches(rows):
+    lengths = [len(row.prompt_ids) + len(row.token_ids) for row in rows]
+    return [len(pack(lengths, max_tokens)) for max_tokens in (10_000, 40, 1)]
+
+
 @every
 @cuts
 def test_loss_and_gradient_do_not_depend_on_micro_batches(tiny_policy, objective, options, tolerance):
     policy, rows = tiny_policy(**options), make()
-    assert [len(pack(rows, n)) for n in (10_000, 40, 1)] == [1, 3, 8]
+    assert number_of_micro_batches(rows) == [1, 3, 8]
     loss, whole, result = accumulated(policy, objective, rows, 10_000)
     assert whole.norm() > 0.01
     for max_tokens in (40, 1):
@@ -148,6 +180,16 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(tiny_policy, objective
         assert cut_loss == pytest.approx(loss, rel=tolerance, abs=tolerance)
         assert (cut - whole).norm() / whole.norm() <= tolerance
         assert cut_result == pytest.approx(result, rel=10 * tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize(("objective", "choice"), CHOICES)
+def test_no_importance_level_aggregation_or_term_depends_on_micro_batches(tiny_policy, objective, choice):
+    policy, rows = tiny_policy(torch.float64, exact=True), make()
+    loss, whole, result = accumulated(policy, objective, rows, 10_000, **choice, **TERMS)
+    cut_loss, cut, cut_result = accumulated(policy, objective, rows, 40, **choice, **TERMS)
+    assert cut_loss == pytest.approx(loss, rel=1e-12, abs=1e-12)
+    assert (cut - whole).norm() / whole.norm() <= 1e-12
+    assert cut_result == pytest.approx(result, rel=1e-11, abs=1e-12)
 
 
 @every
@@ -167,7 +209,7 @@ def test_loss_and_gradient_do_not_depend_on_padding(tiny_policy, monkeypatch, ob
             pad(batch.mask_BT, (0, 4)),
         )
 
-    monkeypatch.setattr(module, "make_batch", wider)
+    monkeypatch.setattr(experience, "make_batch", wider)
     padded_loss, padded, padded_result = accumulated(policy, objective, rows, 10_000)
     assert padded_loss == pytest.approx(loss, rel=tolerance, abs=tolerance)
     assert (padded - plain).norm() / plain.norm() <= tolerance
@@ -186,9 +228,9 @@ def test_order_of_rows_is_of_no_account(tiny_policy, objective):
 
 def test_recomputed_activations_change_nothing(tiny_policy):
     rows = make()
-    expected = accumulated(tiny_policy(torch.float64, exact=True), ALL[0], rows, 40)
+    expected = accumulated(tiny_policy(torch.float64, exact=True), NOCLIP, rows, 40)
     policy = tiny_policy(torch.float64, exact=True, gradient_checkpointing=True)
-    got = accumulated(policy, ALL[0], rows, 40)
+    got = accumulated(policy, NOCLIP, rows, 40)
     assert got[0] == pytest.approx(expected[0], rel=1e-12, abs=1e-12)
     assert (got[1] - expected[1]).norm() / expected[1].norm() <= 1e-12
     assert not policy.model.training
@@ -196,7 +238,7 @@ def test_recomputed_activations_change_nothing(tiny_policy):
 
 def test_gradient_of_pspo_is_that_of_noclip_times_one_minus_alpha(tiny_policy):
     policy, rows = tiny_policy(torch.float64, exact=True), make()
-    expected = 0.7 * accumulated(policy, NoClip(name="noclip"), rows, 40)[1]
+    expected = 0.7 * accumulated(policy, NOCLIP, rows, 40)[1]
     got = accumulated(policy, PSPO(name="pspo", alpha=0.3), rows, 40)[1]
     assert (got - expected).norm() / expected.norm() <= 1e-12
 
@@ -216,8 +258,8 @@ def test_minibatches_take_every_row_once_in_each_epoch(num_rows, num_epochs, sha
 
     seen, first = [], []
 
-    def record(policy, objective, rows, *args, **options):
-        seen.append([row.advantage for row in rows])
+    def record(learner, rows, *args, **options):
+        seen.append([row.advantages[0] for row in rows])
         first.append(options["first"])
         weight.grad = torch.ones(())
         return torch.zeros(())
@@ -226,8 +268,8 @@ def test_minibatches_take_every_row_once_in_each_epoch(num_rows, num_epochs, sha
     optimizer = torch.optim.SGD([weight], lr=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "accumulate", record)
-        rows = [Row([1], [1], [0.0], float(i)) for i in range(num_rows)]
-        run(Fake, ALL[0], rows, config=config, optimizer=optimizer, lr=1.0, random=np.random.default_rng(seed))
+        rows = [Row([1], [1], [0.0], [float(i)]) for i in range(num_rows)]
+        run(Fake, NOCLIP, rows, config=config, optimizer=optimizer, lr=1.0, random=np.random.default_rng(seed))
     assert len(seen) == num_epochs * num_minibatches == -weight.item()
     assert first == [True] + [False] * (len(seen) - 1)
     for start in range(0, len(seen), num_minibatches):
@@ -240,17 +282,17 @@ def test_one_step_by_hand(tiny_policy):
     """SGD moves the weights by −lr · gradient, scaled down to ``max_grad_norm``; the norm told is that before."""
     policy, rows = tiny_policy(torch.float64, exact=True), make()
     before = weights(policy)
-    accumulate(policy, ALL[0], rows, 10_000, 1.0, Statistics())
+    accumulate(learner_of(policy, NOCLIP), rows, Statistics())
     expected = gradient(policy)
     norm = expected.norm().item()
-    result = run(policy, ALL[0], rows, lr=0.5)
+    result = run(policy, NOCLIP, rows, lr=0.5)
     torch.testing.assert_close(weights(policy), before - 0.5 * expected, atol=1e-12, rtol=0)
     assert result["optimizer/grad_norm_mean"] == pytest.approx(norm, rel=1e-9)
     assert all(p.grad is None for p in policy.trainable().values())
     assert not policy.model.training
 
     policy = tiny_policy(torch.float64, exact=True)
-    result = run(policy, ALL[0], rows, lr=0.5, max_grad_norm=norm / 4)
+    result = run(policy, NOCLIP, rows, lr=0.5, max_grad_norm=norm / 4)
     torch.testing.assert_close(weights(policy), before - 0.125 * expected, atol=1e-6, rtol=0)
     assert result["optimizer/grad_norm_mean"] == pytest.approx(norm, rel=1e-9)
 
@@ -260,8 +302,8 @@ def test_every_optimizer_step_has_its_learning_rate(tiny_policy):
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     optimizer.register_step_pre_hook(lambda made, *_: taken.append(made.param_groups[0]["lr"]))
     config = Update(num_epochs=2, num_minibatches=3, max_tokens=100)
-    rows = [replace(row, advantage=0.0) for row in make()]
-    run(policy, ALL[0], rows, config=config, optimizer=optimizer, learning_rates=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    rows = [constant(row, 0.0) for row in make()]
+    run(policy, NOCLIP, rows, config=config, optimizer=optimizer, learning_rates=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert taken == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
@@ -270,9 +312,9 @@ def test_every_optimizer_step_has_its_learning_rate(tiny_policy):
 def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num_epochs, num_minibatches):
     """With a learning rate of 0 every cut of a step into pieces must tell the same."""
     policy, rows = tiny_policy(torch.float64, exact=True), make()
-    expected = accumulated(policy, ALL[0], rows, 10_000)[2]
+    expected = accumulated(policy, NOCLIP, rows, 10_000)[2]
     config = Update(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=max_tokens)
-    got = run(policy, ALL[0], rows, config=config, lr=0.0, temperature=0.8)
+    got = run(policy, NOCLIP, rows, config=config, lr=0.0, temperature=0.8)
     assert got.pop("optimizer/grad_norm_mean") > 0
     gap = got.pop("policy/sampler_gap_mean"), expected.pop("policy/sampler_gap_mean")
     assert num_minibatches > 1 or gap[0] == pytest.approx(gap[1], rel=1e-12)
@@ -284,7 +326,7 @@ def test_under_sgd_pspo_at_a_larger_rate_is_noclip_step_by_step(tiny_policy):
     noclip, pspo = tiny_policy(torch.float64, exact=True), tiny_policy(torch.float64, exact=True)
     for step in range(3):
         before = weights(noclip)
-        run(noclip, NoClip(name="noclip"), make(seed=step), config=config, lr=0.1)
+        run(noclip, NOCLIP, make(seed=step), config=config, lr=0.1)
         run(pspo, PSPO(name="pspo", alpha=alpha), make(seed=step), config=config, lr=0.1 / (1 - alpha))
         assert (weights(noclip) - before).norm() > 1e-3
         torch.testing.assert_close(weights(pspo), weights(noclip), atol=1e-11, rtol=0)
@@ -297,11 +339,12 @@ BROKEN = {
     "nan old log-prob": {"old_logprobs": [-4.0, NAN, -4.0]},
     "-inf old log-prob": {"old_logprobs": [-4.0, -INF, -4.0]},
     "inf old log-prob": {"old_logprobs": [INF, -4.0, -4.0]},
-    "nan advantage": {"advantage": NAN},
-    "inf advantage": {"advantage": INF},
-    "-inf advantage": {"advantage": -INF},
-    "overflow of the gradient": {"advantage": 1e38},
-    "overflow of the loss": {"advantage": 1e39},
+    "nan advantage": {"advantages": [NAN] * 3},
+    "nan advantage of one token": {"advantages": [1.0, 1.0, NAN]},
+    "inf advantage": {"advantages": [INF] * 3},
+    "-inf advantage": {"advantages": [-INF] * 3},
+    "overflow of the gradient": {"advantages": [1e38] * 3},
+    "overflow of the loss": {"advantages": [1e39] * 3},
 }
 
 
@@ -309,7 +352,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_row_stops_the_run_before_the_step(tiny_policy, tmp_path, objective, broken):
     policy, failure = tiny_policy(torch.float32), tmp_path / "failed_step_000001.pt"
-    bad = replace(Row([9, 8], [30, 31, 2], [-4.0] * 3, 1.0), **BROKEN[broken])
+    bad = replace(Row([9, 8], [30, 31, 2], [-4.0] * 3, [1.0] * 3), **BROKEN[broken])
     rows = [*make(5), bad, *make(2, seed=1)]
     before = weights(policy)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
@@ -329,7 +372,7 @@ def test_a_broken_weight_stops_the_run_before_the_step(tiny_policy, tmp_path):
         policy.model.model.layers[0].mlp.up_proj.weight[0, 0] = NAN
     before = weights(policy)
     with pytest.raises(NonFiniteError, match=re.escape(str(failure))):
-        run(policy, ALL[0], make(), failure=failure)
+        run(policy, NOCLIP, make(), failure=failure)
     torch.testing.assert_close(weights(policy), before, atol=0, rtol=0, equal_nan=True)
     assert len(torch.load(failure, weights_only=True)) == 8
 
@@ -337,16 +380,69 @@ def test_a_broken_weight_stops_the_run_before_the_step(tiny_policy, tmp_path):
 def test_only_the_offending_minibatch_is_saved_and_steps_before_it_stand(tiny_policy, tmp_path):
     rows, config = make(8), replace(ONE_STEP, num_minibatches=4)
     order = np.array_split(np.random.default_rng(0).permutation(8), 4)
-    rows[order[2][1]] = replace(rows[order[2][1]], advantage=NAN)
+    rows[order[2][1]] = constant(rows[order[2][1]], NAN)
     whole = tiny_policy(torch.float64, exact=True)
     with pytest.raises(NonFiniteError):
-        run(whole, ALL[0], rows, config=config, failure=tmp_path / "failed.pt")
+        run(whole, NOCLIP, rows, config=config, failure=tmp_path / "failed.pt")
     saved = torch.load(tmp_path / "failed.pt", weights_only=True)
     assert repr([Row(**row) for row in saved]) == repr([rows[i] for i in order[2]])
     by_hand = tiny_policy(torch.float64, exact=True)
     for chosen in order[:2]:
-        run(by_hand, ALL[0], [rows[i] for i in chosen])
+        run(by_hand, NOCLIP, [rows[i] for i in chosen])
     torch.testing.assert_close(weights(whole), weights(by_hand), atol=1e-12, rtol=0)
+
+
+# --- the terms beside the objective, through a policy
+
+
+def by_the_library(policy, rows, temperature):
+    """Log-probs and entropies of every row's tokens, with gradient, from the library's own logits without padding."""
+    for row in rows:
+        logits_SV = policy.model(input_ids=torch.tensor([row.prompt_ids + row.token_ids])).logits[0] / temperature
+        predicting = torch.distributions.Categorical(logits=logits_SV[len(row.prompt_ids) - 1 : -1])
+        yield predicting.log_prob(torch.tensor(row.token_ids)), predicting.entropy()
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("positions", [2, 1000], ids=["chunks of two", "one chunk"])
+def test_entropy_bonus_and_kl_penalty_from_the_librarys_logits(tiny_policy, monkeypatch, positions, aggregation):
+    """Without advantages the loss is that of the two terms alone: Σ c_i (β k3 − weight · entropy)."""
+    monkeypatch.setattr(logprob, "CHUNK_LOGITS", positions * 128)
+    policy, rows = tiny_policy(torch.float64, exact=True), [constant(row, 0.0) for row in make()]
+    num_tokens, expected = sum(len(row.token_ids) for row in rows), 0.0
+    for row, (logprob_T, entropy_T) in zip(rows, by_the_library(policy, rows, 0.8), strict=True):
+        d_T = logprob_T - torch.tensor(row.reference_logprobs, dtype=torch.float64)
+        total = (0.3 * ((-d_T).exp() + d_T - 1) - 0.2 * entropy_T).sum()
+        expected = expected + total / (num_tokens if aggregation == "token" else len(row.token_ids) * len(rows))
+    expected.backward()
+    expected_gradient = gradient(policy)
+    loss, got, _ = accumulated(policy, NOCLIP, rows, 40, aggregation=aggregation, **TERMS)
+    assert loss == pytest.approx(expected.item(), rel=1e-10)
+    assert (got - expected_gradient).norm() / expected_gradient.norm() <= 1e-10
+    assert expected_gradient.norm() > 0.01
+    for name in TERMS:  # each of the two terms is felt
+        if name != "kl":
+            other = accumulated(policy, NOCLIP, rows, 40, aggregation=aggregation, **TERMS | {name: 0.0})[1]
+            assert (other - expected_gradient).norm() / expected_gradient.norm() > 0.01
+
+
+def test_the_entropy_has_no_gradient_where_no_bonus_is_asked_for(tiny_policy):
+    policy, rows = tiny_policy(torch.float64, exact=True), [constant(row, 0.0) for row in make()]
+    assert not accumulated(policy, NOCLIP, rows, 10_000)[1].any()
+
+
+def test_no_rows_no_optimizer_steps(tiny_policy):
+    """As under dynamic sampling where no group ever has a spread."""
+    policy = tiny_policy()
+    before = weights(policy)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
+    config = Update(num_epochs=2, num_minibatches=3, max_tokens=100)
+    arguments = {"config": config, "learning_rates": [0.1] * 6, "random": np.random.default_rng(0), "failure": None}
+    learner, statistics = learner_of(policy, NOCLIP), Statistics()
+    assert update(learner, optimizer, [], statistics=statistics, **arguments) == 0
+    assert torch.equal(weights(policy), before)
+    assert statistics.result() == {}
+    assert update(learner, optimizer, make(2), statistics=statistics, **arguments) == 4  # of two rows in three parts
 
 
 # --- from the sampler to the step
@@ -366,55 +462,106 @@ def ask(policy, seed, num_prompts=4, group_size=16, max_new_tokens=2):
     )
 
 
+def rows_of(policy, completions, advantages):
+    """Rows of whatever advantages, one for each completion."""
+    return [
+        Row(c.prompt.token_ids, c.token_ids, c.logprobs, [a] * len(c.token_ids))
+        for c, a in zip(completions, advantages, strict=True)
+    ]
+
+
+DETACHED = ("cispo", "dppo", "topr", "vespo")
+SMOOTHED = ("pspo", "pspo_geometric", "pspo_clip")
+
+
 @every
 def test_on_fresh_samples_the_ratio_is_one(tiny_policy, objective):
+    """The gradient is that of noclip, 1 − α of it under smoothing; the loss is the objective's value at r = 1."""
     policy = tiny_policy(torch.float64, exact=True)
     completions = ask(policy, 0, max_new_tokens=6)
-    advantage_N = torch.randn(len(completions), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    result = run(policy, objective, make_rows(completions, advantage_N))
-    lengths = torch.tensor([len(c.token_ids) for c in completions])
-    assert result["loss/mean"] == pytest.approx(-(advantage_N * lengths).sum().item() / lengths.sum().item(), abs=1e-9)
+    advantages = torch.randn(len(completions), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = rows_of(policy, completions, advantages)
+    gradients = []
+    for each in (NOCLIP, objective):
+        accumulate(learner_of(policy, each), rows, Statistics())
+        gradients.append(gradient(policy))
+    expected = gradients[0] * (0.9 if objective.name in SMOOTHED else 1.0)
+    assert (gradients[1] - expected).norm() / expected.norm() < 1e-8
+    result = run(policy, objective, rows)
+    pairs = [(a, x) for c, a in zip(completions, advantages, strict=True) for x in c.logprobs]
+    values = [-a * x if objective.name in DETACHED else -a for a, x in pairs]
+    if objective.name == "sapo":  # (4/τ) σ(0) A
+        values = [-2 * a / (objective.tau_positive if a > 0 else objective.tau_negative) for a, _ in pairs]
+    assert result["loss/mean"] == pytest.approx(sum(values) / len(values), abs=1e-9)
     assert result["policy/ratio_max"] == pytest.approx(1, abs=1e-9)
     assert result["policy/kl_old_new_k3"] == pytest.approx(0, abs=1e-12)
     assert result["policy/sampler_gap_mean"] < 1e-9
     assert result["policy/ratio_clamped_rate"] == 0
 
 
-def test_make_rows(tiny_policy):
-    completions = ask(tiny_policy(), 0)
-    rows = make_rows(completions, torch.arange(64.0))
-    assert [r.advantage for r in rows] == list(range(64))
-    assert all(
-        (r.prompt_ids, r.token_ids, r.old_logprobs) == (c.prompt.token_ids, c.token_ids, c.logprobs)
-        for r, c in zip(rows, completions, strict=True)
-    )
-    with pytest.raises(ValueError, match="zip"):
-        make_rows(completions, torch.arange(63.0))
+def first_token(completions, wanted=77):
+    return torch.tensor([float(c.token_ids[0] == wanted) for c in completions], dtype=torch.float64)
 
 
-def test_the_probe_is_for_every_objective():
-    assert {o.name for o in ALL} == set(OBJECTIVES)
+def probe(policy, objective, advantage, lr=1e-2, **loss):
+    """Must-learn probe: one token of 128 is rewarded in the first place; 100 rollouts of two updates at the most."""
+    critic = make_critic(advantage, policy)
+    learner = learner_of(policy, objective, loss=loss, critic=critic, max_tokens=4096, max_grad_norm=1.0)
+    groups = [{"params": parameters} for parameters in learner.parameters()]
+    if critic is not None:
+        groups[1]["lr_factor"] = 2.0
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+    config = Update(num_epochs=2, num_minibatches=1, max_tokens=4096)
+    assert first_token(ask(policy, 0)).mean() < 0.1
+    for step in range(100):
+        completions = ask(policy, step)
+        reward_PG = first_token(completions).view(4, 16)
+        if reward_PG.mean() > 0.95:
+            break
+        rows, _ = make_rows(
+            completions, reward_PG, advantage, policy,
+            reference=None, critic=critic, temperature=1.0, max_tokens=4096, mask_truncated=False,
+        )  # fmt: skip
+        update(
+            learner, optimizer, rows,
+            config=config, learning_rates=[lr] * 2, random=np.random.default_rng(step), statistics=Statistics(),
+            failure=Path("unused"),
+        )  # fmt: skip
+    assert first_token(ask(policy, 1000, group_size=64)).mean() > 0.9
+
+
+GROUP = Group(name="group", ddof=1, eps=1e-4)
 
 
 @every
 def test_learns_a_first_token(tiny_policy, objective):
-    """Must-learn probe: one token of 128 is rewarded in the first place; 100 rollouts of two updates at the most."""
-    policy, wanted = tiny_policy(), 77
+    # A first update that doubles a ratio puts it far outside of cfpo's band, where w = r (1 − (r − 1) / 0.2) pulls back
+    # harder than it pushed: it needs the smaller steps.
+    probe(tiny_policy(), objective, GROUP, lr=1e-3 if objective.name == "cfpo" else 1e-2)
 
-    def reward(completions):
-        return torch.tensor([float(c.token_ids[0] == wanted) for c in completions], dtype=torch.float64)
 
-    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=5e-3, weight_decay=0.0)
-    advantage, config = Advantage(ddof=1, eps=1e-4), Update(num_epochs=2, num_minibatches=1, max_tokens=4096)
-    assert reward(ask(policy, 0)).mean() < 0.1
-    for step in range(100):
-        completions = ask(policy, step)
-        reward_N = reward(completions)
-        if reward_N.mean() > 0.95:
-            break
-        rows = make_rows(completions, advantage(reward_N.view(4, 16)).flatten())
-        run(policy, objective, rows, config=config, lr=5e-3, optimizer=optimizer, max_grad_norm=1.0)
-    assert reward(ask(policy, 1000, group_size=64)).mean() > 0.9
+@pytest.mark.parametrize(
+    ("objective", "choice"),
+    [
+        pytest.param(CLIP, {"importance": "sequence", "aggregation": "sequence"}, id="gspo"),
+        pytest.param(CLIP, {"importance": "sequence_token", "aggregation": "sequence"}, id="gspo_token"),
+        pytest.param(CLIP, {"importance": "sequence", "aggregation": "sequence_sum"}, id="luspo"),
+        pytest.param(CLIP, {"aggregation": "constant"}, id="dr_grpo"),
+        pytest.param(default_objective("gmpo"), {"aggregation": "sequence"}, id="gmpo"),
+        pytest.param(default_objective("topr"), {"aggregation": "sequence_sum"}, id="topr"),
+    ],
+)
+def test_learns_a_first_token_at_other_levels_and_aggregations(tiny_policy, objective, choice):
+    probe(tiny_policy(), objective, GROUP, **choice)
+
+
+@pytest.mark.parametrize("critic", ["trunk", "separate"])
+@pytest.mark.parametrize("name", ["clip", "pspo"])
+def test_ppo_learns_a_first_token(tiny_policy, name, critic):
+    advantage = GAE(
+        name="gae", gamma=1.0, lam=0.95, normalize=True, critic=critic, value_lr=1e-2, value_weight=0.1, value_clip=None
+    )
+    probe(tiny_policy(), default_objective(name), advantage, lr=5e-3)
 
 
 # --- configuration

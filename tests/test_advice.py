@@ -1,0 +1,116 @@
+import copy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import yaml
+
+from pspo.advice import advice
+from pspo.config import compose, default_objective, resolve
+from pspo.objective import OBJECTIVES
+from pspo.schema import as_dict
+
+INERT = "one optimizer step per rollout: every ratio is 1 and the trust region is inert"
+RESCALING = "is a mere rescaling here: linear smoothing multiplies the gradient by 1 - alpha"
+SGD = "linear smoothing multiplies the gradient by 1 - alpha: under optimizer=sgd this is noclip at a learning rate of"
+MOVING = "an alpha that changes only weighs steps against each other"
+ALL = (INERT, RESCALING, SGD, MOVING)
+SINGLE = ["update.num_epochs=1", "update.num_minibatches=1"]
+KL = ["loss.kl=k3", "loss.kl_weight=0.04"]
+ENTROPY = ["loss.entropy_weight=0.01"]
+
+TABLE = [
+    ("", [RESCALING]),  # the default run: pspo under AdamW
+    ("objective.alpha=0.9", [RESCALING]),
+    ("objective.alpha=0", []),  # this is noclip, and nobody expects more of it
+    ("smoothing=strong", [RESCALING]),
+    ("loss.importance=sequence", [RESCALING]),
+    ("loss.importance=sequence_token", [RESCALING]),
+    ("loss.aggregation=sequence", [RESCALING]),
+    ("loss.mask_truncated=true", [RESCALING]),
+    ("advantage=mean", [RESCALING]),
+    ("diagnostics.every=0", [RESCALING]),
+    # What gives alpha an effect.
+    ("loss.kl=k3 loss.kl_weight=0.04", []),
+    ("loss.kl=k3", [RESCALING]),  # a KL that is watched, with a weight of 0
+    ("loss.entropy_weight=0.01", []),
+    ("advantage=gae", []),  # the value loss shares the trunk
+    ("advantage=gae advantage.critic=separate", [RESCALING]),  # and here it does not
+    ("smoothing=linear", [MOVING]),
+    ("smoothing=adaptive", [MOVING]),
+    ("smoothing=linear objective.alpha=0", [MOVING]),
+    ("smoothing=linear loss.entropy_weight=0.01", []),
+    ("smoothing=adaptive loss.kl=k3 loss.kl_weight=0.04", []),
+    ("objective=pspo_geometric smoothing=linear", []),
+    # Under SGD alpha is a factor on the learning rate, unless another term of the loss stays as it was.
+    ("optimizer=sgd", [SGD]),
+    ("optimizer=sgd optimizer.momentum=0.9", [SGD]),
+    ("optimizer=sgd objective.alpha=0", []),
+    ("optimizer=sgd loss.kl=k3 loss.kl_weight=0.04", []),
+    ("optimizer=sgd loss.entropy_weight=0.01", []),
+    ("optimizer=sgd advantage=gae", []),
+    ("optimizer=sgd objective=pspo_geometric", []),
+    # One optimizer step per rollout.
+    ("update.num_epochs=1", [RESCALING]),
+    ("update.num_minibatches=1", [RESCALING]),
+    ("update.num_epochs=1 update.num_minibatches=1", [INERT, RESCALING]),
+    ("update.num_epochs=1 update.num_minibatches=1 optimizer=sgd", [INERT, SGD]),
+    ("update.num_epochs=1 update.num_minibatches=1 objective=clip", [INERT]),
+    ("update.num_epochs=1 update.num_minibatches=1 loss.entropy_weight=0.01", [INERT]),
+    # The published recipes.
+    ("experiment=ppo", []),
+    ("experiment=ppo_pspo", []),
+    ("experiment=grpo", []),
+    ("experiment=dapo", []),
+]
+
+
+@cache
+def composed(options):
+    """Composing takes a while, so that keys are set here and options are composed once."""
+    return as_dict(compose(options))
+
+
+def config_of(overrides):
+    options = tuple(override for override in overrides if "." not in override.partition("=")[0])
+    values = copy.deepcopy(composed(options))
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if override not in options:
+            block, _, field = name.partition(".")
+            values[block][field] = yaml.safe_load(value)
+    return resolve(values)
+
+
+@pytest.mark.parametrize(("overrides", "told"), TABLE)
+def test_what_is_said_of_a_run(overrides, told):
+    sentences = advice(config_of(overrides.split()))
+    assert [next(start for start in ALL if start in sentence) for sentence in sentences] == told
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "pspo"])
+def test_nothing_is_said_of_other_objectives_but_that_they_are_inert(name):
+    """pspo_geometric and pspo_clip are not linear in the ratio; the others have no alpha."""
+    for options in ([], ["optimizer=sgd"]):
+        config = replace(config_of(options), objective=default_objective(name))
+        assert advice(config) == []
+        (sentence,) = advice(replace(config, update=config_of(SINGLE).update))
+        assert sentence.startswith(INERT)
+
+
+def test_a_mere_rescaling_is_told_with_its_alpha_and_with_what_would_change_it():
+    (sentence,) = advice(config_of(["objective.alpha=0.25"]))
+    assert sentence.startswith("alpha=0.25 is a mere rescaling here")
+    remedies = [["objective=pspo_geometric"], ["objective=pspo_clip"], KL, ENTROPY, ["smoothing=linear"]]
+    for remedy in remedies:
+        for override in remedy:
+            name, _, value = override.partition("=")
+            assert name in sentence or value in sentence
+        assert not any(RESCALING in told for told in advice(config_of(remedy)))
+    assert "optimizer=sgd" in sentence
+
+
+def test_one_step_per_rollout_is_told_with_the_keys_that_change_it():
+    (sentence, _) = advice(config_of(SINGLE))
+    assert "update.num_epochs" in sentence
+    assert "update.num_minibatches" in sentence
