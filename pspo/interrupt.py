@@ -3,8 +3,8 @@
 SIGUSR2 (SLURM's ``--signal``, submitit, a preemption): save, then hand over to the handler that was there before ours.
 Inside submitit that is its own, which requeues the job. Without one the process leaves with ``STATUS[SIGUSR2]``.
 SIGTERM (scancel): save, and leave with a status that brings nothing back. A cancelled job stays cancelled.
-But where SLURM still calls the job RUNNING it was not cancelled: it is being preempted, on a cluster that sends no SIGUSR2
-before. SLURM requeues it only if it does not end by itself within its grace time, so we do as at a SIGUSR2.
+But where SLURM still calls the job RUNNING it was not cancelled: it is being preempted, where no SIGUSR2 is sent.
+SLURM requeues it only if it does not end by itself within its grace time, so we do as at a SIGUSR2.
 """
 
 import contextlib
