@@ -23,6 +23,10 @@ oracle: $(VENV)/.installed  ## compare the recipes with TRL, which this installs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[oracle]'
 	$(BIN)/python -m pytest -m oracle $(ARGS)
 
+# As root, and first: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
+slurm: $(VENV)/.installed  ## the proofs on a private SLURM, as root, some minutes (see the Makefile for what to apt-get)
+	$(BIN)/python -m pytest -m slurm $(ARGS)
+
 lint: $(VENV)/.installed  ## check format, lint, types, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ class Advantage(Schema, ABC, block="advantage"):
 class Group(Advantage):
     """A_pg = (R_pg − mean_g R_p) / (std_g R_p + eps) (GRPO, arXiv 2402.03300, section 4.1)."""
 
-    ddof: int = key("degrees of freedom taken off the standard deviation: the paper's is 1", within="[0, 1]")
+    ddof: int = key("degrees of freedom taken off the standard deviation: PSPO's paper has 1", within="[0, 1]")
     eps: float = key("added to the standard deviation", within="[0, inf)")
 
     def __call__(self, reward_PG: Tensor) -> Tensor:

@@ -1,15 +1,19 @@
 """The whole configuration: its schemas, the rejection of what does not fit, and the name of a run's directory."""
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
@@ -20,7 +24,7 @@ from pspo.loss import Loss
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective
 from pspo.optimizer import Optimizer
-from pspo.reward import RewardConfig
+from pspo.reward import RewardConfig, make_reward
 from pspo.rollout import Rollout
 from pspo.schema import ConfigError, Schema, as_dict, build, key
 from pspo.smoothing import Smoothing
@@ -166,6 +170,7 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
     return re.sub(r"[^\w.=,+-]", "", "_".join([config.objective.name, *told]))[:120]
 
 
+@functools.cache
 def groups() -> dict[str, list[str]]:
     """Every configuration group with its options."""
     return {
@@ -186,18 +191,46 @@ def open_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that ``python -m pspo.run <overrides>`` would run with."""
+    """The configuration that ``python -m pspo.run <overrides>`` would run with. Raises ConfigError."""
+    return compose_all([overrides])[0]
+
+
+def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
+    """The configurations of many jobs; Hydra is set up once. Raises ConfigError at the first that does not fit."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra_compose("config", overrides=open_keys(overrides))
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
-    return resolve({str(name): value for name, value in values.items()})
+    made = []
+    ready = GlobalHydra.instance().is_initialized()  # as in a multirun
+    with contextlib.nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
+        for overrides in jobs:
+            composed = hydra_compose("config", overrides=open_keys(overrides))
+            values = OmegaConf.to_container(composed, resolve=True)
+            assert isinstance(values, dict)
+            made.append(resolve({str(name): value for name, value in values.items()}))
+    return made
+
+
+def check(config: Config) -> None:
+    """Refuse what can be seen before anything is loaded, written or submitted, on a login node too. No network.
+
+    Raises ConfigError: a directory that cannot be written, a data set, model or reward that is not there.
+    """
+    at = (Path(config.output_dir) / config.group).absolute()
+    nearest = next(path for path in (at, *at.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={config.output_dir}: cannot write in {nearest}; set output_dir=<directory>")
+    dataset.check(config.dataset)
+    if config.budget.total and dataset.is_test_set(config.dataset):
+        raise dataset.refuse_training(config.dataset)
+    make_reward(config.reward)
+    if config.model.path is not None:  # one of the hub's may lie in a cache that the jobs alone see
+        model.check(config.model)
 
 
 def _sets_value(argument: str) -> bool:
     name, equals, _ = argument.lstrip("+").partition("=")
-    return bool(equals) and re.fullmatch(r"[\w.]+", name) is not None and name not in groups() and name[:6] != "hydra."
+    ours = not name.startswith("hydra.") or name.startswith("hydra.launcher.")
+    return bool(equals) and re.fullmatch(r"[\w.]+", name) is not None and name not in groups() and ours

@@ -24,6 +24,17 @@ def is_done(config: Config, directory: Path) -> bool:
     return True
 
 
+def found(config: Config, directory: Path) -> str:
+    """What there is of a run: done, changed (done by other code), again (by ``rerun``), failed, resume or new."""
+    if _is_rerun(config, directory):
+        return "again"
+    if (directory / "DONE").is_file():
+        return "changed" if _has_changed(config, directory) else "done"
+    if (directory / "FAILED").is_file():
+        return "failed"
+    return "resume" if (directory / "config.yaml").is_file() else "new"
+
+
 def set_aside(config: Config, directory: Path) -> None:
     """Move a run that is to be made again to ``.replaced/`` of its group; nothing is deleted."""
     if not _is_rerun(config, directory):

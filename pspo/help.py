@@ -9,6 +9,9 @@ from pspo.schema import Schema
 MOST_USED = (
     "seed",
     "objective.alpha",
+    "loss.importance",
+    "loss.aggregation",
+    "loss.kl_weight",
     "optimizer.lr",
     "budget.steps",
     "rollout.prompts",
@@ -22,6 +25,7 @@ MOST_USED = (
     "dataset.path",
     "dataset.test_limit",
     "evaluation.every",
+    "diagnostics.counterfactual_every",
     "group",
     "device",
     "selection",
@@ -30,6 +34,7 @@ EXAMPLES = {
     "python -m pspo.run": "the embedded task on this machine, in minutes",
     "python -m pspo.run objective=pspo model=qwen1_5b": "the paper's GR-PSPO run on GSM8K, on a GPU",
     "python -m pspo.run -m objective=noclip,clip,pspo seed=0,1,2": "a matched comparison, one run after another",
+    "python -m pspo.run experiment=gspo": "a published recipe: objective, loss and advantage of its source",
     "python -m pspo.run smoothing=strong tracker=jsonl": "alpha 0.3, without Weights & Biases",
     "python -m pspo.run model=qwen0_5b model.path=/models/qwen dataset.path=/data/gsm8k": "all from local files",
 }

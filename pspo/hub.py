@@ -37,8 +37,7 @@ def locate(
     try:
         return snapshot(local_files_only=False)
     except (LocalEntryNotFoundError, HTTPError) as error:
-        option = " --repo-type dataset" if kind == "dataset" else ""
         raise ConfigError(
             f"{asked} is not in the cache and cannot be downloaded ({type(error).__name__}); run "
-            f"`hf download {repo}{option}` on a node with internet that shares this cache (HF_HOME), or {instead}"
+            f"`python -m pspo.prefetch {asked}` on a node with internet that shares this cache (HF_HOME), or {instead}"
         ) from error

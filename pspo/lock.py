@@ -23,6 +23,9 @@ from pspo.schema import ConfigError
 
 log = logging.getLogger("pspo")
 
+LOOK_S = 0.5
+"""A status that looks whether the lock is held keeps it for some microseconds, which must not turn a run away."""
+
 SETTLE_S = 1.0
 """A record that SLURM calls dead must stand unchanged for so long: a process that has just locked writes its own."""
 
@@ -84,7 +87,7 @@ def check(directory: Path, mine: Owner) -> None:
 
 
 def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
-    held = filelock.FileLock(directory / ".lock", timeout=0).acquire()
+    held = filelock.FileLock(directory / ".lock", timeout=LOOK_S).acquire()
     mine = _me(restart=_attempts(directory))
     write_json(directory / ".owner", asdict(mine))
     return held, mine

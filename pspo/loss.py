@@ -139,7 +139,7 @@ def batch_loss(
 def at_level(importance: str, x: ObjectiveInput) -> ObjectiveInput:
     """The same input with its ratio at another level.
 
-    ``sequence``: s = exp(1/L Σ_t log r_t) at every token (GSPO, arXiv 2507.18071, eq. 7); ``sequence_token``:
+    ``sequence``: s = exp(1/L Σ_t log r_t) at every token (GSPO, arXiv 2507.18071v2, eq. 7); ``sequence_token``:
     sg[s] π_t / sg[π_t], which has the value of s and the gradient of its own token alone (ibid., eq. 14).
     """
     if importance == "token":

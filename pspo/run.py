@@ -14,9 +14,7 @@ from typing import Any, NoReturn
 
 import hydra
 import torch
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,12 +23,13 @@ from rich.console import Console
 
 from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lock, model, report
 from pspo.advice import advice
-from pspo.config import CONF, Config, compose, open_keys, resolve, run_directory
+from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
 from pspo.dataset import Prompt
 from pspo.evaluation import answer, summarize
 from pspo.files import JsonLines, SaveError, read_lines, write_json, write_text
 from pspo.help import help_text
+from pspo.launcher import RunsFailed, result
 from pspo.reward import Reward, check_gold, make_reward
 from pspo.schema import ConfigError, as_dict, unknown
 from pspo.stream import Stream
@@ -38,18 +37,18 @@ from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError, RunsFailed)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """One run, or one job of a multirun."""
+def main(composed: DictConfig) -> float | None:
+    """One run, or one job of a multirun; returns what a sweeper may maximise."""
     values = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(values, dict)
     overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
     try:
-        run(resolve({str(name): value for name, value in values.items()}), overrides)
+        return result(run(resolve({str(name): value for name, value in values.items()}), overrides))
     except EXPECTED as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end
@@ -65,8 +64,6 @@ def cli() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
     sys.argv[1:] = open_keys(sys.argv[1:])
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            _check_all(sys.argv[1:])
         main()
     except EXPECTED as error:
         _leave(error)
@@ -82,12 +79,9 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     if earlier.is_done(config, directory):
         return directory
     earlier.check(config, directory)
-    _check_writable(config.output_dir)
-    dataset.check(config.dataset)
-    if config.budget.total and dataset.is_test_set(config.dataset):
-        raise dataset.refuse_training(config.dataset)
-    reward = make_reward(config.reward)
+    check(config)
     model.check(config.model)
+    reward = make_reward(config.reward)
     problems = dataset.load(config.dataset, config.seed)
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
@@ -235,30 +229,13 @@ class _Run:
         return summarize(read_lines(path))
 
 
-def _check_all(arguments: Sequence[str]) -> None:
-    """Compose every job of a multirun before the first one starts. Raises ConfigError."""
-    given = [a for a in arguments if not a.startswith(("-", "hydra")) and "=" in a]
-    overrides = OverridesParser.create().parse_overrides(given)
-    for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None):
-        for job in batch:
-            compose(job)
-
-
-def _check_writable(output_dir: str) -> None:
-    """Refuse a directory that cannot be written, without writing. Raises ConfigError."""
-    at = Path(output_dir).absolute()
-    nearest = next(path for path in (at, *at.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={output_dir}: cannot write in {nearest}; set output_dir=<directory>")
-
-
 def _leave(error: Exception) -> NoReturn:
     """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         error = unknown(option, error.options, group)
     sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError) else 2)
+    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | RunsFailed) else 2)
 
 
 if __name__ == "__main__":

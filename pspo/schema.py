@@ -19,9 +19,12 @@ class ConfigError(ValueError):
     """A user's mistake, told in one sentence: the key, the value got, the values allowed, the remedy."""
 
 
-def key(meaning: str, *, within: str | None = None) -> Any:
-    """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``."""
-    return dataclasses.field(metadata={"meaning": meaning, "within": within})
+def key(meaning: str, *, within: str | None = None, why: str | None = None) -> Any:
+    """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``.
+
+    ``why`` is told with the interval where that is not plain.
+    """
+    return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class Schema:
     def __post_init__(self) -> None:
         """Check every field's type and interval. Raises ConfigError."""
         for name, hint in fields_of(type(self)).items():
-            check(self.dotted(name), getattr(self, name), hint, self.within(name))
+            check(self.dotted(name), getattr(self, name), hint, self.within(name), self._told(name, "why"))
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -53,7 +56,11 @@ class Schema:
     @classmethod
     def within(cls, name: str) -> str | None:
         """The interval that a field must lie in, or None."""
-        return {f.name: f.metadata.get("within") for f in dataclasses.fields(cls)}[name]
+        return cls._told(name, "within")
+
+    @classmethod
+    def _told(cls, name: str, what: str) -> str | None:
+        return {f.name: f.metadata.get(what) for f in dataclasses.fields(cls)}[name]
 
     def refuse(self, name: str, reason: str) -> ConfigError:
         """The error for a field whose value does not fit the others."""
@@ -106,12 +113,12 @@ def _value(name: str, hint: Any, value: Any) -> Any:
     return float(value) if float in _options(hint) and value is not None else value
 
 
-def check(name: str, value: Any, hint: Any, within: str | None = None) -> None:
+def check(name: str, value: Any, hint: Any, within: str | None = None, why: str | None = None) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
     if not any(_fits(value, option) for option in _options(hint)):
         raise ConfigError(f"{name} must be {' or '.join(_describe(o) for o in _options(hint))}, got {value!r}")
     if within is not None and value is not None and not _inside(float(value), within):
-        raise ConfigError(f"{name} must be in {within}, got {value!r}")
+        raise ConfigError(f"{name} must be in {within}, got {value!r}" + (f": {why}" if why else ""))
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -122,13 +129,14 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return value in typing.get_args(hint)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_fits(item, typing.get_args(hint)[-1]) for item in items)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return hint is Any or isinstance(value, hint)
 
 
 def _describe(hint: Any) -> str:
@@ -137,9 +145,18 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
     if origin is list:
         return f"a list, each item {_describe(typing.get_args(hint)[0])}"
+    if origin is dict:
+        return f"a table, each item {_describe(typing.get_args(hint)[1])}"
     if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "null",
+        Any: "anything",
+    }
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -53,8 +53,8 @@ class Linear(Smoothing):
 class Adaptive(Smoothing):
     """Odds of alpha times exp(gain · e) after every step, e = clip(KL / target − 1, −1, 1); alpha in [low, high].
 
-    The proportional controller in log space that Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) put on their KL
-    coefficient, here on α / (1 − α): a policy that moves too far is smoothed more.
+    After the proportional controller in log space that Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) put on their
+    KL coefficient, here on α / (1 − α): a policy that moves too far is smoothed more.
     """
 
     target_kl: float = key("KL(old‖new), nats per token, to hold after the last update of a step", within="(0, inf)")

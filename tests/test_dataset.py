@@ -307,7 +307,9 @@ def test_boxed(text, answer):
 def test_not_cached_and_no_network(tmp_path, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=rf"dataset={name} is not in the cache .* run `hf download [\w-]+/[\w-]+ "):
+    with pytest.raises(
+        ConfigError, match=rf"dataset={name} is not in the cache .* run `python -m pspo.prefetch dataset={name}`"
+    ):
         dataset.load(config(name), seed=0)
 
 

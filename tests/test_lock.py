@@ -163,7 +163,8 @@ def test_a_process_that_locked_just_now_is_not_taken_for_the_dead_one(tmp_path, 
     (tmp_path / ".owner").write_text(json.dumps(dead))
 
     def settle(seconds):
-        (tmp_path / ".owner").write_text(json.dumps(dead | {"job_id": "78", "pid": 2}))
+        if seconds == lock.SETTLE_S:
+            (tmp_path / ".owner").write_text(json.dumps(dead | {"job_id": "78", "pid": 2}))
 
     monkeypatch.setattr(time, "sleep", settle)
     with pytest.raises(ConfigError, match="is at work"):

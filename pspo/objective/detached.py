@@ -30,8 +30,8 @@ class DPPO(Objective):
 
     Both divergences are those of the two-way choice "this token or another", between π_old and π at the sampled token.
     ``tv``: M = 0 where A > 0 and π − π_old > δ, or A < 0 and π − π_old < −δ. ``kl``: M = 0 where KL(π_old‖π) > δ and
-    the policy moves away (A > 0 and r > 1, or A < 0 and r < 1). Source: arXiv 2602.04879; δ is 0.15 (TV) or 0.05 (KL),
-    C is 20. Gradient weight w(r) = min(r, C) M.
+    the policy moves away (A > 0 and r > 1, or A < 0 and r < 1). Source: arXiv 2602.04879 (appendix C: δ 0.15 for TV,
+    0.05 for KL; C = 20 is the value of verl's code, the paper's own is 5 or none). Gradient weight w(r) = min(r, C) M.
     """
 
     not_at: ClassVar[dict[str, str]] = {

@@ -9,6 +9,8 @@ from torch import Tensor
 from pspo.objective.base import Objective, ObjectiveInput
 from pspo.schema import key
 
+WHY = "at 1 nothing of the new policy is left to learn, and below 0 it is pushed away from the old one, not toward it"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PSPO(Objective):
@@ -21,7 +23,7 @@ class PSPO(Objective):
 
     takes_alpha: ClassVar[bool] = True
     linear: ClassVar[bool] = True
-    alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)")
+    alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)", why=WHY)
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         return -((1 - self.alpha) * x.ratio_BT + self.alpha) * x.advantage_BT
@@ -36,7 +38,7 @@ class PSPOGeometric(Objective):
     """
 
     takes_alpha: ClassVar[bool] = True
-    alpha: float = key("α: exponent of the old policy in the mixture", within="[0, 1)")
+    alpha: float = key("α: exponent of the old policy in the mixture", within="[0, 1)", why=WHY)
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         return -((1 - self.alpha) * x.log_ratio_BT).exp() * x.advantage_BT
@@ -51,7 +53,7 @@ class PSPOClip(Objective):
     """
 
     takes_alpha: ClassVar[bool] = True
-    alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)")
+    alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)", why=WHY)
     eps_low: float = key("ε_low: how far the smoothed ratio may fall below 1", within="(0, 1]")
     eps_high: float = key("ε_high: how far the smoothed ratio may rise above 1", within="(0, inf)")
 

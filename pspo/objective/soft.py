@@ -30,8 +30,8 @@ class SAPO(Objective):
 class CFPO(Objective):
     """Clipping-free policy optimisation: maximise r A − |A| (r − 1)² / (2ε).
 
-    Source: arXiv 2601.22801. Gradient weight w(r) = r (1 − sgn(A) (r − 1) / ε): beyond the band of ``clip`` it changes
-    sign and pulls the ratio back.
+    Source: arXiv 2601.22801; the same function as SPO's (Xie et al. 2024, 2401.16025). Gradient weight w(r) =
+    r (1 − sgn(A) (r − 1) / ε): beyond the band of ``clip`` it changes sign and pulls the ratio back.
     """
 
     eps: float = key("ε: distance from 1 at which the gradient changes sign", within="(0, inf)")
@@ -55,7 +55,9 @@ class MASPO(Objective):
     }
     sigma: float = key("σ: smallest width of the Gaussian", within="(0, 10]")
     mass: float = key("a: how much wider it is for tokens of little probability", within="[0, inf)")
-    risk: float = key("β: how much wider it is for large advantages", within="[0, inf)")
+    risk: float = key(
+        "β: how much wider it is where A is large, and narrower where it is very negative", within="[0, inf)"
+    )
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():

@@ -69,6 +69,22 @@ PANELS = (
         below=Panel("Largest importance ratio, log scale", (Curve("policy/ratio_max", ORANGE),), log=True),
     ),
     Panel("Policy entropy (nats per token)", (Curve("policy/entropy_mean", GREEN),)),
+    Panel(
+        "Tokens by gradient weight, beside noclip",
+        (
+            Curve("weight/zero_rate", ORANGE, "zero"),
+            Curve("weight/damped_rate", BLUE, "damped"),
+            Curve("weight/amplified_rate", GREEN, "amplified"),
+            Curve("weight/reversed_rate", GREY, "reversed"),
+        ),
+        percent=True,
+    ),
+    Panel(
+        "Gradient mass kept, beside noclip",
+        (Curve("weight/mass_kept", BLUE),),
+        below=Panel("Alpha", (Curve("objective/alpha", ORANGE),)),
+    ),
+    Panel("Effective sample size, share of tokens", (Curve("ratio/ess", GREEN),)),
 )
 
 

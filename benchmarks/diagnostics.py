@@ -1,0 +1,84 @@
+"""What the inner-step diagnostics cost: ``python -m benchmarks.diagnostics [pairs] [key=value ...]``.
+
+The same training step, from the same weights, with and without them, in alternating order; the share of time that
+they add, with the 95 % interval of its mean over the pairs (t).
+"""
+
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from scipy import stats
+
+from pspo import dataset, environment, model
+from pspo.config import compose
+from pspo.reward import make_reward
+from pspo.tracker import Tracker
+from pspo.trainer import Trainer
+
+
+def make_trainer(overrides: list[str], directory: Path) -> Trainer:
+    """A trainer of the composed run, at its start."""
+    config = compose(["tracker=jsonl", *overrides])
+    device = environment.choose_device(config.device)
+    torch.set_num_threads(environment.choose_threads(config.threads))
+    policy = model.load(config.model, config.seed, device)
+    problems = dataset.load(config.dataset, config.seed)
+    prompts, _ = dataset.encode(policy.tokenizer, config.dataset, problems.train)
+    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
+    return Trainer(config, directory, policy, prompts, [], make_reward(config.reward), tracker)
+
+
+def step_s(trainer: Trainer, every: int) -> float:
+    """Seconds of the first step with diagnostics every so many steps; weights, optimizer and counters are put back."""
+    weights = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
+    optimizer, state = copy.deepcopy(trainer.optimizer.state_dict()), copy.deepcopy(trainer.state)
+    diagnostics = dataclasses.replace(trainer.config.diagnostics, every=every)
+    trainer.config = dataclasses.replace(trainer.config, diagnostics=diagnostics)
+    begun = time.perf_counter()
+    trainer._step()
+    if trainer.policy.device.type == "cuda":
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - begun
+    with torch.no_grad():
+        for name, parameter in trainer.policy.trainable().items():
+            parameter.copy_(weights[name])
+    trainer.optimizer.load_state_dict(optimizer)
+    trainer.state = state
+    return elapsed
+
+
+def main() -> None:
+    """Print the pairs' result as JSON."""
+    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(sys.argv[2:], Path(directory))
+        for every in (0, 1):
+            step_s(trainer, every)
+        added, plain = [], []
+        for pair in range(pairs):
+            seconds = {every: step_s(trainer, every) for every in ((0, 1) if pair % 2 else (1, 0))}
+            added.append(seconds[1] / seconds[0] - 1)
+            plain.append(seconds[0])
+    mean, error = statistics.mean(added), statistics.stdev(added) / len(added) ** 0.5
+    half = error * stats.t.ppf(0.975, len(added) - 1)
+    result = {
+        "pairs": pairs,
+        "step_s_median": statistics.median(plain),
+        "added_share_mean": mean,
+        "ci95_low": mean - half,
+        "ci95_high": mean + half,
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.policy.device),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

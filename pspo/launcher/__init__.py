@@ -1,0 +1,23 @@
+"""Where the runs of a sweep are made: in an array of SLURM jobs, or in slots on this machine.
+
+``hydra_plugins/`` hands these launchers to Hydra.
+"""
+
+from pspo.config import open_keys
+from pspo.launcher.base import Launcher, RunsFailed
+from pspo.launcher.job import Job, result
+from pspo.launcher.plan import Planned, counted, make_plan, show
+from pspo.launcher.settings import configure
+
+__all__ = [
+    "Job",
+    "Launcher",
+    "Planned",
+    "RunsFailed",
+    "configure",
+    "counted",
+    "make_plan",
+    "open_keys",
+    "result",
+    "show",
+]

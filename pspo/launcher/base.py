@@ -1,0 +1,103 @@
+"""What all launchers share: their keys, what is to be run of a plan, what it costs, and how it is told."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pspo.console import log, log_to_console
+from pspo.files import write_json
+from pspo.launcher.job import failure, result
+from pspo.launcher.plan import Planned, counted, show, unique
+from pspo.schema import Schema, as_dict, key
+
+
+class RunsFailed(RuntimeError):
+    """Some runs of a sweep did not reach their end; the others did."""
+
+
+Outcome = float | RunsFailed | None
+"""Of one job: the number for the sweeper, its failure, or None where it is not waited for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher(Schema, ABC, block="hydra.launcher"):
+    """Keys of every launcher."""
+
+    dry_run: bool = key("print what would be run, and run nothing")
+    retry_failed: bool = key("run those again whose last attempt raised an error")
+    hours_per_run: float | None = key("your estimate, for the cost in GPU-hours", within="(0, inf)")
+
+    def launch(self, planned: Sequence[Planned]) -> list[Outcome]:
+        """Run what is to be run; one outcome for each run planned, in order. Raises ConfigError before the first."""
+        log_to_console()
+        runs = self._look(unique(planned))
+        if len(runs) < len(planned):
+            log.warning("%d of %d jobs are the same run as another one", len(planned) - len(runs), len(planned))
+        again = ("new", "resume", "again", *(["failed"] if self.retry_failed else []))
+        todo = [run for run in runs if run.state in again]
+        if self.dry_run:
+            show(runs, f"{counted(runs)}; {len(todo)} to run", *_hints(runs), self._cost(len(todo)), *self._notes(todo))
+            return [None] * len(planned)
+        for hint in _hints([run for run in runs if run not in todo]):
+            log.warning(hint)
+        outcomes = self._run(runs, todo)
+        return [outcomes.get(run.directory) for run in planned]
+
+    def _look(self, runs: list[Planned]) -> list[Planned]:
+        """The runs with what only this launcher knows of their state. Raises ConfigError where it cannot work here."""
+        return runs
+
+    @abstractmethod
+    def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
+        """Run ``todo``, some of all ``runs``; the outcomes by directory."""
+
+    @abstractmethod
+    def _num_gpus(self) -> int:
+        """Of one run."""
+
+    def _notes(self, todo: list[Planned]) -> list[str]:
+        """More for a dry run to print."""
+        return []
+
+    def _cost(self, num_runs: int) -> str:
+        if self.hours_per_run is None:
+            return "cost: set hydra.launcher.hours_per_run=<estimate> to see GPU-hours"
+        gpus = self._num_gpus()
+        total = num_runs * self.hours_per_run * gpus
+        return f"cost: {num_runs} runs x {self.hours_per_run:g} h x {gpus} GPU = {total:g} GPU-hours"
+
+
+def _hints(runs: Sequence[Planned]) -> list[str]:
+    meanings = {
+        "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
+        "changed": "changed: done, but by other code than this; rerun=changed makes it again",
+    }
+    return [meaning for state, meaning in meanings.items() if any(run.state == state for run in runs)]
+
+
+def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:
+    """Of runs that have all ended: DONE decides; any other failed, for the reason given or the one that it left."""
+    failed = {
+        run.directory: failure(run.directory) or reasons.get(run.directory) or "ended without DONE; see its run.log"
+        for run in runs
+        if not (run.directory / "DONE").is_file()
+    }
+    told = [f"{directory} ({reason})" for directory, reason in failed.items()]
+    error = RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(told[:5])}{'; ...' * (len(told) > 5)}")
+    return {run.directory: error if run.directory in failed else result(run.directory) for run in runs}
+
+
+def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
+    """Write ``.submitit/<job id>/runs.json`` in every group that has runs among them: which task is which run."""
+    about = {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "launcher": as_dict(launcher)}
+    for parent in {run.directory.parent for run in runs}:
+        rows: list[dict[str, Any]] = [
+            {"task": task, "directory": str(run.directory), "overrides": run.overrides}
+            for task, run in zip(tasks, runs, strict=True)
+            if run.directory.parent == parent
+        ]
+        place = parent / ".submitit" / folder.name
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(place / "runs.json", about | {"runs": rows})

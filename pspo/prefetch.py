@@ -1,0 +1,135 @@
+"""Fill the caches on a node with internet, for jobs on nodes without; the overrides are those of the run.
+
+python -m pspo.prefetch model=qwen1_5b dataset=gsm8k seed=0,1,2
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from pspo import dataset, environment, model
+from pspo.config import Config, compose_all
+from pspo.console import log, log_to_console
+from pspo.model import source
+from pspo.model.warm_start import cache_directory
+from pspo.run import EXPECTED
+from pspo.schema import ConfigError
+from pspo.sweep import expand
+
+VERIFY = "--verify"
+"""Asks for a look at the caches alone; the command starts itself so, with the hub switched off."""
+
+
+def prefetch(overrides: Sequence[str]) -> list[str]:
+    """Download or make what the runs need, verify it without a network; returns what a job is to export.
+
+    Raises ConfigError.
+    """
+    configs = _compose(overrides)
+    for config in configs:
+        fetch(config)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", "pspo.prefetch", VERIFY, *overrides], env=offline, check=False)
+    if done.returncode:
+        raise ConfigError("what was fetched cannot be loaded offline; delete it from the cache and repeat this command")
+    return exports(configs)
+
+
+def fetch(config: Config) -> None:
+    """Bring the data set and the policy of one run into the caches; what is whole there is left. Raises ConfigError."""
+    dataset.load(config.dataset, config.seed)
+    model.check(config.model)
+    if _is_made_here(config):
+        threads = environment.choose_threads(config.threads)
+        torch.set_num_threads(threads)
+        log.info(
+            "warm start for seed %d and %d CPU threads: jobs with other threads make their own", config.seed, threads
+        )
+        model.load(config.model, config.seed, torch.device("cpu"))
+
+
+def verify(config: Config) -> None:
+    """Load offline what ``fetch`` brought: all problems, the tokenizer, every weight file's table of contents.
+
+    The weights themselves would need more memory than a login node may give. Raises ConfigError.
+    """
+    problems = dataset.load(config.dataset, config.seed)
+    some = next(split for split in (problems.train, problems.validation, *problems.test.values()) if split)
+    if _is_made_here(config):
+        torch.set_num_threads(environment.choose_threads(config.threads))
+        tokenizer = model.load(config.model, config.seed, torch.device("cpu")).tokenizer
+        told = "the embedded policy"
+    else:
+        path, hub_id = config.model.path, config.model.hub_id
+        directory = Path(path).expanduser() if path is not None else source.locate(str(hub_id))
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        told = f"{directory} ({_count_tensors(directory)} tensors)"
+    dataset.encode(tokenizer, config.dataset, some[:1])
+    sizes = {"train": problems.train, "validation": problems.validation} | problems.test
+    counts = ", ".join(f"{len(split)} {name}" for name, split in sizes.items())
+    log.info("verified offline: dataset=%s (%s), %s", config.dataset.name, counts, told)
+
+
+def exports(configs: Sequence[Config]) -> list[str]:
+    """Shell lines that let a job find the caches and keep it off the network."""
+    lines = [f"export HF_HOME={shlex.quote(constants.HF_HOME)}", "export HF_HUB_OFFLINE=1"]
+    if Path(constants.HF_HUB_CACHE) != Path(constants.HF_HOME) / "hub":
+        lines.insert(1, f"export HF_HUB_CACHE={shlex.quote(constants.HF_HUB_CACHE)}")
+    if any(_is_made_here(config) for config in configs):
+        lines.append(f"export XDG_CACHE_HOME={shlex.quote(str(cache_directory().parent.absolute()))}")
+    if any(config.tracker.name == "wandb" for config in configs):
+        lines.append("export WANDB_MODE=offline  # later, with internet: python -m pspo.sync outputs/<group>")
+    return lines
+
+
+def _compose(overrides: Sequence[str]) -> list[Config]:
+    """Those of every run: ``seed=0,1`` asks for two."""
+    return compose_all([job.overrides for job in expand(None, overrides)])
+
+
+def _is_made_here(config: Config) -> bool:
+    return config.model.path is None and config.model.hub_id is None
+
+
+def _count_tensors(directory: Path) -> int:
+    """How many tensors the weight files hold; their lengths are checked against what they promise."""
+    names = set()
+    for path in directory.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it and repeat this command") from error
+    return len(names)
+
+
+def main() -> None:
+    """``python -m pspo.prefetch``: exit status 2 where something cannot be had."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write((__doc__ or "") + "\n")
+        return
+    log_to_console()
+    overrides = [argument for argument in sys.argv[1:] if argument != VERIFY]
+    try:
+        if VERIFY in sys.argv[1:]:
+            for config in _compose(overrides):
+                verify(config)
+            return
+        lines = prefetch(overrides)
+    except EXPECTED as error:
+        sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    sys.stdout.write("\n".join(["# in the jobs:", *lines]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What became of each run of a group: its directory, its lock and, where there is one, SLURM are asked."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pspo import slurm
+from pspo.schema import ConfigError
+
+STATES = {
+    "done": "green",
+    "running": "cyan",
+    "waiting": "dim",
+    "requeued": "dim cyan",  # SLURM starts it again and it resumes
+    "failed": "red",
+    "out of memory": "red",
+    "timed out": "yellow",
+    "cancelled": "yellow",
+    "node failure": "yellow",
+    "lost": "magenta",  # SLURM does not know its job, and nothing tells how it ended
+    "cut off": "yellow",  # it has stopped before its end, and no job of SLURM's tells why
+}
+RETRIED = ("failed", "out of memory", "timed out", "node failure", "lost", "cut off")
+SLURM_SAYS = {
+    "OUT_OF_MEMORY": "out of memory",
+    "TIMEOUT": "timed out",
+    "DEADLINE": "timed out",
+    "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+    "NODE_FAIL": "node failure",
+    "BOOT_FAIL": "node failure",
+    "FAILED": "failed",
+}
+TAIL_BYTES = 1 << 17
+RATE_ROWS = 20
+"""The time left is told from the pace of so many steps."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run as a launcher submitted it."""
+
+    cluster: str
+    job_id: str | None
+    record: Path
+    logs: Path
+    overrides: list[str]
+
+
+@dataclass
+class Row:
+    """One run. Unknown numbers are None; ``why`` says how it ended or why it waits, "" where nothing is to say."""
+
+    run: str
+    state: str = "cut off"
+    done: float | None = None
+    budget: float | None = None
+    unit: str = ""
+    eta_s: float | None = None
+    reward: float | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
+    restarts: int = 0
+    job_id: str | None = None
+    why: str = ""
+
+
+@dataclass
+class Group:
+    """The runs of ``outputs/<group>`` and the jobs that were submitted for them."""
+
+    directory: Path
+    tasks: dict[str, list[Task]]
+    jobs: dict[str, slurm.JobState]
+    gone: set[str]
+    rows: list[Row]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any run is at work or waits."""
+        return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
+
+    def task(self, run: str) -> Task | None:
+        """The submission that counts for a run: one that is at work or waits, else the newest."""
+        newest_first = self.tasks.get(run, [])
+        alive = [task for task in newest_first if (job := self.jobs.get(task.job_id or "")) and job.alive]
+        return next(iter([*alive, *newest_first]), None)
+
+
+def collect(directory: Path) -> Group:
+    """Look at every run of a group. Raises ConfigError where there is no such group."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory; give outputs/<group>")
+    if (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} is a single run; give its group, {directory.parent}")
+    tasks: dict[str, list[Task]] = {}
+    for path in sorted(directory.glob(".submitit/*/runs.json"), key=lambda path: -path.stat().st_mtime_ns):
+        record = json.loads(path.read_text())
+        for run in record["runs"]:
+            task = Task(record["cluster"], run["task"], path, Path(record["folder"]), run["overrides"])
+            tasks.setdefault(Path(run["directory"]).name, []).append(task)
+    begun = {path.name for path in directory.iterdir() if (path / "config.yaml").is_file() or (path / ".lock").exists()}
+    owners = {run: _read_json(directory / run / ".owner") for run in begun}
+    ids = {task.job_id for known in tasks.values() for task in known if task.job_id and task.cluster == "slurm"}
+    ids |= {str(owner["job_id"]) for owner in owners.values() if owner.get("job_id")}
+    jobs = slurm.job_states(ids)
+    group = Group(directory, tasks, jobs, slurm.gone(ids - jobs.keys()), [])
+    group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | tasks.keys())]
+    return group
+
+
+def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
+    directory, task = group.directory / run, group.task(run)
+    row = Row(run, job_id=task.job_id if task else owner.get("job_id"))
+    job = group.jobs.get(row.job_id or "")
+    row.restarts = max(job.restarts if job else 0, int(owner.get("restart") or 0))
+    _progress(row, directory)
+    failure = _read_json(directory / "FAILED") if _is_newer(directory / "FAILED", task) else {}
+    if (directory / "DONE").is_file():
+        row.state, row.eta_s = "done", None
+        tests = _read_json(directory / "summary.json").get("evaluation", {})
+        row.accuracy = {name: result["after"]["accuracy"] for name, result in tests.items()}
+    elif held(directory):
+        row.state, row.job_id = "running", owner.get("job_id") or row.job_id
+        job = group.jobs.get(row.job_id or "")
+        if job and not job.active:
+            row.why = f"its process is at work on {owner.get('host')}, though SLURM says {job.state}"
+    elif job and job.active:
+        row.state, row.why = "running", "no process holds the run's lock: it starts, or ends"
+    elif job and job.waiting:
+        row.state, row.why = "requeued" if job.restarts else "waiting", job.reason
+    elif failure:
+        row.state = "out of memory" if failure.get("kind") == "out of memory" else "failed"
+        row.why = str(failure.get("error", "")).strip()
+    elif job:
+        row.state, row.why = _ended(job, task)
+    elif task and task.cluster == "local" and not owner:
+        row.state, row.why = _in_slot(task)
+    elif row.job_id and (task is None or task.cluster == "slurm"):
+        row.state, row.why = _unknown(group, row.job_id)
+    elif owner:
+        row.why = f"process {owner.get('pid')} on {owner.get('host')} is not at work; the same command resumes it"
+    if row.state != "running":
+        row.eta_s = None
+    return row
+
+
+def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
+    """State and reason of a run whose job has ended, while the run has not, nor said why."""
+    log = _log(task) if task else ""
+    state = SLURM_SAYS.get(job.state, "cut off")
+    if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd tells it there
+        return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
+    if state == "failed" and job.signal == 9:
+        return "failed", "killed by signal 9, probably memory"
+    if state == "failed" and job.signal:
+        return "failed", f"killed by signal {job.signal}"
+    if state == "failed":
+        return "failed", _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}"
+    return state, "" if state != "cut off" else f"SLURM says {job.state}, before the run was done"
+
+
+def _is_newer(path: Path, task: Task | None) -> bool:
+    """Whether a file tells of the submission, not of an earlier attempt."""
+    return path.is_file() and (task is None or path.stat().st_mtime_ns > task.record.stat().st_mtime_ns)
+
+
+def _in_slot(task: Task) -> tuple[str, str]:
+    """State and reason of a run that the local launcher has, and that has left no trace in its directory."""
+    launcher = task.logs.name.rpartition("_")[2]
+    if b"pspo" in _tail(Path("/proc", launcher, "cmdline")):
+        return ("running", "it starts") if task.job_id else ("waiting", f"for a slot of process {launcher}")
+    if task.job_id:
+        return "failed", _last_lines(_log(task)) or "it ended before it began its directory"
+    return "cut off", f"never begun: its launcher, process {launcher}, is not at work on this machine"
+
+
+def _log(task: Task) -> str:
+    return _tail(task.logs / f"{task.job_id}_0_log.err").decode(errors="replace")
+
+
+def _last_lines(log: str) -> str:
+    return "\n".join([line for line in log.splitlines() if line.strip()][-3:])
+
+
+def _unknown(group: Group, job_id: str) -> tuple[str, str]:
+    if job_id in group.gone:
+        return "lost", f"SLURM does not know job {job_id}, and nothing tells how it ended"
+    return "cut off", f"no process holds the run's lock; SLURM cannot be asked about job {job_id}"
+
+
+def _progress(row: Row, directory: Path) -> None:
+    """Fill in how far the run has come, from its configuration and the last whole lines of its metrics."""
+    config = directory / "config.yaml"
+    budget = (yaml.safe_load(config.read_text()) or {}).get("budget", {}) if config.is_file() else {}
+    row.unit, row.budget = next(((unit, total) for unit, total in budget.items() if total is not None), ("", None))
+    metrics = list(_last_rows(directory / "metrics.jsonl"))
+    steps = [values for values in metrics if f"budget/{row.unit}" in values][-RATE_ROWS:]
+    row.done = steps[-1][f"budget/{row.unit}"] if steps else 0 if metrics else None
+    row.reward = next((m["reward/mean"] for m in reversed(metrics) if m.get("reward/mean") is not None), None)
+    if len(steps) > 1 and row.budget is not None and row.done is not None:
+        spent_s = sum(m.get("time/step_s") or 0 for m in steps[1:]) + sum(
+            m.get("time/validation_s") or 0 for m in steps[1:]
+        )
+        pace = (row.done - steps[0][f"budget/{row.unit}"]) / spent_s if spent_s else 0
+        row.eta_s = max(0.0, row.budget - row.done) / pace if pace else None
+
+
+def _last_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _tail(path).split(b"\n")[:-1]:  # what follows the last newline is still being written
+        try:
+            values = json.loads(line)
+        except ValueError:  # the first line, cut by the tail; or one that a crash has torn
+            continue
+        if isinstance(values, dict):
+            yield values
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))  # 0 in /proc, whose files have no size
+            return file.read()
+    except OSError:
+        return b""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def held(directory: Path) -> bool:
+    """Whether a process holds the run's lock, as far as this machine's kernel, or the network's file system, tells."""
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks tells nothing
+        return False
+    finally:
+        os.close(descriptor)
+    return False

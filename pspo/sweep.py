@@ -1,0 +1,216 @@
+"""Sweeps: named arms and lists of keys, of the command line or of a file, become jobs, each a list of overrides.
+
+``python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]``
+
+A file in ``sweeps/`` says in ``common`` what all jobs share, in ``arms`` what is compared and in ``lists`` over what::
+
+    common: [optimizer.lr=5e-5]
+    arms:                                  # one or more factors, of named arms that may differ in several keys at once
+      objective: {noclip: [objective=noclip], clip: [objective=clip, objective.eps_low=0.1]}
+      updates: {"1": [update.num_epochs=1], "4": [update.num_epochs=4]}
+    lists: {seed: "range(0,5)"}            # plain keys, in Hydra's own grammar or as YAML lists
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from pspo.config import CONF
+from pspo.files import write_json
+from pspo.launcher import Planned, make_plan
+from pspo.schema import ConfigError, Schema, build, key, unknown
+
+SWEEPS = CONF.parent / "sweeps"
+"""The files: beside ``conf/``, in a checkout and in an installed wheel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFile(Schema):
+    """One file."""
+
+    group: str = key("directory under output_dir; the file's name unless it is given")
+    common: list[str] = key("overrides of all jobs")
+    arms: dict[str, dict[str, list[str]]] = key("factors, each a table of arms, each a list of overrides")
+    lists: dict[str, Any] = key("keys with their values, of which the product is taken")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: its overrides and, by factor, its arms."""
+
+    overrides: list[str]
+    arm: Mapping[str, str]
+
+
+def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> list[Job]:
+    """The jobs of a file, if any, under the command line's overrides; these take the place of common ones and of lists.
+
+    Raises ConfigError.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    given = dict(_values(parser, argument, "the command line") for argument in arguments)
+    if file is None:
+        return [Job(list(job), {}) for job in itertools.product(*given.values())]
+    sweep = load(Path(file))
+    common = {"group": [f"group={sweep.group}"]} | _single(parser, sweep.common, f"{file}: common")
+    lists = {
+        name: [v for item in _items(values) for v in _values(parser, f"{name}={item}", f"{file}: lists")[1]]
+        for name, values in sweep.lists.items()
+    }
+    factors = {
+        factor: {arm: _single(parser, overrides, f"{file}: {factor}.{arm}") for arm, overrides in table.items()}
+        for factor, table in sweep.arms.items()
+    }
+    taken = dict.fromkeys(lists, "lists") | dict.fromkeys(given, "the command line")
+    for factor, table in factors.items():
+        for name in {name for overrides in table.values() for name in overrides}:
+            if name in taken:
+                raise ConfigError(
+                    f"{file}: the arms of {factor} set {name}, and so does {taken[name]}; leave it to one"
+                )
+            taken[name] = f"arms.{factor}"
+    jobs = []
+    for arms in itertools.product(*(table.items() for table in factors.values())):
+        arm = dict(zip(factors, (name for name, _ in arms), strict=True))
+        keys = common | {name: values for _, overrides in arms for name, values in overrides.items()} | lists | given
+        jobs += [Job(list(job), arm) for job in itertools.product(*keys.values())]
+    return jobs
+
+
+def plan(file: str | None, jobs: Sequence[Job]) -> list[Planned]:
+    """Every job composed, checked, and found in its directory. Raises ConfigError."""
+    try:
+        return make_plan([job.overrides for job in jobs], [job.arm for job in jobs])
+    except ConfigError as error:
+        raise error if file is None else ConfigError(f"{file}: {error}") from error
+
+
+def record(file: str, planned: Sequence[Planned]) -> None:
+    """Add the runs to ``sweep.json`` of their group's directory, for reports to group by; the newest word counts.
+
+    Raises ConfigError where that cannot be written.
+    """
+    for parent in {run.directory.parent for run in planned}:
+        path = parent / "sweep.json"
+        known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
+        for run in planned:
+            if run.directory.parent == parent:
+                about = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
+                known[run.directory.name] = about | {"directory": run.directory.name}
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, list(known.values()))
+        except OSError as error:
+            raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
+
+
+def _single(parser: OverridesParser, texts: Sequence[str], where: str) -> dict[str, list[str]]:
+    """Overrides by key, each of one value."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, values = _values(parser, text, where)
+        if name in found:
+            raise ConfigError(f"{where}: {name} is given twice")
+        if len(values) > 1:
+            raise ConfigError(f"{where}: {text} has {len(values)} values; they belong into lists")
+        found[name] = values
+    return found
+
+
+def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[str]]:
+    """The key of an override in Hydra's grammar, and one override for each of its values."""
+    if "=" not in text and not text.startswith("~"):
+        raise ConfigError(f"{where}: {text!r} is no override; write key=value")
+    override = parser.parse_overrides([text])[0]
+    name = override.get_key_element().lstrip("+")
+    if not override.is_sweep_override():
+        return name, [text.lstrip("+")]
+    if not override.is_discrete_sweep():
+        raise ConfigError(f"{where}: {text} has no end of values; give a list, choice or range")
+    return name, [f"{name}={value}" for value in override.sweep_string_iterator()]
+
+
+def _items(values: Any) -> list[str]:
+    """The values of a key in ``lists``: a YAML list, or one text in Hydra's grammar."""
+    return [_text(value) for value in values] if isinstance(values, list) else [_text(values)]
+
+
+def _text(value: Any) -> str:
+    return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
+
+
+def load(path: Path) -> SweepFile:
+    """Read one file; all scalars stay text, as Hydra parses them. Raises ConfigError."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise unknown(str(path), names(), "sweep") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys: arms, lists, common or group")
+    try:
+        made = build(SweepFile, {"group": path.stem, "common": [], "arms": {}, "lists": {}} | values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not made.arms and not made.lists:
+        raise ConfigError(f"{path}: no arms and no lists, so that there is nothing to compare")
+    return made
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
+    """Scalars stay text; a key given twice is an error, where YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        twice = [str(name) for name in names if names.count(name) > 1]
+        if twice:
+            line = node.start_mark.line + 1
+            raise ConfigError(f"two arms or keys have the name {twice[0]} (in the table of line {line}); rename one")
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+def names() -> list[str]:
+    """The sweeps that come with pspo."""
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a sweep, by its name or its path. Raises ConfigError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SWEEPS / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown(name, names(), "sweep")
+    return path.absolute()
+
+
+def cli() -> None:
+    """``python -m pspo.sweep``: what ``python -m pspo.run -m`` does, with the arms of a file."""
+    from pspo import run
+
+    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
+        about = {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in names()}
+        lines = ["python -m pspo.sweep <name or file.yaml> [key=value ...] [hydra/launcher=basic|local|slurm]", ""]
+        lines += [f"  {name:<10} {line}" for name, line in about.items()]
+        lines += ["", "hydra.launcher.dry_run=true prints the runs, what became of them, and the cost."]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return
+    try:
+        path = find(sys.argv[1])
+    except ConfigError as error:
+        sys.stderr.write(f"pspo: {error}\n")
+        sys.exit(2)
+    sys.argv[1:] = ["-m", f"hydra.sweeper.file='{path}'", *sys.argv[2:]]
+    run.cli()
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from pspo.objective import OBJECTIVES, picture, toy
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_table_in_the_documentation_is_what_the_classes_say():
+    """``python -m pspo.objective docs`` writes it."""
+    assert (DOCS / "objectives.md").read_text() == picture.table() + "\n"
+
+
+def test_every_objective_is_shown():
+    assert {name.partition(",")[0] for name in picture.variants()} == set(OBJECTIVES)
+    assert len(picture.variants()) == len(OBJECTIVES) + 3
+
+
+@pytest.mark.parametrize("advantage", [2.0, -0.5])
+def test_the_weight_is_the_factor_on_the_gradient_of_log_pi(advantage):
+    ratio_N = torch.tensor([0.25, 1.0, 4.0])
+    assert picture.weight(picture.variants()["noclip"], ratio_N, advantage).tolist() == pytest.approx([0.25, 1, 4])
+    assert picture.weight(picture.variants()["pspo"], ratio_N, advantage).tolist() == pytest.approx([0.225, 0.9, 3.6])
+
+
+def test_the_figure_is_written(tmp_path):
+    picture.draw_weights(tmp_path / "objectives.png")
+    assert (tmp_path / "objectives.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_alpha_drifts_as_the_figure_says():
+    drift = {name: toy.drift(arm, 0.5) for name, arm in toy.ARMS.items()}
+    assert drift["pspo, SGD at lr / (1 − alpha)"] < 1e-13
+    assert drift["pspo, AdamW"] < 1e-4
+    for name in ("pspo, SGD", "pspo, AdamW, entropy term", "pspo_geometric, AdamW", "pspo_clip, AdamW"):
+        assert drift[name] > 1e-2, name

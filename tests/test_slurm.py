@@ -1,0 +1,285 @@
+"""What the launcher, the signals, the lock and ``status`` promise, on a real SLURM: each run is hit in its middle."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pspo import slurm
+from pspo.launcher import make_plan
+from pspo.launcher.settings import configure
+from pspo.schema import ConfigError
+from pspo.status import collect
+from pspo.status.__main__ import cancel, retry
+from tests.cluster import alive, cluster, wait_for  # noqa: F401
+from tests.test_run import SMALL, fingerprint, only_run, start
+from tests.test_tracker import wandb_history
+
+ROOT = Path(__file__).parents[1]
+STEPS = 24
+REWARDS = """
+import os, time
+def slow(completion, problem):  # half a second for the 16 completions of a step
+    time.sleep(0.03)
+    return float(len(completion) % 5)
+def quick(completion, problem):
+    return float(len(completion) % 5)
+def raises(completion, problem):
+    raise KeyError("a bug in a reward")
+def killed(completion, problem):  # as the kernel does it when memory runs out
+    os.kill(os.getpid(), 9)
+"""
+KEYS = {"cpus": 1, "gpus": 0, "memory_gib": 1, "time_min": 60, "notice_s": 10}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """The overrides of a run that takes a quarter of a minute, and the cache of its warm policy."""
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "mine.py").write_text(REWARDS)
+    small = [key for key in SMALL if not key.startswith(("tracker", "budget", "checkpoint", "evaluation"))]
+    own = [f"budget.steps={STEPS}", "evaluation.every=8", "checkpoint.every=5", "reward=custom"]
+    return [*small, *own, f"reward.function={folder}/mine.py:slow"], folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings, tmp_path_factory):
+    overrides, cache = settings
+    cwd = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        status, output = start(cwd, cache, *overrides)
+    assert status == 0, output
+    return only_run(cwd)
+
+
+@pytest.fixture
+def node(cluster, settings, tmp_path, monkeypatch):  # noqa: F811
+    """A login node of the cluster: its environment, and a directory of one's own."""
+    names = {"XDG_CACHE_HOME": str(settings[1]), "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    for name, value in (cluster.environment | names | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PSPO_CLUSTER", str(tmp_path / "cluster.yaml"))
+    (tmp_path / "cluster.yaml").write_text("partition: main\n")
+    monkeypatch.chdir(tmp_path)
+    return cluster
+
+
+def launcher(**keys):
+    import yaml
+
+    values = yaml.safe_load((ROOT / "conf" / "hydra" / "launcher" / "slurm.yaml").read_text())
+    values = {name: value for name, value in values.items() if not name.startswith("_")}
+    return configure("slurm", values | KEYS | keys, list(keys))
+
+
+def submit(overrides, **keys):
+    """Submit one run; returns its job and its directory."""
+    (run,) = make_plan([overrides])
+    launcher(**keys).launch([run])
+    group = collect(run.directory.parent)
+    return group.task(run.directory.name).job_id, run.directory
+
+
+def rows(directory):
+    path = directory / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def reach_the_middle(job, directory):
+    wait_for(lambda: rows(directory) > STEPS // 3, 180, lambda: f"{job}: {log(directory)}")
+    assert rows(directory) < STEPS - 4, "the run is too fast for this test"
+
+
+def log(directory):
+    texts = [path.read_text() for path in directory.parent.glob(".submitit/*/*.err")]
+    return "\n".join([str(collect(directory.parent).rows), *texts])[-4000:]
+
+
+def state(directory):
+    (row,) = [row for row in collect(directory.parent).rows if row.run == directory.name]
+    return row
+
+
+def wait_for_end(directory):
+    wait_for((directory / "DONE").exists, 240, lambda: log(directory))
+    wait_for(lambda: state(directory).state == "done", 30)
+
+
+def lasting(directory):
+    """The fingerprint without the checkpoints before the last, of which a broken run has some at other steps."""
+    found = fingerprint(directory)
+    return {name: hash for name, hash in found.items() if not re.match(rf"checkpoints/(?!step_{STEPS:06d})", name)}
+
+
+def assert_unbroken(directory, unbroken):
+    assert lasting(directory) == lasting(unbroken)
+    assert [item["step"] for item in wandb_history(directory)] == list(range(STEPS + 1))
+
+
+def num_parts(directory):
+    return len(list(directory.glob("wandb/offline-run-*")))
+
+
+@pytest.mark.slurm
+def test_usr2(node, settings, unbroken):
+    job, directory = submit(settings[0])
+    reach_the_middle(job, directory)
+    node.call("scancel", "--signal=USR2", job)
+    wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 60, lambda: log(directory))
+    assert state(directory).state in ("requeued", "running")
+    wait_for_end(directory)
+    assert_unbroken(directory, unbroken)
+    assert num_parts(directory) == 2
+    assert "restart 1" in (directory / "run.log").read_text()
+    assert state(directory).restarts == 1
+
+
+@pytest.mark.slurm
+def test_preemption(node, settings, unbroken):
+    job, directory = submit(settings[0])
+    reach_the_middle(job, directory)
+    urgent = node.submit("sleep 5", "--partition=high", "--cpus-per-task=8", "--mem=100")
+    wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 90, lambda: log(directory))
+    node.wait_for_state(urgent, "RUNNING", "COMPLETED")
+    wait_for_end(directory)
+    assert_unbroken(directory, unbroken)
+    assert state(directory).restarts == 1
+
+
+@pytest.mark.slurm
+def test_a_real_timeout(node, settings, unbroken):
+    """Without notice, as --signal=USR2@0 has it: SLURM ends the job, and a retry resumes it."""
+    job, directory = submit(settings[0], additional={"signal": "USR2@0"})
+    reach_the_middle(job, directory)
+    node.call("scontrol", "update", f"JobId={job}", "EndTime=now+1")
+    node.wait_for_state(job, "TIMEOUT")
+    row = wait_for(lambda: (row := state(directory)).state == "timed out" and row, 30, lambda: log(directory))
+    assert row.job_id == job
+    retry(collect(directory.parent))
+    wait_for_end(directory)
+    assert_unbroken(directory, unbroken)
+
+
+@pytest.mark.slurm
+def test_requeue_by_an_administrator(node, settings, unbroken):
+    job, directory = submit(settings[0])
+    reach_the_middle(job, directory)
+    node.call("scontrol", "requeue", job)
+    wait_for(lambda: state(directory).state == "requeued", 30, lambda: log(directory))
+    wait_for_end(directory)
+    assert_unbroken(directory, unbroken)
+
+
+@pytest.mark.slurm
+def test_kill_9(node, settings, unbroken):
+    job, directory = submit(settings[0])
+    reach_the_middle(job, directory)
+    os.kill(json.loads((directory / ".owner").read_text())["pid"], signal.SIGKILL)
+    node.wait_for_state(job, "FAILED")
+    row = state(directory)
+    assert (row.state, row.why) == ("failed", "killed by signal 9, probably memory")
+    retry(collect(directory.parent))
+    wait_for_end(directory)
+    assert_unbroken(directory, unbroken)
+    assert state(directory).job_id != job
+
+
+@pytest.mark.slurm
+def test_a_stopped_slurmd(node, settings, unbroken):
+    """The node is lost to SLURM, while the run's process goes on: it must not meet its successor in the directory."""
+    job, directory = submit(settings[0])
+    reach_the_middle(job, directory)
+    pid = json.loads((directory / ".owner").read_text())["pid"]
+    node.stop_node()
+    try:
+        assert alive(pid)
+        wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 60, lambda: log(directory))
+    finally:
+        node.start_node()
+    wait_for_end(directory)
+    wait_for(lambda: not slurm.job_states([job])[job].alive, 60)
+    assert_unbroken(directory, unbroken)
+    assert not alive(pid)
+
+
+@pytest.mark.slurm
+def test_a_cancelled_run_stays_cancelled(node, settings):
+    job, directory = submit(settings[0])
+    reach_the_middle(job, directory)
+    cancel(collect(directory.parent))
+    node.wait_for_state(job, "CANCELLED")
+    wait_for(lambda: state(directory).state == "cancelled", 30, lambda: log(directory))
+    group = collect(directory.parent)
+    retry(group)
+    assert collect(directory.parent).tasks == group.tasks
+    assert slurm.job_states([job])[job].restarts == 0
+    assert list((directory / "checkpoints").glob("step_*"))  # TERM saved
+    assert not (directory / "DONE").exists()
+
+
+def command(module, *arguments, timeout=600):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False, timeout=timeout
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slurm
+def test_an_alpha_sweep_on_two_gpus(node, settings):
+    quick = [key.replace(":slow", ":quick") for key in settings[0]]
+    sweep = ["objective=pspo", "objective.alpha=0.05,0.1,0.2,0.4", "seed=0,1,2", "budget.steps=2"]
+    keys = ["hydra.launcher.cpus=1", "hydra.launcher.gpus=1", "hydra.launcher.memory_gib=1"]
+    status, _, errors = command("pspo.run", "-m", *quick, *sweep, "hydra/launcher=slurm", *keys)
+    assert status == 0, errors
+    most = 0
+    while (group := collect(Path("outputs/main"))).unfinished:
+        states = [job.state for job in group.jobs.values()]
+        assert len(states) == 12
+        most = max(most, states.count("RUNNING"))
+    assert most == 2
+    status, output, _ = command("pspo.status", "outputs/main", "--json")
+    assert status == 0
+    table = json.loads(output)
+    assert [row["state"] for row in table] == ["done"] * 12, table
+    assert {row["job_id"].partition("_")[0] for row in table} == {table[0]["job_id"].partition("_")[0]}
+    assert all(0 <= row["accuracy"]["embedded"] <= 1 and row["done"] == 2 for row in table)
+    status, _, errors = command("pspo.run", "-m", *quick, *sweep, "hydra/launcher=slurm", *keys)
+    assert status == 0, errors
+    assert len(list(Path("outputs/main/.submitit").glob("*/runs.json"))) == 1  # all done, so nothing was submitted
+
+
+@pytest.mark.slurm
+def test_failures_are_told_apart_and_stop_nobody(node, settings):
+    mine = next(key for key in settings[0] if key.startswith("reward.function="))
+    functions = ",".join(mine.partition("=")[2].replace(":slow", f":{name}") for name in ("quick", "raises", "killed"))
+    own = ["budget.steps=1", f"reward.function={functions}", "seed=0"]
+    keys = ["cpus=1", "gpus=0", "memory_gib=1", "wait=true"]
+    keys = [f"hydra.launcher.{key}" for key in keys]
+    base = [key for key in settings[0] if key != mine]
+    status, _, errors = command("pspo.run", "-m", *base, *own, "hydra/launcher=slurm", *keys)
+    assert status == 1, errors
+    assert "2 of 3 runs failed" in errors
+    rows = collect(Path("outputs/main")).rows
+    assert sorted(row.state for row in rows) == ["done", "failed", "failed"]
+    raised, killed = sorted((row for row in rows if row.state == "failed"), key=lambda row: "signal 9" in row.why)
+    assert raised.why.splitlines()[-1] == "KeyError: 'a bug in a reward'"
+    assert killed.why == "killed by signal 9, probably memory"
+    assert [job.state for job in slurm.job_states([raised.job_id, killed.job_id]).values()] == ["FAILED", "FAILED"]
+
+
+@pytest.mark.slurm
+def test_bad_input_is_one_sentence_before_anything_is_submitted(node, settings, monkeypatch):
+    with pytest.raises(ConfigError, match=r"hydra\.launcher\.partition='nowhere': .* main"):
+        submit(settings[0], partition="nowhere")
+    known = {path for path in os.environ["PATH"].split(":") if not shutil.which("sbatch", path=path)}
+    monkeypatch.setenv("PATH", ":".join(known))
+    with pytest.raises(ConfigError, match="no sbatch on the path"):
+        submit(settings[0])
+    assert not Path("outputs").exists()

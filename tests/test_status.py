@@ -1,0 +1,282 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import filelock
+import pytest
+from rich.console import Console
+
+from pspo import slurm
+from pspo.schema import ConfigError
+from pspo.status import collect, held
+from pspo.status.__main__ import cancel, retry, table
+from pspo.status.state import STATES
+
+OWNER = {"host": "node7", "pid": 1234, "job_id": "7_0", "requeues": 0, "restart": 0, "started": "2026-01-01T00:00:00"}
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Stands in SLURM's place: ``answers("7_0|RUNNING|0|0|0|None")`` is what squeue prints; scancel keeps a record."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
+
+    def answer(*jobs):
+        lines = "\n".join(jobs)
+        script(binaries / "squeue", f"cat <<'END'\n{lines}\nEND" if jobs else "echo Invalid job id >&2; exit 1")
+        script(binaries / "sacct", "echo JobID; exit 1")
+        script(binaries / "scancel", f'echo "$@" >> {binaries}/cancelled')
+
+    answer.cancelled = binaries / "cancelled"
+    return answer
+
+
+@pytest.fixture
+def no_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def make(group, name, *, steps=0, owner=None, failed=None, done=False):
+    """A run directory as a run leaves it after so many steps of ten."""
+    directory = group / name
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("budget:\n  steps: 10\n  prompts: null\n  completion_tokens: null\n")
+    (directory / ".lock").touch()
+    rows = [{"step": 0, "validation/greedy_accuracy": 0.1, "time/validation_s": 3}]
+    rows += [{"step": i, "budget/steps": i, "reward/mean": i / 10, "time/step_s": 2} for i in range(1, steps + 1)]
+    if steps:
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path, content in ((".owner", owner), ("FAILED", failed)):
+        if content is not None:
+            (directory / path).write_text(json.dumps(content))
+    if done:
+        summary = {"evaluation": {"embedded": {"after": {"accuracy": 0.75}, "before": {"accuracy": 0.5}}}}
+        (directory / "summary.json").write_text(json.dumps(summary))
+        (directory / "DONE").write_text("")
+    return directory
+
+
+def submitted(group, job, *runs, cluster="slurm", age_s=0):
+    """The record of a submission; returns its folder."""
+    folder = group / ".submitit" / job
+    folder.mkdir(parents=True)
+    rows = [{"task": f"{job}_{i}", "directory": str(group / run), "overrides": [run]} for i, run in enumerate(runs)]
+    record = {"cluster": cluster, "job_id": job, "folder": str(folder), "launcher": {}, "runs": rows}
+    (folder / "runs.json").write_text(json.dumps(record))
+    then = time.time() - age_s
+    os.utime(folder / "runs.json", (then, then))
+    return folder
+
+
+def only_row(group):
+    (row,) = collect(group).rows
+    assert row.state in STATES
+    return row
+
+
+def test_a_finished_run(tmp_path, no_slurm):
+    make(tmp_path / "g", "a", steps=10, done=True)
+    row = only_row(tmp_path / "g")
+    assert (row.state, row.done, row.budget, row.unit, row.reward) == ("done", 10, 10, "steps", 1.0)
+    assert row.accuracy == {"embedded": 0.75}
+    assert row.eta_s is None
+
+
+def test_a_running_run_is_known_by_its_lock_alone(tmp_path, no_slurm):
+    directory = make(tmp_path / "g", "a", steps=4, owner=OWNER | {"job_id": None, "restart": 2})
+    with filelock.FileLock(directory / ".lock", timeout=0):
+        row = only_row(tmp_path / "g")
+        assert held(directory)
+    assert (row.state, row.done, row.restarts, row.eta_s) == ("running", 4, 2, pytest.approx(12))
+    assert only_row(tmp_path / "g").state == "cut off"
+    assert not held(directory)
+
+
+def test_a_torn_last_line_and_broken_records_are_passed_over(tmp_path, no_slurm):
+    directory = make(tmp_path / "g", "a", steps=4)
+    with (directory / "metrics.jsonl").open("ab") as file:
+        file.write('{"step": 5, "budget/steps": 5, "note": "é'.encode()[:-1])
+    (directory / ".owner").write_text("vm, process 12")
+    (directory / "FAILED").write_text("{")
+    assert (only_row(tmp_path / "g").done, only_row(tmp_path / "g").state) == (4, "cut off")
+
+
+JOB = "7_0|{}|{}|{}|{}|{}"
+ENDS = {
+    JOB.format("PENDING", 0, 0, 0, "Resources"): ("waiting", "Resources"),
+    JOB.format("PENDING", 0, 0, 2, "BeginTime"): ("requeued", "BeginTime"),
+    JOB.format("RUNNING", 0, 0, 0, "None"): ("running", "no process holds the run's lock: it starts, or ends"),
+    JOB.format("OUT_OF_MEMORY", "0:125", "0:0", 0, "OutOfMemory"): ("out of memory", ""),
+    JOB.format("TIMEOUT", 0, 15, 0, "TimeLimit"): ("timed out", ""),
+    JOB.format("CANCELLED", 0, 15, 0, "None"): ("cancelled", ""),
+    JOB.format("NODE_FAIL", 0, 0, 0, "NodeDown"): ("node failure", ""),
+    JOB.format("FAILED", 137 * 256, 9, 0, "NonZeroExitCode"): ("failed", "killed by signal 9, probably memory"),
+    JOB.format("FAILED", 9, 0, 0, "JobLaunchFailure"): ("failed", "killed by signal 9, probably memory"),
+    JOB.format("FAILED", 139 * 256, 0, 0, "NonZeroExitCode"): ("failed", "killed by signal 11"),
+    JOB.format("FAILED", 512, 0, 0, "NonZeroExitCode"): ("failed", "exit code 2, NonZeroExitCode"),
+    JOB.format("COMPLETED", 0, 0, 0, "None"): ("cut off", "SLURM says COMPLETED, before the run was done"),
+    "": ("lost", "SLURM does not know job 7_0, and nothing tells how it ended"),
+}
+
+
+@pytest.mark.parametrize("job", ENDS, ids=lambda job: job.replace("|", " ") or "unknown")
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "never begun"])
+def test_what_slurm_says_of_a_run_that_says_nothing(tmp_path, answers, job, begun):
+    answers(*filter(None, [job]))
+    submitted(tmp_path / "g", "7", "a")
+    if begun:
+        make(tmp_path / "g", "a", steps=3, owner=OWNER)
+    row = only_row(tmp_path / "g")
+    assert (row.state, row.why) == ENDS[job]
+    assert row.job_id == "7_0"
+
+
+def test_a_run_that_raised_says_why_itself(tmp_path, answers):
+    answers(JOB.format("FAILED", 256, 1, 0, "NonZeroExitCode"))
+    submitted(tmp_path / "g", "7", "a", age_s=9)
+    error = "Traceback\n  line\nValueError: it [is] broken"
+    directory = make(tmp_path / "g", "a", owner=OWNER, failed={"kind": "error", "error": error, "job_id": "7_0"})
+    row = only_row(tmp_path / "g")
+    assert (row.state, row.why) == ("failed", error)
+    assert "ValueError: it [is] broken" in shown(tmp_path / "g")
+    record = {"kind": "out of memory", "error": "OutOfMemoryError: CUDA", "job_id": "7_0"}
+    (directory / "FAILED").write_text(json.dumps(record))
+    assert only_row(tmp_path / "g").state == "out of memory"
+
+
+def test_the_step_daemon_tells_of_memory_in_the_log(tmp_path, answers):
+    answers(JOB.format("FAILED", 137 * 256, 9, 0, "NonZeroExitCode"))
+    folder = submitted(tmp_path / "g", "7", "a")
+    (folder / "7_0_0_log.err").write_text("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n")
+    assert only_row(tmp_path / "g").state == "out of memory"
+
+
+def test_the_newest_submission_counts_unless_an_older_one_is_at_work(tmp_path, answers):
+    answers("7_0|FAILED|9|0|0|None", "8_0|CANCELLED|0|0|0|None")
+    group = tmp_path / "g"
+    submitted(group, "7", "a", age_s=9)
+    submitted(group, "8", "a")
+    assert (only_row(group).state, only_row(group).job_id) == ("cancelled", "8_0")
+    answers("7_0|PENDING|0|0|0|Priority", "8_0|CANCELLED|0|0|0|None")
+    assert (only_row(group).state, only_row(group).job_id) == ("waiting", "7_0")
+
+
+def test_a_failure_of_an_earlier_submission_is_not_that_of_the_newest(tmp_path, answers):
+    answers(JOB.format("CANCELLED", 0, 0, 0, "None"))
+    make(tmp_path / "g", "a", owner=OWNER, failed={"kind": "error", "error": "old", "job_id": "6_0"})
+    then = time.time() - 60
+    os.utime(tmp_path / "g" / "a" / "FAILED", (then, then))
+    submitted(tmp_path / "g", "7", "a")
+    assert only_row(tmp_path / "g").state == "cancelled"
+
+
+def test_a_process_that_outlived_its_job_is_told(tmp_path, answers):
+    answers(JOB.format("PENDING", 0, 0, 1, "BeginTime"))
+    submitted(tmp_path / "g", "7", "a")
+    directory = make(tmp_path / "g", "a", steps=3, owner=OWNER)
+    with filelock.FileLock(directory / ".lock", timeout=0):
+        row = only_row(tmp_path / "g")
+    assert (row.state, row.why) == ("running", "its process is at work on node7, though SLURM says PENDING")
+
+
+def test_without_slurm_nothing_is_claimed_of_its_jobs(tmp_path, no_slurm):
+    submitted(tmp_path / "g", "7", "a")
+    row = only_row(tmp_path / "g")
+    assert (row.state, row.why) == ("cut off", "no process holds the run's lock; SLURM cannot be asked about job 7_0")
+    assert slurm.job_states(["7_0"]) == {}
+    assert not slurm.is_gone("7_0")
+
+
+def test_a_run_that_waits_for_a_slot_on_this_machine(tmp_path, no_slurm):
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "pspo"])
+    try:
+        folder = submitted(tmp_path / "g", f"local_20260101_000000_{launcher.pid}", "a", cluster="local")
+        record = json.loads((folder / "runs.json").read_text())
+        record["runs"][0]["task"] = ""
+        (folder / "runs.json").write_text(json.dumps(record))
+        row = only_row(tmp_path / "g")
+        assert (row.state, row.why) == ("waiting", f"for a slot of process {launcher.pid}")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert only_row(tmp_path / "g").state == "cut off"
+    record["runs"][0]["task"] = "99"
+    (folder / "runs.json").write_text(json.dumps(record))
+    (folder / "99_0_log.err").write_text("pspo: no such model\n")
+    assert (only_row(tmp_path / "g").state, only_row(tmp_path / "g").why) == ("failed", "pspo: no such model")
+
+
+def test_a_controller_that_does_not_answer_says_nothing_of_jobs(tmp_path, answers, monkeypatch):
+    answers()
+    script(tmp_path / "bin" / "squeue", "exec sleep 60")
+    monkeypatch.setattr(slurm, "TIMEOUT_S", 0.2)
+    assert slurm.job_states(["7"]) == {}
+    assert not slurm.is_gone("7")
+    script(tmp_path / "bin" / "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert not slurm.is_gone("7")
+
+
+def test_accounting_remembers_what_the_queue_has_forgotten(tmp_path, answers):
+    answers()
+    lines = "JobID|State|ExitCode|DerivedExitCode\n7_0|CANCELLED by 0|0:0|0:15\n7_1|OUT_OF_MEMORY|0:125|0:0"
+    script(tmp_path / "bin" / "sacct", f"cat <<'END'\n{lines}\nEND")
+    states = slurm.job_states(["7_0", "7_1", "7_2"])
+    assert {job: state.state for job, state in states.items()} == {"7_0": "CANCELLED", "7_1": "OUT_OF_MEMORY"}
+    assert slurm.is_gone("7_0")
+    assert slurm.gone(["7_1", "7_2"]) == {"7_1", "7_2"}
+
+
+def test_cancel_names_what_it_cancels_and_leaves_what_has_ended(tmp_path, answers, capsys):
+    answers("7_0|RUNNING|0|0|0|None", "7_1|PENDING|0|0|0|Resources", "7_2|COMPLETED|0|0|0|None")
+    submitted(tmp_path / "g", "7", "a", "b", "c")
+    cancel(collect(tmp_path / "g"))
+    assert answers.cancelled.read_text() == "7_0 7_1\n"
+    assert capsys.readouterr().out == "cancel 7_0 (running)\ncancel 7_1 (pending)\n"
+
+
+def test_retry_has_nothing_to_do_for_what_was_cancelled_or_never_submitted(tmp_path, answers, capsys):
+    answers(JOB.format("CANCELLED", 0, 0, 0, "None"))
+    submitted(tmp_path / "g", "7", "a")
+    make(tmp_path / "g", "b", steps=3)
+    retry(collect(tmp_path / "g"))
+    errors = capsys.readouterr().err
+    assert "b was not submitted by a launcher" in errors
+    assert "nothing to retry" in errors
+
+
+def shown(group):
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table(collect(group)))
+    return console.export_text()
+
+
+def test_the_table_has_a_row_for_each_run_and_counts_the_states(tmp_path, no_slurm):
+    make(tmp_path / "g", "alpha", steps=10, done=True)
+    make(tmp_path / "g", "beta", steps=3)
+    text = shown(tmp_path / "g")
+    assert "2 runs, 1 done, 1 cut off" in text
+    assert "10/10 steps" in text
+    assert "75.0 % embedded" in text
+
+
+def test_the_command(tmp_path):
+    make(tmp_path / "g", "a", steps=3)
+    command = [sys.executable, "-m", "pspo.status"]
+    done = subprocess.run([*command, str(tmp_path / "g"), "--json"], capture_output=True, text=True, check=True)
+    (row,) = json.loads(done.stdout)
+    assert (row["run"], row["state"], row["done"], row["budget"]) == ("a", "cut off", 3, 10)
+    missing = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
+    assert (missing.returncode, missing.stderr) == (2, f"pspo: {tmp_path}/none is no directory; give outputs/<group>\n")
+
+
+def test_a_single_run_is_not_a_group(tmp_path):
+    with pytest.raises(ConfigError, match="is a single run; give its group"):
+        collect(make(tmp_path / "g", "a"))
