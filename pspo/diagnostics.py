@@ -31,7 +31,7 @@ class Diagnostics(Schema, block="diagnostics"):
 
     every: int = key("steps from one record of all inner steps to the next; 0 for none", within="[0, inf)")
     counterfactual_every: int = key("steps from one counterfactual probe to the next; 0 for none", within="[0, inf)")
-    counterfactual: list[str] = key("objectives, at their defaults, whose gradients a probe compares")  # noqa: RUF009
+    counterfactual: list[str] = key("objectives, at their defaults, whose gradients a probe compares")
 
     def __post_init__(self) -> None:
         super().__post_init__()

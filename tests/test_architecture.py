@@ -57,7 +57,7 @@ def imports(path):
 
 def test_hydra_stays_at_the_border():
     users = {p.name for p in MODULES if any(name.split(".")[0] in ("hydra", "omegaconf") for name in imports(p))}
-    assert users == {"run.py", "config.py"}
+    assert users == {"run.py", "config.py", "sweep.py"}
 
 
 def test_the_trainer_knows_no_objective_by_name():
@@ -69,4 +69,5 @@ def test_the_trainer_knows_no_objective_by_name():
 def test_configuration_has_no_targets_optionals_or_clock():
     for path in CONF.rglob("*.yaml"):
         text = path.read_text()
-        assert not any(word in text for word in ("_target_", "optional ", "${now"))
+        plugin = path.relative_to(CONF).parts[0] == "hydra"  # Hydra finds its plugins by their targets alone
+        assert not any(word in text for word in ("_target_", "optional ", "${now")[plugin:])

@@ -4,7 +4,7 @@ import pickle
 import re
 import signal
 import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import submitit
 import yaml
 
 from pspo.config import CONF, compose, run_directory
-from pspo.launcher import Job, RunsFailed, configure, local, make_plan, result
+from pspo.launcher import Job, RunsFailed, configure, make_plan, result
 from pspo.launcher.local import Local
 from pspo.launcher.plan import Planned
 from pspo.launcher.slurm import Slurm
@@ -95,7 +95,9 @@ def test_no_sbatch_and_an_unknown_partition_are_told_before_anything_is_submitte
     with pytest.raises(ConfigError, match="no sbatch on the path"):
         configure("slurm", preset("slurm"), []).launch(runs(tmp_path, "a"))
     commands(sbatch="touch called", sinfo="echo main; echo high")
-    with pytest.raises(ConfigError, match=r"partition='gpu': this cluster has no partition gpu; it has high, main"):
+    with pytest.raises(
+        ConfigError, match=r"partition='main,gpu': this cluster has no partition gpu; it has high, main"
+    ):
         configure("slurm", preset("slurm", partition="main,gpu"), []).launch(runs(tmp_path, "a"))
     commands(sinfo="echo no connection >&2; exit 1")
     with pytest.raises(ConfigError, match=r"SLURM does not answer \(no connection\)"):
@@ -281,29 +283,29 @@ def test_more_slots_than_the_machine_has_are_refused(tmp_path, monkeypatch, valu
     assert list(tmp_path.iterdir()) == []
 
 
-STOPPED = """
-import sys, pathlib
-sys.path[:0] = {path}
-import test_launcher
-from _pytest.monkeypatch import MonkeyPatch
-test_launcher.local.STOP_S = 1
-launcher, planned = test_launcher.slots(pathlib.Path({place!r}), MonkeyPatch(), ["a", "b"], seconds=600, slots=1)
-launcher.launch(planned)
-"""
+def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("pspo.launcher.local.STOP_S", 0.5)
+    launcher, planned = slots(tmp_path, monkeypatch, ["a", "b"], seconds=600, slots=1)
 
+    def terminate():
+        deadline = time.monotonic() + 60
+        while not planned[0].directory.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-def test_a_stopped_launcher_stops_its_runs(tmp_path):
-    script = STOPPED.format(path=[str(Path(__file__).parent)], place=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "main" / "a").is_dir() and time.monotonic() < deadline:
+    handler, thread = signal.getsignal(signal.SIGTERM), threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        launcher.launch(planned)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not planned[1].directory.exists()
+    deadline = time.monotonic() + 30
+    while (alive := subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 0) and (
+        time.monotonic() < deadline
+    ):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert "stopping 1 runs" in errors
-    assert process.returncode != 0
-    assert not (tmp_path / "main" / "b").exists()
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 1
+    assert not alive
 
 
 def test_slurm_and_local_are_what_the_presets_say():

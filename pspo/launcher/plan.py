@@ -55,8 +55,8 @@ def unique(runs: Sequence[Planned]) -> list[Planned]:
 
 
 def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
-    """The runs that are not done and have a task in a queue, told so."""
-    return [replace(run, state="queued") if run.directory in queued and run.state != "done" else run for run in runs]
+    """The runs, those told queued that have a task in a queue."""
+    return [replace(run, state="queued") if run.directory in queued else run for run in runs]
 
 
 def show(runs: Sequence[Planned], *notes: str) -> None:

@@ -177,7 +177,7 @@ def _queued(runs: list[Planned]) -> dict[Path, str]:
 
 
 def _wait(tasks: Mapping[Path, str]) -> dict[Path, str]:
-    """Until no task runs or waits; what SLURM calls each. A job has ended when it is DONE, or seen ended twice.
+    """Until no task runs or waits; what SLURM calls each. A job has ended when it is seen so twice.
 
     submitit's own ``result()`` waits for ever for a job that was cancelled or killed, where there is no accounting.
     """
@@ -185,15 +185,14 @@ def _wait(tasks: Mapping[Path, str]) -> dict[Path, str]:
     while waiting:
         time.sleep(pause)
         gone = slurm.gone(waiting.values())
-        over = [place for place, job in waiting.items() if (place / "DONE").is_file() or job in once & gone]
+        over = [place for place, job in waiting.items() if job in once & gone]
         pause = POLL_S[0] if gone - once else min(1.5 * pause, longest)
         once = gone
         states = slurm.job_states(waiting[place] for place in over)
         for place in over:
             job = waiting.pop(place)
-            done = (place / "DONE").is_file()
             ended[place] = f"job {job} is {states[job].state if job in states else 'unknown to SLURM'}"
-            log.info("%s: %s", place.name, "DONE" if done else ended[place])
+            log.info("%s: %s", place.name, "DONE" if (place / "DONE").is_file() else ended[place])
     return ended
 
 
