@@ -3,6 +3,8 @@
 SIGUSR2 (SLURM's ``--signal``, submitit, a preemption): save, then hand over to the handler that was there before ours.
 Inside submitit that is its own, which requeues the job. Without one the process leaves with ``STATUS[SIGUSR2]``.
 SIGTERM (scancel): save, and leave with a status that brings nothing back. A cancelled job stays cancelled.
+But where SLURM still calls the job RUNNING it was not cancelled: it is being preempted, on a cluster that sends no SIGUSR2
+before. SLURM requeues it only if it does not end by itself within its grace time, so we do as at a SIGUSR2.
 """
 
 import contextlib
@@ -62,12 +64,21 @@ def caught() -> Iterator[None]:
     finally:
         for each, handler in earlier.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
+    if signum == signal.SIGTERM and _is_preempted():
+        log.warning("SIGTERM to a job that SLURM still calls running: a preemption")
+        signum = signal.SIGUSR2
     requeue = earlier[signum]
     if signum == signal.SIGUSR2 and callable(requeue):
         log.warning("stopped by %s; handing over to %s", signum.name, getattr(requeue, "__qualname__", requeue))
         requeue(signum, None)
     log.warning("stopped by %s, exit status %d; the same command resumes", signum.name, STATUS[signum])
     raise SystemExit(STATUS[signum])
+
+
+def _is_preempted() -> bool:
+    """Whether SLURM, having sent SIGTERM, still calls this job running; one cancelled or out of time is COMPLETING."""
+    job = slurm_job()
+    return job is not None and squeue(job, "%T") == "RUNNING"
 
 
 def _note(signum: int, frame: FrameType | None) -> None:

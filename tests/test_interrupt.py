@@ -139,6 +139,25 @@ def test_a_handler_that_refuses_to_requeue_fails_the_run(cache, tmp_path):
     assert (only_run(tmp_path) / "checkpoints" / "step_000001").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("answer", "status"), [("echo RUNNING", 17), ("echo COMPLETING", 143), ("true", 143), ("exit 1", 143)]
+)
+def test_sigterm_to_a_job_that_slurm_calls_running_is_a_preemption(monkeypatch, tmp_path, answer, status):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = signal.signal(signal.SIGUSR2, lambda signum, frame: sys.exit(17))
+    try:
+        with interrupt.caught():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as left, interrupt.caught():
+            interrupt.check()
+        assert left.value.code == status
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 class Job:
     """What submitit pickles: no state but what to run."""
 
