@@ -159,6 +159,14 @@ def test_the_step_daemon_tells_of_memory_in_the_log(tmp_path, answers):
     assert only_row(tmp_path / "g").state == "out of memory"
 
 
+def test_a_run_that_ended_before_its_directory_began_is_told_by_its_log(tmp_path, answers):
+    answers(JOB.format("FAILED", 256, 1, 0, "NonZeroExitCode"))
+    folder = submitted(tmp_path / "g", "7", "a")
+    log = "Traceback\n  line\nKeyError: 'bug'\nsrun: error: vm: task 0: Exited with exit code 1\n"
+    (folder / "7_0_0_log.err").write_text(log)
+    assert (only_row(tmp_path / "g").state, only_row(tmp_path / "g").why) == ("failed", log.partition("\nsrun")[0])
+
+
 def test_the_newest_submission_counts_unless_an_older_one_is_at_work(tmp_path, answers):
     answers("7_0|FAILED|9|0|0|None", "8_0|CANCELLED|0|0|0|None")
     group = tmp_path / "g"
