@@ -140,7 +140,7 @@ def test_what_slurm_says_of_a_run_that_says_nothing(tmp_path, answers, job, begu
 
 
 def test_a_run_that_raised_says_why_itself(tmp_path, answers):
-    answers(JOB.format("FAILED", 256, 1, 0, "NonZeroExitCode"))
+    answers(JOB.format("FAILED", 256, 256, 0, "NonZeroExitCode"))
     submitted(tmp_path / "g", "7", "a", age_s=9)
     error = "Traceback\n  line\nValueError: it [is] broken"
     directory = make(tmp_path / "g", "a", owner=OWNER, failed={"kind": "error", "error": error, "job_id": "7_0"})
@@ -160,7 +160,7 @@ def test_the_step_daemon_tells_of_memory_in_the_log(tmp_path, answers):
 
 
 def test_a_run_that_ended_before_its_directory_began_is_told_by_its_log(tmp_path, answers):
-    answers(JOB.format("FAILED", 256, 1, 0, "NonZeroExitCode"))
+    answers(JOB.format("FAILED", 256, 256, 0, "NonZeroExitCode"))
     folder = submitted(tmp_path / "g", "7", "a")
     log = "Traceback\n  line\nKeyError: 'bug'\nsrun: error: vm: task 0: Exited with exit code 1\n"
     (folder / "7_0_0_log.err").write_text(log)
