@@ -93,7 +93,7 @@ def rows(directory):
 
 
 def reach_the_middle(job, directory):
-    wait_for(lambda: rows(directory) > STEPS // 3, 180, lambda: f"{job}: {log(directory)}")
+    wait_for(lambda: rows(directory) > STEPS // 3, 600, lambda: f"{job}: {log(directory)}")
     assert rows(directory) < STEPS - 4, "the run is too fast for this test"
 
 
@@ -108,8 +108,8 @@ def state(directory):
 
 
 def wait_for_end(directory):
-    wait_for((directory / "DONE").exists, 240, lambda: log(directory))
-    wait_for(lambda: state(directory).state == "done", 30)
+    wait_for((directory / "DONE").exists, 900, lambda: log(directory))
+    wait_for(lambda: state(directory).state == "done", 60)
 
 
 def lasting(directory):
@@ -132,7 +132,7 @@ def test_usr2(node, settings, unbroken):
     job, directory = submit(settings[0])
     reach_the_middle(job, directory)
     node.call("scancel", "--signal=USR2", job)
-    wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 60, lambda: log(directory))
+    wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 120, lambda: log(directory))
     assert state(directory).state in ("requeued", "running")
     wait_for_end(directory)
     assert_unbroken(directory, unbroken)
@@ -200,7 +200,7 @@ def test_a_stopped_slurmd(node, settings, unbroken):
     node.stop_node()
     try:
         assert alive(pid)
-        wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 60, lambda: log(directory))
+        wait_for(lambda: slurm.job_states([job])[job].restarts == 1, 120, lambda: log(directory))
     finally:
         node.start_node()
     wait_for_end(directory)

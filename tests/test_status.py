@@ -140,7 +140,7 @@ def test_what_slurm_says_of_a_run_that_says_nothing(tmp_path, answers, job, begu
 
 
 def test_a_run_that_raised_says_why_itself(tmp_path, answers):
-    answers(JOB.format("FAILED", 256, 1, 0, "NonZeroExitCode"))
+    answers(JOB.format("FAILED", 256, 256, 0, "NonZeroExitCode"))
     submitted(tmp_path / "g", "7", "a", age_s=9)
     error = "Traceback\n  line\nValueError: it [is] broken"
     directory = make(tmp_path / "g", "a", owner=OWNER, failed={"kind": "error", "error": error, "job_id": "7_0"})
@@ -157,6 +157,14 @@ def test_the_step_daemon_tells_of_memory_in_the_log(tmp_path, answers):
     folder = submitted(tmp_path / "g", "7", "a")
     (folder / "7_0_0_log.err").write_text("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n")
     assert only_row(tmp_path / "g").state == "out of memory"
+
+
+def test_a_run_that_ended_before_its_directory_began_is_told_by_its_log(tmp_path, answers):
+    answers(JOB.format("FAILED", 256, 256, 0, "NonZeroExitCode"))
+    folder = submitted(tmp_path / "g", "7", "a")
+    log = "Traceback\n  line\nKeyError: 'bug'\nsrun: error: vm: task 0: Exited with exit code 1\n"
+    (folder / "7_0_0_log.err").write_text(log)
+    assert (only_row(tmp_path / "g").state, only_row(tmp_path / "g").why) == ("failed", log.partition("\nsrun")[0])
 
 
 def test_the_newest_submission_counts_unless_an_older_one_is_at_work(tmp_path, answers):

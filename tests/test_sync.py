@@ -1,10 +1,14 @@
+import gzip
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import filelock
 import pytest
+import wandb
 
 from pspo import sync
 from pspo.schema import ConfigError
@@ -23,13 +27,41 @@ for folder in map(pathlib.Path, sys.argv[1:]):
 """
 
 
-class Answering(BaseHTTPRequestHandler):
+class Server(BaseHTTPRequestHandler):
+    """As much of the W&B server as ``wandb sync`` needs: it keeps the history of each run. Or it lets nobody in."""
+
+    history: ClassVar[dict[str, list[str]]] = {}
+    refuses: ClassVar[bool] = False
+
     def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.send_response(401)
-        self.send_header("Content-Length", "2")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        answer = {} if self.refuses or "/graphql" not in self.path else {"data": self.asked(json.loads(body))}
+        if "file_stream" in self.path and not self.refuses:
+            for name, part in json.loads(body).get("files", {}).items():
+                if name == "wandb-history.jsonl":
+                    self.history[self.path.split("/")[4]][part["offset"] :] = part["content"]
+        content = json.dumps(answer).encode()
+        self.send_response(401 if self.refuses else 200)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(content)
+
+    def asked(self, request):
+        run, owner = (request.get("variables") or {}).get("name"), {"id": "e", "name": "me"}
+        if "upsertBucket" in request["query"]:
+            self.history.setdefault(run, [])
+            project = {"id": "p", "name": "pspo", "entity": owner}
+            return {"upsertBucket": {"bucket": {"id": "b", "name": run, "project": project}, "inserted": True}}
+        if "RunResumeStatus" in request["query"]:
+            lines = self.history.get(run)
+            counts = {"historyLineCount": len(lines or []), "eventsLineCount": 0, "logLineCount": 0}
+            tails = {"historyTail": json.dumps((lines or [])[-1:]), "eventsTail": "[]"}
+            texts = {"summaryMetrics": "{}", "config": "{}", "wandbConfig": '{"t": 1}'}
+            bucket = {"id": "b", "name": run, **counts, **tails, **texts}
+            return {"model": {"id": "p", "name": "pspo", "entity": owner, "bucket": lines and bucket}}
+        return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
 
     do_POST = do_PUT = do_GET
 
@@ -39,13 +71,14 @@ class Answering(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A W&B that lets nobody in."""
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    """A W&B on this machine, with a login; returns the steps that it has of a run."""
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Server, "history", {})
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    yield
+    yield lambda run: [json.loads(line)["step"] for line in Server.history[run]]
     listening.shutdown()
 
 
@@ -115,21 +148,46 @@ def test_the_part_of_a_run_at_work_is_left(tmp_path, book):
     assert [name[-8:-2] for name in book()] == ["090000", "100000"]
 
 
+def record(directory, *steps):
+    """One process of a run, recorded by W&B itself; the next one goes on where it ends."""
+    wandb.teardown()  # what it has read of the environment before
+    tracker = open_tracker(directory, WANDB)
+    tracker.rewind({"metrics_rows": steps[0] - 1})
+    for step in steps:
+        tracker.log({"reward/mean": step / 7}, step)
+    tracker.commit(steps[-1])
+    tracker.close()
+    wandb.teardown()
+
+
 @pytest.fixture
 def recorded(tmp_path, offline):  # noqa: F811
-    """A group with one run that W&B itself has recorded."""
-    directory = tmp_path / "g" / "a"
-    directory.mkdir(parents=True)
-    tracker = open_tracker(directory, WANDB)
-    tracker.rewind(None)
-    tracker.log({"reward/mean": 0.5}, 1)
-    tracker.commit(1)
-    tracker.close()
-    offline.teardown()
+    """A group with one run."""
+    (tmp_path / "g" / "a").mkdir(parents=True)
+    record(tmp_path / "g" / "a", 1, 2)
     return tmp_path / "g"
 
 
-def test_a_server_that_refuses_is_told_with_its_own_words(recorded, server):
+def test_the_parts_of_a_requeued_run_become_one_history_without_gap_or_double_step(recorded, server, monkeypatch):
+    run = json.loads((recorded / "a" / "wandb.json").read_text())["id"]
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        time.sleep(1.1)  # a part is named by the second of its start
+        record(recorded / "a", 3, 4, 5)
+    (outcome,) = sync.sync(recorded)
+    assert (outcome.uploaded, outcome.left, outcome.why) == (2, 0, "")
+    assert server(run) == [1, 2, 3, 4, 5]
+    assert sync.sync(recorded) == []
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        record(recorded / "a", 6, 7)
+    (outcome,) = sync.sync(recorded)
+    assert (outcome.uploaded, outcome.left) == (1, 0)
+    assert server(run) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_server_that_refuses_is_told_with_its_own_words(recorded, server, monkeypatch):
+    monkeypatch.setattr(Server, "refuses", True)
     (outcome,) = sync.sync(recorded)
     assert (outcome.uploaded, outcome.left) == (0, 1)
     assert "401" in outcome.why

@@ -185,7 +185,9 @@ def _log(task: Task) -> str:
 
 
 def _last_lines(log: str) -> str:
-    return "\n".join([line for line in log.splitlines() if line.strip()][-3:])
+    """Those of the run itself: what SLURM adds tells only that the step has ended."""
+    own = [line for line in log.splitlines() if line.strip() and not line.startswith(("srun: ", "slurmstepd"))]
+    return "\n".join(own[-3:])
 
 
 def _unknown(group: Group, job_id: str) -> tuple[str, str]:
