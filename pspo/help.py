@@ -34,7 +34,6 @@ EXAMPLES = {
     "python -m pspo.run": "the embedded task on this machine, in minutes",
     "python -m pspo.run objective=pspo model=qwen1_5b": "the paper's GR-PSPO run on GSM8K, on a GPU",
     "python -m pspo.run -m objective=noclip,clip,pspo seed=0,1,2": "a matched comparison, one run after another",
-    "python -m pspo.run experiment=gspo": "a published recipe: objective, loss and advantage of its source",
     "python -m pspo.run smoothing=strong tracker=jsonl": "alpha 0.3, without Weights & Biases",
     "python -m pspo.run model=qwen0_5b model.path=/models/qwen dataset.path=/data/gsm8k": "all from local files",
 }
