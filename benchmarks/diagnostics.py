@@ -35,23 +35,30 @@ def make_trainer(overrides: list[str], directory: Path) -> Trainer:
     return Trainer(config, directory, policy, prompts, [], make_reward(config.reward), tracker)
 
 
-def step_s(trainer: Trainer, every: int) -> float:
-    """Seconds of the first step with diagnostics every so many steps; weights, optimizer and counters are put back."""
+def step_s(trainer: Trainer, every: int) -> tuple[float, float]:
+    """Wall and processor seconds of the first step with diagnostics every so many steps; weights, optimizer and counters are put back."""
     weights = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
     optimizer, state = copy.deepcopy(trainer.optimizer.state_dict()), copy.deepcopy(trainer.state)
     diagnostics = dataclasses.replace(trainer.config.diagnostics, every=every)
     trainer.config = dataclasses.replace(trainer.config, diagnostics=diagnostics)
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.process_time()
     trainer._step()
     if trainer.policy.device.type == "cuda":
         torch.cuda.synchronize()
-    elapsed = time.perf_counter() - begun
+    elapsed = time.perf_counter() - begun, time.process_time() - worked
     with torch.no_grad():
         for name, parameter in trainer.policy.trainable().items():
             parameter.copy_(weights[name])
     trainer.optimizer.load_state_dict(optimizer)
     trainer.state = state
     return elapsed
+
+
+def interval(added: list[float]) -> dict[str, float]:
+    """Mean of the shares added, with its 95 % interval."""
+    mean, error = statistics.mean(added), statistics.stdev(added) / len(added) ** 0.5
+    half = error * stats.t.ppf(0.975, len(added) - 1)
+    return {"added_share_mean": mean, "ci95_low": mean - half, "ci95_high": mean + half}
 
 
 def main() -> None:
@@ -61,19 +68,14 @@ def main() -> None:
         trainer = make_trainer(sys.argv[2:], Path(directory))
         for every in (0, 1):
             step_s(trainer, every)
-        added, plain = [], []
-        for pair in range(pairs):
-            seconds = {every: step_s(trainer, every) for every in ((0, 1) if pair % 2 else (1, 0))}
-            added.append(seconds[1] / seconds[0] - 1)
-            plain.append(seconds[0])
-    mean, error = statistics.mean(added), statistics.stdev(added) / len(added) ** 0.5
-    half = error * stats.t.ppf(0.975, len(added) - 1)
+        seconds = [
+            {every: step_s(trainer, every) for every in ((0, 1) if pair % 2 else (1, 0))} for pair in range(pairs)
+        ]
     result = {
         "pairs": pairs,
-        "step_s_median": statistics.median(plain),
-        "added_share_mean": mean,
-        "ci95_low": mean - half,
-        "ci95_high": mean + half,
+        "step_s_median": statistics.median(pair[0][0] for pair in seconds),
+        "wall": interval([pair[1][0] / pair[0][0] - 1 for pair in seconds]),
+        "processor": interval([pair[1][1] / pair[0][1] - 1 for pair in seconds]),
         "threads": torch.get_num_threads(),
         "device": str(trainer.policy.device),
     }

@@ -71,9 +71,10 @@ def test_a_run_spends_its_budget_from_nothing_to_all(unit):
 
 
 def test_all_counters_are_metrics():
-    assert Progress(1, 2, 3, 4).metrics() == {
+    assert Progress(1, 2, 3, 4, 5).metrics() == {
         "budget/steps": 1,
         "budget/prompts": 2,
         "budget/completion_tokens": 3,
-        "budget/optimizer_steps": 4,
+        "budget/prompts_used": 4,
+        "budget/optimizer_steps": 5,
     }

@@ -451,7 +451,7 @@ def adapted(directory, dtype="float32", **changes):
 
 def loss(policy, prompts):
     batch = make_batch([p.token_ids for p in prompts], [[20, 21, 22, 2]] * len(prompts), policy.pad_id, CPU)
-    return -token_logprobs(policy.model, batch, 1.0, policy.autocast)[0].sum()
+    return -token_logprobs(policy.model, batch, 1.0, policy.autocast).logprob_BT.sum()
 
 
 def train(policy, prompts, steps=3):

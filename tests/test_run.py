@@ -240,7 +240,7 @@ def test_multirun_is_a_matched_comparison(cache, tmp_path):
 def test_every_job_of_a_multirun_is_checked_before_the_first_starts(cache, tmp_path):
     status, output = start(tmp_path, cache, "-m", *SMALL, "objective.alpha=0.1,0.2,2")
     assert status == 2
-    assert output.splitlines()[-1] == "pspo: objective.alpha must be in [0, 1), got 2.0"
+    assert output.splitlines()[-1].startswith("pspo: objective.alpha must be in [0, 1), got 2.0: at 1")
     assert list(tmp_path.iterdir()) == []
 
 
