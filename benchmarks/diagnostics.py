@@ -36,7 +36,7 @@ def make_trainer(overrides: list[str], directory: Path) -> Trainer:
 
 
 def step_s(trainer: Trainer, every: int) -> tuple[float, float]:
-    """Wall and processor seconds of the first step with diagnostics every so many steps; weights, optimizer and counters are put back."""
+    """Wall and processor seconds of the first step with diagnostics every so many steps; all is put back after it."""
     weights = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
     optimizer, state = copy.deepcopy(trainer.optimizer.state_dict()), copy.deepcopy(trainer.state)
     diagnostics = dataclasses.replace(trainer.config.diagnostics, every=every)

@@ -19,7 +19,7 @@ ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-PROBE = 16
+PROBE = 32
 """KL after an optimizer step is measured on one of so many rows of its minibatch: all of them would cost a third."""
 EQUAL = 1e-5
 """Weights nearer to noclip's than this share of them are neither damped nor amplified: float32 rounding."""
