@@ -21,13 +21,13 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def until_done(start, cwd, length_s, random, kills):
+def until_done(start, cwd, length_s, random, kills, most):
     """Start a run, kill it at a random instant of its length, and so on until it ends by itself; count the kills."""
     for attempt in itertools.count():
         pid = start()
         deadline = time.monotonic() + random.uniform(0, length_s * (1 + attempt / 8))  # the machine may become slower
         status = None
-        while time.monotonic() < deadline and status is None:
+        while status is None and (len(kills) == most or time.monotonic() < deadline):
             done, raw = os.waitpid(pid, os.WNOHANG)
             status = os.waitstatus_to_exitcode(raw) if done else None
             time.sleep(0.001)
@@ -56,7 +56,7 @@ def test_200_kills_of_forks(cache, tmp_path):
     length_s, expected = time.monotonic() - begun, ends(only_run(tmp_path / "unbroken"))
     while len(kills) < NUM_KILLS:
         cwd = tmp_path / f"run{num_runs}"
-        until_done(lambda cwd=cwd: fork(cwd, cache), cwd, length_s, random, kills)
+        until_done(lambda cwd=cwd: fork(cwd, cache), cwd, length_s, random, kills, NUM_KILLS)
         assert ends(only_run(cwd)) == expected, cwd
         num_runs += 1
     steps = {step: [at for at, _ in kills].count(step) for step in range(-1, 7)}
@@ -71,19 +71,27 @@ def test_kills_of_whole_processes_with_wandb(cache, tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
     def start(cwd):
+        """Returns when the run is at work: importing takes longer than all else, and nothing can be lost then."""
         cwd.mkdir(exist_ok=True)
         (cwd / "mine.py").write_text(REWARD)
+        begun = time.time()
         with (cwd / "output.txt").open("a") as output:
             command = [sys.executable, "-m", "pspo.run", *overrides]
-            return subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output).pid
+            process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
+        while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            if any(path.stat().st_mtime > begun for path in cwd.glob("outputs/main/*/.owner")):
+                break
+            time.sleep(0.01)
+        return process.pid
 
     assert wait(start(tmp_path / "warm")) == 0
+    pid = start(tmp_path / "unbroken")
     begun = time.monotonic()
-    assert wait(start(tmp_path / "unbroken")) == 0
+    assert wait(pid) == 0
     length_s, expected = time.monotonic() - begun, ends(only_run(tmp_path / "unbroken"))
     while len(kills) < NUM_PROCESS_KILLS:
         cwd = tmp_path / f"run{num_runs}"
-        until_done(lambda cwd=cwd: start(cwd), cwd, length_s, random, kills)
+        until_done(lambda cwd=cwd: start(cwd), cwd, length_s, random, kills, NUM_PROCESS_KILLS)
         assert ends(only_run(cwd)) == expected, cwd
         assert wandb_steps(only_run(cwd)) == [0, 1, 2, 3, 4, 5], cwd
         num_runs += 1
