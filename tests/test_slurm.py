@@ -26,7 +26,7 @@ STEPS = 24
 REWARDS = """
 import os, time
 def slow(completion, problem):  # half a second for the 16 completions of a step
-    time.sleep(0.03)
+    time.sleep(float(os.environ.get("SLOWNESS_S", "0.03")))
     return float(len(completion) % 5)
 def quick(completion, problem):
     return float(len(completion) % 5)
@@ -192,8 +192,9 @@ def test_kill_9(node, settings, unbroken):
 
 
 @pytest.mark.slurm
-def test_a_stopped_slurmd(node, settings, unbroken):
+def test_a_stopped_slurmd(node, settings, unbroken, monkeypatch):
     """The node is lost to SLURM, while the run's process goes on: it must not meet its successor in the directory."""
+    monkeypatch.setenv("SLOWNESS_S", "0.2")  # SLURM takes half a minute to see it, in which the run must not end
     job, directory = submit(settings[0])
     reach_the_middle(job, directory)
     pid = json.loads((directory / ".owner").read_text())["pid"]
