@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pspo.advantage import GAE, Advantage
-from pspo.logprob import Batch, autocast_to_bfloat16, predicting_states, scatter
+from pspo.batch import Batch, scatter
+from pspo.logprob import autocast_to_bfloat16, predicting_states
 from pspo.model import Policy
 
 

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from pspo.advantage import GAE, Advantage, has_spread
+from pspo.batch import Batch, make_batch, pad_to
 from pspo.critic import Critic
 from pspo.dataset import Prompt, order
-from pspo.logprob import Batch, make_batch, pad_to, token_logprobs
+from pspo.logprob import token_logprobs
 from pspo.model import Policy
 from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
 from pspo.stream import Stream
+
+MICRO_BATCH = {"cpu": 128, "cuda": 4096}
+"""What one more micro-batch costs beside its positions, in positions: a tiny policy's on a CPU, a guess on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,8 @@ def score(
     """Log-probabilities of every row's tokens, and their values where there is a critic, without gradient."""
     logprobs: list[list[float]] = [[] for _ in rows]
     values: list[list[float]] = [[] for _ in rows]
-    for chosen in pack([len(row.prompt_ids) + len(row.token_ids) for row in rows], max_tokens):
-        batch = batch_of([rows[i] for i in chosen], policy)
+    for chosen, sizes in pack(rows, max_tokens, policy):
+        batch = batch_of([rows[i] for i in chosen], policy, sizes)
         scored = token_logprobs(policy.model, batch, temperature, policy.autocast)
         pairs = [(logprobs, scored.logprob_BT)]
         if critic is not None:
@@ -179,9 +183,9 @@ def score(
     return logprobs, values
 
 
-def batch_of(rows: Sequence[Row], policy: Policy) -> Batch:
-    """The tokens of some rows, padded."""
-    return make_batch([r.prompt_ids for r in rows], [r.token_ids for r in rows], policy.pad_id, policy.device)
+def batch_of(rows: Sequence[Row], policy: Policy, sizes: Sequence[int] | None = None) -> Batch:
+    """The tokens of some rows, padded; ``sizes`` as ``pack`` gives them."""
+    return make_batch([r.prompt_ids for r in rows], [r.token_ids for r in rows], policy.pad_id, policy.device, sizes)
 
 
 def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -189,15 +193,54 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype |
     return pad_to([getattr(row, name) for row in rows], like_BT, dtype or like_BT.dtype)
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut rows, by index, into micro-batches of like length, each of at most ``max_tokens`` padded, or one row."""
-    micro_batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if micro_batches and (len(micro_batches[-1]) + 1) * lengths[i] <= max_tokens:
-            micro_batches[-1].append(i)
-        else:
-            micro_batches.append([i])
-    return micro_batches
+def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[tuple[list[int], list[int] | None]]:
+    """Cut rows, by index, into micro-batches of at most ``max_tokens`` padded positions, or one row of the decoder.
+
+    Beside the indices stand, where prompts are shared, how many neighbours share one. Of all ways to cut the rows of
+    the decoder, sorted by length, it takes the one with the fewest padded positions, a micro-batch counting for some.
+    """
+    bundles = sorted(_bundles(rows, policy), key=lambda bundle: _length([rows[i] for i in bundle]))
+    lengths = [_length([rows[i] for i in bundle]) for bundle in bundles]
+    cost, start = [0.0], [0]  # of the first so many bundles, and where their last micro-batch starts
+    for end in range(1, len(bundles) + 1):
+        starts = [s for s in range(end) if (end - s) * lengths[end - 1] <= max_tokens or s == end - 1]
+        start.append(min(starts, key=lambda s: cost[s] + (end - s) * lengths[end - 1]))
+        cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + MICRO_BATCH[policy.device.type])
+    micro_batches, end = [], len(bundles)
+    while end:
+        micro_batches.append(bundles[start[end] : end])
+        end = start[end]
+    return [
+        ([i for bundle in micro for i in bundle], [len(bundle) for bundle in micro] if policy.shares_prompts else None)
+        for micro in reversed(micro_batches)
+    ]
+
+
+def _bundles(rows: Sequence[Row], policy: Policy) -> list[list[int]]:
+    """Rows, by index, that stand behind one copy of their prompt.
+
+    k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs a
+    layer about 6 d + S units: its products, and its attention to all S. Per completion that is least, (P + kC)(6 d + P
+    + kC) / k, where kC = √(P (6 d + P)).
+    """
+    if not policy.shares_prompts:
+        return [[i] for i in range(len(rows))]
+    width = 6 * policy.model.config.get_text_config().hidden_size
+    bundles: list[list[int]] = []
+    last: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        prompt = tuple(row.prompt_ids)
+        most = (len(prompt) * (width + len(prompt))) ** 0.5
+        bundle = last.get(prompt)
+        if bundle is None or sum(len(rows[j].token_ids) for j in [*bundle, i]) > most:
+            bundle = last[prompt] = []
+            bundles.append(bundle)
+        bundle.append(i)
+    return bundles
+
+
+def _length(rows: Sequence[Row]) -> int:
+    return len(rows[0].prompt_ids) + sum(len(row.token_ids) - 1 for row in rows)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,7 +1,6 @@
-"""Log-probabilities of completion tokens: the one place for masks, dtypes, chunking and the clamp of log-ratios.
+"""Log-probabilities of completion tokens: the one place for dtypes, chunking and the clamp of log-ratios.
 
-Shape suffixes: B rows, S positions of prompt and completion, T completion positions, N completion tokens of the batch
-laid end to end, H hidden size, V vocabulary.
+Shape suffixes: B completions, T completion positions, N completion tokens laid end to end, H hidden size, V vocabulary.
 """
 
 import contextlib
@@ -12,56 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pspo.batch import Batch, scatter
+
 LOG_RATIO_CLAMP = 20.0
 """Log-ratios are clamped to ±20 before any objective sees them; claims of exactness hold inside."""
 
-CHUNK_LOGITS = 2**24
-"""Logits that exist at one time: 64 MiB in float32, so 110 positions of a 152k vocabulary."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Prompts and completions, right-padded; ``mask_BT`` is true on completion tokens.
-
-    Attributes:
-        input_ids_BS: prompt and completion, then padding.
-        attention_BS: true where ``input_ids_BS`` is not padding.
-        position_BT: where in S the hidden state stands that predicts completion token t.
-        token_ids_BT: the completion, then padding.
-        mask_BT: true on completion tokens, the stop token included.
-    """
-
-    input_ids_BS: Tensor
-    attention_BS: Tensor
-    position_BT: Tensor
-    token_ids_BT: Tensor
-    mask_BT: Tensor
-
-
-def make_batch(prompts: list[list[int]], completions: list[list[int]], pad_id: int, device: torch.device) -> Batch:
-    """Pad rows of token ids to one batch."""
-    num_rows = len(prompts)
-    length_S = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    length_T = max(len(c) for c in completions)
-    input_ids_BS = torch.full((num_rows, length_S), pad_id)
-    token_ids_BT = torch.full((num_rows, length_T), pad_id)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        input_ids_BS[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        token_ids_BT[row, : len(completion)] = torch.tensor(completion)
-    prompt_length_B1 = torch.tensor([[len(p)] for p in prompts])
-    length_B1 = torch.tensor([[len(c)] for c in completions])
-    mask_BT = torch.arange(length_T) < length_B1
-    position_BT = (prompt_length_B1 - 1 + torch.arange(length_T)).clamp(max=length_S - 1)
-    attention_BS = torch.arange(length_S) < prompt_length_B1 + length_B1
-    return Batch(*(t.to(device) for t in (input_ids_BS, attention_BS, position_BT, token_ids_BT, mask_BT)))
-
-
-def pad_to(rows: list[list[float]], like_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of numbers, padded with zeros to the shape and device of ``like_BT``."""
-    padded_BT = torch.zeros(like_BT.shape, dtype=dtype)
-    for row, values in enumerate(rows):
-        padded_BT[row, : len(values)] = torch.tensor(values, dtype=dtype)
-    return padded_BT.to(like_BT.device)
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits that exist at one time: 64 MiB in float32 on a CPU, so 110 positions of a 152k vocabulary; 1 GiB on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -91,21 +47,23 @@ def token_logprobs(
     head, tokens = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
         hidden_NH = predicting_states(model.get_decoder(), batch)
-        logprob_N, entropy_N = _chunked(head, hidden_NH, tokens, temperature, entropy_gradient, model.config.vocab_size)
+        logprob_N, entropy_N = _chunked(head, hidden_NH, tokens, temperature, autocast, entropy_gradient)
     return Scored(scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N), hidden_NH)
 
 
 def predicting_states(decoder: Any, batch: Batch) -> Tensor:
     """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
-    states = decoder(input_ids=batch.input_ids_BS, attention_mask=batch.attention_BS.long(), use_cache=False)
-    row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
-    hidden_NH: Tensor = states.last_hidden_state[row_N, batch.position_BT[row_N, column_N]]
+    attention = batch.attention
+    if attention.ndim == 2:
+        attention = attention.long()
+    elif decoder.config._attn_implementation != "sdpa":  # an addition is cheaper than a choice
+        lowest = torch.finfo(decoder.dtype).min
+        attention = torch.zeros_like(attention, dtype=decoder.dtype).masked_fill_(~attention, lowest)
+    states = decoder(
+        input_ids=batch.input_ids_RS, attention_mask=attention, position_ids=batch.position_RS, use_cache=False
+    )
+    hidden_NH: Tensor = states.last_hidden_state.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
     return hidden_NH
-
-
-def scatter(mask_BT: Tensor, values_N: Tensor) -> Tensor:
-    """Values of the completion tokens laid end to end -> (B, T), 0 where masked."""
-    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
 
 
 def log_ratio(logprob_BT: Tensor, old_logprob_BT: Tensor) -> Tensor:
@@ -118,33 +76,122 @@ def autocast_to_bfloat16(device: torch.device, enabled: bool) -> contextlib.Abst
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
+def raised(logits: Tensor) -> Tensor:
+    """Logits in float32 at the least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _chunked(
-    head: torch.nn.Module,
-    hidden_NH: Tensor,
-    token_N: Tensor,
-    temperature: float,
-    entropy_gradient: bool,
-    vocab_size: int,
+    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, autocast: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    size = max(1, CHUNK_LOGITS // vocab_size)
-    pieces = []
-    for hidden, token in zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True):
-        arguments = (head, hidden, token, temperature, entropy_gradient)
-        pieces.append(
-            # One chunk is no more than what recomputation would hold again, so it keeps its logits.
-            checkpoint(_logprob_entropy, *arguments, use_reentrant=False, preserve_rng_state=False)
-            if len(hidden_NH) > size
-            else _logprob_entropy(*arguments)
+    """Log-probabilities and entropies (N,), in chunks of positions whose logits the backward pass makes again."""
+    size = max(1, CHUNK_LOGITS[hidden_NH.device.type] // head.weight.shape[0])
+    if type(head) is torch.nn.Linear:
+        return _Linear.apply(hidden_NH, head.weight, head.bias, token_N, temperature, autocast, with_gradient, size)
+    chunks = zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
+    pieces = [
+        checkpoint(
+            _plain, head, hidden, token, temperature, with_gradient, use_reentrant=False, preserve_rng_state=False
         )
+        for hidden, token in chunks
+    ]
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
 
-def _logprob_entropy(
-    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, entropy_gradient: bool
+def _plain(
+    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = head(hidden_NH)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
-    logprob_NV = logits_NV.log_softmax(-1)
-    with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
+    """The same of one chunk, for a head that is more than a matrix: one with adapters."""
+    logprob_NV = raised(head(hidden_NH)).div(temperature).log_softmax(-1)
+    with contextlib.nullcontext() if with_gradient else torch.no_grad():
         entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
     return logprob_NV.gather(-1, token_N[:, None]).squeeze(-1), entropy_N
+
+
+class _Linear(torch.autograd.Function):
+    """Log-probabilities and entropies under a linear head, of which the backward pass keeps no more than (N,).
+
+    With z = W h / T, p = softmax(z) and H its entropy: ∂ log p_k / ∂z = 1_k − p and ∂H / ∂z = −p (log p + H). A chunk's
+    logits and what is made of them stand in two buffers, allocated once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token_N: Tensor, temperature: float,
+        autocast: bool, with_gradient: bool, size: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        head = _Head(weight_VH, bias_V, temperature, autocast, min(size, len(hidden_NH)))
+        logprob_N, entropy_N = (hidden_NH.new_empty(len(token_N), dtype=head.raised) for _ in range(2))
+        columns = (hidden_NH, token_N, logprob_N, entropy_N)
+        for hidden, token, logprob, entropy in zip(*(torch.split(c, size) for c in columns), strict=True):
+            z = head.logits(hidden.to(head.dtype))
+            p = torch.softmax(z, -1, out=head.room[1, : len(z)])  # cheaper than an exp: it works on rows in the cache
+            norm = z.amax(-1) - p.amax(-1).log()
+            torch.sub(z.gather(-1, token[:, None]).squeeze(-1), norm, out=logprob)
+            torch.sub(norm, torch.linalg.vecdot(p, z), out=entropy)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, token_N, entropy_N)
+        ctx.settings = temperature, autocast, with_gradient, size
+        if not with_gradient:
+            ctx.mark_non_differentiable(entropy_N)
+        return logprob_N, entropy_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, by_logprob_N: Tensor, by_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V, token_N, entropy_N = ctx.saved_tensors
+        temperature, autocast, with_gradient, size = ctx.settings
+        head = _Head(weight_VH, bias_V, temperature, autocast, min(size, len(hidden_NH)))
+        by_hidden_NH = torch.empty_like(hidden_NH)
+        by_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        by_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        columns = (hidden_NH, by_hidden_NH, token_N, entropy_N, by_logprob_N, by_entropy_N)
+        for hidden, by_hidden, token, entropy, by_logprob, by_entropy in zip(
+            *(torch.split(c, size) for c in columns), strict=True
+        ):
+            low = hidden.to(head.dtype)
+            z = head.logits(low)
+            factor_N1 = by_logprob[:, None] / -temperature  # in ∂z = factor (p − 1_k), it goes with the smaller matrix
+            by_z = torch.softmax(z, -1, out=head.room[1, : len(z)])
+            if with_gradient:
+                log_p = torch.log_softmax(z, -1, out=z)
+                by_z.mul_(log_p.add_(entropy[:, None]).mul_(by_entropy[:, None]).add_(by_logprob[:, None]))
+                by_z.scatter_add_(-1, token[:, None], -by_logprob[:, None])
+                factor_N1 = torch.full_like(factor_N1, -1 / temperature)
+            else:
+                by_z.scatter_add_(-1, token[:, None], torch.full_like(factor_N1, -1))
+            by_z = by_z.to(head.dtype)
+            by_hidden.copy_((by_z @ head.weight_VH) * factor_N1)
+            if by_weight_VH is not None:
+                _add_product(by_weight_VH, by_z.T, low * factor_N1.to(head.dtype))
+            if by_bias_V is not None:
+                by_bias_V += (by_z * factor_N1).sum(0)
+        return by_hidden_NH, by_weight_VH, by_bias_V, None, None, None, None, None
+
+
+class _Head:
+    """A linear head in the dtype of its products, with room for two chunks of logits."""
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, temperature: float, autocast: bool, rows: int) -> None:
+        self.dtype = torch.bfloat16 if autocast else weight_VH.dtype
+        self.raised = torch.promote_types(weight_VH.dtype, torch.float32)
+        self.weight_VH = weight_VH.detach().to(self.dtype)
+        self.bias_V = None if bias_V is None else bias_V.detach().to(self.raised) / temperature
+        self.scale = 1 / temperature
+        self.room = weight_VH.new_empty((2, rows, len(weight_VH)), dtype=self.raised)
+
+    def logits(self, low_NH: Tensor) -> Tensor:
+        """Logits of a chunk by the temperature, in the first room, at least in float32."""
+        z = self.room[0, : len(low_NH)]
+        if z.dtype == self.dtype:
+            torch.addmm(z, low_NH, self.weight_VH.T, beta=0, alpha=self.scale, out=z)
+        else:
+            torch.mul(low_NH @ self.weight_VH.T, self.scale, out=z)
+        return z if self.bias_V is None else z.add_(self.bias_V)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in place and without another matrix of that size where the dtypes allow it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from pspo import interrupt
 from pspo.dataset import Problem, Prompt
+from pspo.decode import make_decoder
 from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
 from pspo.schema import Schema, key
@@ -146,7 +146,6 @@ def _decode(
     device, (num_rows, length_T) = policy.device, random_BT.shape
     first = [row for row in range(num_rows) if row == 0 or prompts[row] != prompts[row - 1]]
     prompt_of = torch.tensor(np.searchsorted(first, np.arange(num_rows), side="right") - 1, device=device)
-    input_ids, attention = _left_pad([prompts[row] for row in first], policy.pad_id, device)
     uniform_BT = torch.from_numpy(random_BT).to(device)
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     token_BT = torch.full((num_rows, length_T), policy.pad_id, device=device)
@@ -154,11 +153,9 @@ def _decode(
     length_B = torch.full((num_rows,), length_T, device=device)
     finished_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
     row_of = torch.arange(num_rows, device=device)  # which row of the result each row of the batch writes
-    cache = DynamicCache(config=policy.model.config)
     with autocast_to_bfloat16(device, policy.autocast):
-        logits = _forward(policy, input_ids, attention, cache)[prompt_of]
-        cache.batch_select_indices(prompt_of)
-        attention = attention[prompt_of]
+        decoder = make_decoder(policy)
+        logits = decoder.start([prompts[row] for row in first], prompt_of, length_T)
         for t in range(length_T):
             interrupt.check()
             token, logprob = draw(logits, uniform_BT[row_of, t], temperature, top_p)
@@ -174,10 +171,9 @@ def _decode(
                 break
             if num_alive < COMPACT_BELOW * len(alive):
                 keep = alive.nonzero().squeeze(-1)
-                cache.batch_select_indices(keep)
-                row_of, token, attention = row_of[keep], token[keep], attention[keep]
-            attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
-            logits = _forward(policy, token[:, None], attention, cache)
+                decoder.keep(keep)
+                row_of, token = row_of[keep], token[keep]
+            logits = decoder.step(token)
     lengths = length_B.tolist()
     return [
         (tokens[:length], logprobs[:length], finished)
@@ -185,27 +181,6 @@ def _decode(
             token_BT.tolist(), logprob_BT.tolist(), lengths, finished_B.tolist(), strict=True
         )
     ]
-
-
-def _forward(policy: Policy, input_ids: Tensor, attention: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits of the last position, (B, V); the cache grows by the positions given."""
-    position_ids = (attention.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-    logits: Tensor = policy.model(
-        input_ids=input_ids,
-        attention_mask=attention,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits
-    return logits[:, -1]
-
-
-def _left_pad(rows: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return input_ids, attention
 
 
 def _words(problem: Problem) -> tuple[int, int]:

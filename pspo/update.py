@@ -148,9 +148,9 @@ def accumulate(
             module.eval()
     size = Size(sum(len(row.token_ids) for row in rows), len(rows), learner.max_length)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    for chosen in pack([len(row.prompt_ids) + len(row.token_ids) for row in rows], learner.max_tokens):
+    for chosen, sizes in pack(rows, learner.max_tokens, policy):
         micro = [rows[i] for i in chosen]
-        tokens = batch_of(micro, policy)
+        tokens = batch_of(micro, policy, sizes)
         scored = token_logprobs(
             policy.model, tokens, learner.temperature, policy.autocast, learner.loss.entropy_weight > 0
         )

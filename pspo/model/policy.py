@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pspo.files import SaveError, new_directory
 from pspo.logprob import autocast_to_bfloat16
-from pspo.model import source, warm_start
+from pspo.model import attention, source, warm_start
 from pspo.model.tiny import Architecture
 from pspo.model.warm_start import WarmStart
 from pspo.schema import ConfigError, Schema, key
@@ -44,7 +44,9 @@ class Model(Schema, block="model"):
     path: str | None = key("a local directory in its place: safetensors weights, tokenizer and chat template")
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = key("attention implementation of transformers")
+    attention: Literal["grouped", "eager", "sdpa", "flash_attention_2"] = key(
+        "grouped: pspo's plain products, fast on a CPU; the others are transformers' own"
+    )
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
     lora: Lora
     architecture: Architecture | None
@@ -76,6 +78,8 @@ class Policy:
     stop_ids: list[int]
     autocast: bool
     gradient_checkpointing: bool
+    shares_prompts: bool = False
+    """Whether completions may stand behind one copy of their prompt, as ``attention.can_share`` found."""
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +141,8 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
                 raise config.lora.refuse("target_modules", str(error)) from error
     model.to(device).eval()
     _check_head(config, model)
-    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing)
+    shares = attention.can_share(model, config.autocast)
+    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing, shares)
 
 
 def save(policy: Policy, directory: Path) -> None:

@@ -19,10 +19,11 @@ import torch
 import transformers
 
 from pspo import interrupt
+from pspo.batch import make_batch
 from pspo.console import track
 from pspo.dataset import Problem, embedded, render
 from pspo.files import new_directory
-from pspo.logprob import make_batch, token_logprobs
+from pspo.logprob import token_logprobs
 from pspo.model import tiny
 from pspo.schema import ConfigError, Schema, as_dict, key
 from pspo.stream import Stream, generator

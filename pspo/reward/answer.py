@@ -12,6 +12,7 @@ are equal within 1e-6, relative or absolute. All else (names, LaTeX) is compared
 lists item by item: ``(a, b)`` and ``a; b`` in order, a bare ``a, b`` or ``\{a, b\}`` in any.
 """
 
+import functools
 import re
 from collections import deque
 from decimal import Decimal
@@ -85,6 +86,7 @@ def same(answer: str, gold: str) -> bool:
     return all(_same_item(a, g) for a, g in zip(answers, golds, strict=True))
 
 
+@functools.lru_cache(1024)  # a group's completions give few answers, and all have one gold answer
 def number(text: str) -> Fraction | None:
     """The value of a text that is a number with, at most, a name or sum before (``x = 5``) and a unit behind it."""
     text = _clean(text).strip().rstrip(".!?,;: ")

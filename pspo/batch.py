@@ -1,0 +1,97 @@
+"""Prompts and completions as tensors: the one place for padding, masks and shared prompts.
+
+Shape suffixes: R rows of S positions that the decoder is run on, B completions, T completion positions, N completion
+tokens laid end to end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts with their completions, right-padded.
+
+    Attributes:
+        input_ids_RS: a prompt and, after it, one completion or several that share it, each without its last token.
+        position_RS: places in the text: those of every completion follow its prompt's.
+        attention: (R, S), true where there is a token; or, with shared prompts, (R, 1, S, S), true where one is seen.
+        source_BT: where in R·S the hidden state stands that predicts completion token t.
+        token_ids_BT: the completions, then padding.
+        mask_BT: true on completion tokens, the stop token included.
+        num_tokens: positions of R·S that are not padding.
+    """
+
+    input_ids_RS: Tensor
+    position_RS: Tensor
+    attention: Tensor
+    source_BT: Tensor
+    token_ids_BT: Tensor
+    mask_BT: Tensor
+    num_tokens: int
+
+
+def make_batch(
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    pad_id: int,
+    device: torch.device,
+    sizes: Sequence[int] | None = None,
+) -> Batch:
+    """Pad prompts and completions, as lists of token ids, to one batch.
+
+    ``sizes`` says how many consecutive completions stand behind one copy of the prompt that they have in common; each
+    sees its prompt and itself, so the numbers are those of rows of their own (as in arXiv 2506.05433). None gives each
+    a row of its own.
+    """
+    sizes_R = [1] * len(prompts) if sizes is None else list(sizes)
+    first_R = np.cumsum([0, *sizes_R])[:-1].tolist()
+    length_R = [
+        len(prompts[f]) + sum(len(c) - 1 for c in completions[f : f + n]) for f, n in zip(first_R, sizes_R, strict=True)
+    ]
+    shape_RS, shape_BT = (len(sizes_R), max(length_R)), (len(completions), max(map(len, completions)))
+    input_ids_RS, position_RS = np.full(shape_RS, pad_id), np.zeros(shape_RS, dtype=np.int64)
+    owner_RS = np.full(shape_RS, -1)  # 0 for the prompt; 1, 2, ... for its completions
+    source_BT, token_ids_BT = np.zeros(shape_BT, dtype=np.int64), np.full(shape_BT, pad_id)
+    for row, (first, size) in enumerate(zip(first_R, sizes_R, strict=True)):
+        prompt, start = prompts[first], row * shape_RS[1]
+        end = len(prompt)
+        input_ids_RS[row, :end], position_RS[row, :end], owner_RS[row, :end] = prompt, np.arange(end), 0
+        for owner, b in enumerate(range(first, first + size), start=1):
+            completion = completions[b]
+            inner, place = len(completion) - 1, slice(end, end + len(completion) - 1)
+            input_ids_RS[row, place], owner_RS[row, place] = completion[:-1], owner
+            position_RS[row, place] = len(prompt) + np.arange(inner)
+            source_BT[b, : inner + 1] = [start + len(prompt) - 1, *range(start + end, start + end + inner)]
+            token_ids_BT[b, : inner + 1] = completion
+            end += inner
+    owner, position = torch.from_numpy(owner_RS).to(device), torch.from_numpy(position_RS).to(device)
+    attention = owner >= 0
+    if sizes is not None:  # padding sees itself, as a softmax over nothing is not a number
+        seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
+        attention = (seen & (position[:, None] <= position[:, :, None]))[:, None]
+    mask_BT = torch.arange(shape_BT[1]) < torch.tensor([[len(c)] for c in completions])
+    return Batch(
+        torch.from_numpy(input_ids_RS).to(device),
+        position,
+        attention,
+        torch.from_numpy(source_BT).to(device),
+        torch.from_numpy(token_ids_BT).to(device),
+        mask_BT.to(device),
+        sum(length_R),
+    )
+
+
+def pad_to(rows: list[list[float]], like_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of numbers, padded with zeros to the shape and device of ``like_BT``."""
+    mask_BT = torch.arange(like_BT.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    return scatter(mask_BT, torch.tensor([value for row in rows for value in row], dtype=dtype)).to(like_BT.device)
+
+
+def scatter(mask_BT: Tensor, values_N: Tensor) -> Tensor:
+    """Values of the completion tokens laid end to end -> (B, T), 0 where masked."""
+    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
