@@ -61,16 +61,17 @@ def make_batch(
         prompt, start = prompts[first], row * shape_RS[1]
         end = len(prompt)
         input_ids_RS[row, :end], position_RS[row, :end], owner_RS[row, :end] = prompt, np.arange(end), 0
-        for owner, b in enumerate(range(first, first + size), start=1):
+        for order, b in enumerate(range(first, first + size), start=1):
             completion = completions[b]
-            inner, place = len(completion) - 1, slice(end, end + len(completion) - 1)
-            input_ids_RS[row, place], owner_RS[row, place] = completion[:-1], owner
+            inner = len(completion) - 1
+            place = slice(end, end + inner)
+            input_ids_RS[row, place], owner_RS[row, place] = completion[:-1], order
             position_RS[row, place] = len(prompt) + np.arange(inner)
             source_BT[b, : inner + 1] = [start + len(prompt) - 1, *range(start + end, start + end + inner)]
             token_ids_BT[b, : inner + 1] = completion
             end += inner
     owner, position = torch.from_numpy(owner_RS).to(device), torch.from_numpy(position_RS).to(device)
-    attention = owner >= 0
+    attention: Tensor = owner >= 0
     if sizes is not None:  # padding sees itself, as a softmax over nothing is not a number
         seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
         attention = (seen & (position[:, None] <= position[:, :, None]))[:, None]

@@ -115,7 +115,7 @@ class Fused:
         ]
         attention = decoder.layers[0].self_attn
         self.width, self.scaling = attention.head_dim, attention.scaling
-        self.keys, self.queries = self.config.num_key_value_heads, self.config.num_attention_heads
+        self.keys: int = self.config.num_key_value_heads
 
     def start(self, prompts: Sequence[list[int]], prompt_of_B: Tensor, num_tokens: int) -> Tensor:
         device, length = self.policy.device, max(map(len, prompts))
@@ -126,14 +126,12 @@ class Fused:
         hidden = decoder(input_ids=ids_PS, attention_mask=there_PS.long(), past_key_values=cache, use_cache=True)
         last_PH = hidden.last_hidden_state[torch.arange(len(prompts), device=device), length_P - 1]
         rows, room = len(prompt_of_B), length + num_tokens
-        self.cache = []
+        self.cache: list[tuple[Tensor, ...]] = []
         for layer in cache.layers:
-            key_and_value = []
-            for read in (layer.keys, layer.values):
-                kept = read.new_empty((rows, self.keys, room, self.width), dtype=self.dtype)
-                kept[:, :, :length] = read[prompt_of_B]
-                key_and_value.append(kept)
-            self.cache.append(tuple(key_and_value))
+            pair = (last_PH.new_zeros((rows, self.keys, room, self.width), dtype=self.dtype) for _ in range(2))
+            self.cache.append(tuple(pair))
+            for kept, read in zip(self.cache[-1], (layer.keys, layer.values), strict=True):  # type: ignore[union-attr]
+                kept[:, :, :length] = read[prompt_of_B]  # type: ignore[index]
         places = torch.arange(room, device=device)
         self.cos_SD, self.sin_SD = (table[0] for table in decoder.rotary_emb(last_PH, places[None]))
         self.place_B, self.filled, self.row_B = length_P[prompt_of_B], length, torch.arange(rows, device=device)
@@ -148,13 +146,12 @@ class Fused:
             self.layers, self.cache, strict=True
         ):
             heads = self._product(norm(x_BH), qkv).view(rows, -1, self.width)
-            turned, value = heads.split([self.queries + self.keys, self.keys], dim=1)
-            a, b = turned.split(half, dim=-1)
+            turned, value = heads[:, : -self.keys], heads[:, -self.keys :]
+            a, b = turned[..., :half], turned[..., half:]
             turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(self.dtype)
-            query, key = turned.split([self.queries, self.keys], dim=1)
-            keys[self.row_B, :, self.place_B] = key
+            keys[self.row_B, :, self.place_B] = turned[:, -self.keys :]
             values[self.row_B, :, self.place_B] = value
-            query = (query * self.scaling).reshape(rows, self.keys, -1, self.width)
+            query = (turned[:, : -self.keys] * self.scaling).reshape(rows, self.keys, -1, self.width)
             score = query @ keys[:, :, : self.filled].transpose(-1, -2)
             score.masked_fill_(unseen[:, None, None], -torch.inf)
             weight = score.softmax(-1, torch.promote_types(self.dtype, torch.float32)).to(self.dtype)

@@ -16,8 +16,8 @@ from pspo.batch import Batch, scatter
 LOG_RATIO_CLAMP = 20.0
 """Log-ratios are clamped to ±20 before any objective sees them; claims of exactness hold inside."""
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits that exist at one time: 64 MiB in float32 on a CPU, so 110 positions of a 152k vocabulary; 1 GiB on a GPU."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at one time: 64 MiB in float32, 110 positions of a 152k vocabulary; on a GPU 16 times as many."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ def token_logprobs(
     head, tokens = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
         hidden_NH = predicting_states(model.get_decoder(), batch)
-        logprob_N, entropy_N = _chunked(head, hidden_NH, tokens, temperature, autocast, entropy_gradient)
+        logprob_N, entropy_N = _chunked(
+            head, hidden_NH, tokens, model.config.get_text_config().vocab_size, temperature, autocast, entropy_gradient
+        )
     return Scored(scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N), hidden_NH)
 
 
@@ -82,18 +84,26 @@ def raised(logits: Tensor) -> Tensor:
 
 
 def _chunked(
-    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, autocast: bool, with_gradient: bool
+    head: torch.nn.Module,
+    hidden_NH: Tensor,
+    token_N: Tensor,
+    vocab_size: int,
+    temperature: float,
+    autocast: bool,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (N,), in chunks of positions whose logits the backward pass makes again."""
-    size = max(1, CHUNK_LOGITS[hidden_NH.device.type] // head.weight.shape[0])
+    size = max(1, CHUNK_LOGITS * (16 if hidden_NH.is_cuda else 1) // vocab_size)
     if type(head) is torch.nn.Linear:
-        return _Linear.apply(hidden_NH, head.weight, head.bias, token_N, temperature, autocast, with_gradient, size)
-    chunks = zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
+        found: tuple[Tensor, Tensor] = _Linear.apply(  # type: ignore[no-untyped-call]
+            hidden_NH, head.weight, head.bias, token_N, temperature, autocast, with_gradient, size
+        )
+        return found
     pieces = [
         checkpoint(
             _plain, head, hidden, token, temperature, with_gradient, use_reentrant=False, preserve_rng_state=False
         )
-        for hidden, token in chunks
+        for hidden, token in zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
     ]
     return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
@@ -125,7 +135,7 @@ class _Linear(torch.autograd.Function):
         columns = (hidden_NH, token_N, logprob_N, entropy_N)
         for hidden, token, logprob, entropy in zip(*(torch.split(c, size) for c in columns), strict=True):
             z = head.logits(hidden.to(head.dtype))
-            p = torch.softmax(z, -1, out=head.room[1, : len(z)])  # cheaper than an exp: it works on rows in the cache
+            p = torch.softmax(z, -1, out=head.rooms[1][: len(z)])  # cheaper than an exp: it works on rows in the cache
             norm = z.amax(-1) - p.amax(-1).log()
             torch.sub(z.gather(-1, token[:, None]).squeeze(-1), norm, out=logprob)
             torch.sub(norm, torch.linalg.vecdot(p, z), out=entropy)
@@ -136,7 +146,7 @@ class _Linear(torch.autograd.Function):
         return logprob_N, entropy_N
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_logprob_N: Tensor, by_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, token_N, entropy_N = ctx.saved_tensors
         temperature, autocast, with_gradient, size = ctx.settings
@@ -151,7 +161,7 @@ class _Linear(torch.autograd.Function):
             low = hidden.to(head.dtype)
             z = head.logits(low)
             factor_N1 = by_logprob[:, None] / -temperature  # in ∂z = factor (p − 1_k), it goes with the smaller matrix
-            by_z = torch.softmax(z, -1, out=head.room[1, : len(z)])
+            by_z = torch.softmax(z, -1, out=head.rooms[1][: len(z)])
             if with_gradient:
                 log_p = torch.log_softmax(z, -1, out=z)
                 by_z.mul_(log_p.add_(entropy[:, None]).mul_(by_entropy[:, None]).add_(by_logprob[:, None]))
@@ -177,13 +187,13 @@ class _Head:
         self.weight_VH = weight_VH.detach().to(self.dtype)
         self.bias_V = None if bias_V is None else bias_V.detach().to(self.raised) / temperature
         self.scale = 1 / temperature
-        self.room = weight_VH.new_empty((2, rows, len(weight_VH)), dtype=self.raised)
+        self.rooms = [weight_VH.new_empty((rows, len(weight_VH)), dtype=self.raised) for _ in range(2)]
 
     def logits(self, low_NH: Tensor) -> Tensor:
         """Logits of a chunk by the temperature, in the first room, at least in float32."""
-        z = self.room[0, : len(low_NH)]
+        z = self.rooms[0][: len(low_NH)]
         if z.dtype == self.dtype:
-            torch.addmm(z, low_NH, self.weight_VH.T, beta=0, alpha=self.scale, out=z)
+            torch.mm(low_NH * self.scale, self.weight_VH.T, out=z)
         else:
             torch.mul(low_NH @ self.weight_VH.T, self.scale, out=z)
         return z if self.bias_V is None else z.add_(self.bias_V)

@@ -54,8 +54,9 @@ class AdamW(Optimizer):
 
     def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         betas = (self.beta1, self.beta2)
-        settings = {"lr": self.lr, "betas": betas, "eps": self.eps, "weight_decay": self.weight_decay}
-        return torch.optim.AdamW(parameters, **settings, fused=True)  # all parameters in one pass
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo.advantage import GAE, Group, LeaveOneOut, Mean
+from pspo.batch import make_batch
 from pspo.config import compose
 from pspo.critic import make_critic
 from pspo.dataset import Problem, Prompt, order
 from pspo.experience import Collected, Row, collect, make_rows, score
-from pspo.logprob import make_batch, token_logprobs
+from pspo.logprob import token_logprobs
 from pspo.reward import Score
 from pspo.rollout import Completion, Rollout, sample
 from pspo.stream import Stream

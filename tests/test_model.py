@@ -14,11 +14,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pspo import hub, model
+from pspo.batch import make_batch
 from pspo.dataset import Problem, Prompt, render
-from pspo.logprob import make_batch, token_logprobs
+from pspo.logprob import token_logprobs
 from pspo.model import source, tiny, warm_start
+from pspo.model.attention import can_share
 from pspo.model.policy import Lora
 from pspo.rollout import sample
 from pspo.schema import ConfigError
@@ -362,10 +365,52 @@ def test_weights_are_float32_masters_of_what_was_saved_in_bfloat16(tmp_path, tin
         assert_same_weights(loaded.model, copy.deepcopy(policy.model).to(dtype))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["grouped", "eager", "sdpa"])
 def test_the_attention_is_the_one_asked_for(saved, attention):
     loaded = model.load(configured(saved[0], attention=attention), 0, CPU)
     assert loaded.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_grouped_attention_is_the_librarys(saved, dtype):
+    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
+    there = torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
+    found = []
+    for attention in ("grouped", "sdpa"):
+        policy = model.load(configured(saved[0], attention=attention, dtype=dtype), 0, CPU)
+        logits = policy.model(input_ids=ids, attention_mask=there).logits[there.bool()]
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad for p in policy.trainable().values())])
+    tolerance = 1e-4 if dtype == "float32" else 1e-10
+    torch.testing.assert_close(found[0], found[1], atol=tolerance, rtol=tolerance)
+
+
+def test_what_is_saved_does_not_ask_for_our_attention(saved, tmp_path):
+    model.save(model.load(configured(saved[0], attention="grouped"), 0, CPU), tmp_path / "saved")
+    assert "grouped" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("attention", "changes", "shares"),
+    [
+        ("grouped", {}, True),
+        ("sdpa", {}, True),
+        ("eager", {}, True),
+        ("sdpa", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, False),
+    ],
+)
+def test_prompts_are_shared_where_a_layer_takes_any_mask(tiny_tokenizer, attention, changes, shares):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=len(tiny_tokenizer), num_key_value_heads=2, **sizes, **changes)
+    config._attn_implementation = attention
+    assert can_share(Qwen2ForCausalLM(config).eval(), autocast=False) is shares
+
+
+def test_a_decoder_that_does_not_do_as_the_mask_says_shares_no_prompts(tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    whole = policy.model.model.forward
+    monkeypatch.setattr(policy.model.model, "forward", lambda attention_mask, **given: whole(**given))
+    assert not can_share(policy.model, autocast=False)
 
 
 def test_reading_and_writing_weights_is_silent(saved, capfd):

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo import rollout
+from pspo.batch import make_batch
 from pspo.dataset import Problem, Prompt, render
-from pspo.logprob import make_batch, token_logprobs
+from pspo.decode import Fused, Library
+from pspo.logprob import token_logprobs
 from pspo.model import Policy
 from pspo.rollout import draw, sample, uniforms
 
@@ -154,17 +156,34 @@ def test_the_order_of_the_answers_is_that_of_the_prompts(policy, prompts):
     assert sampled(policy, []) == []
 
 
+@pytest.fixture(params=[Fused, Library], ids=lambda decoder: decoder.__name__)
+def each_decoder(request, monkeypatch):
+    """The sampler on one decoder, then on the other."""
+    monkeypatch.setattr(rollout, "make_decoder", request.param)
+    return request.param
+
+
+def watched(policy, monkeypatch):
+    """The shapes (rows, positions) of all that is embedded from now on."""
+    shapes = []
+    embed = policy.model.get_input_embeddings()
+    monkeypatch.setattr(
+        embed, "forward", lambda ids, forward=embed.forward: (shapes.append(ids.shape), forward(ids))[1]
+    )
+    step = Fused.step
+    monkeypatch.setattr(Fused, "step", lambda self, ids: (shapes.append((len(ids), 1)), step(self, ids))[1])
+    return shapes
+
+
 @pytest.mark.parametrize("max_rows", [1, 3, 5, 1000])
-def test_no_more_rows_than_allowed_are_decoded_at_one_time(policy, prompts, monkeypatch, max_rows):
-    rows, forward = [], rollout._forward
-    monkeypatch.setattr(rollout, "_forward", lambda p, ids, *a: (rows.append(len(ids)), forward(p, ids, *a))[1])
+def test_no_more_rows_than_allowed_are_decoded_at_one_time(each_decoder, policy, prompts, monkeypatch, max_rows):
+    shapes = watched(policy, monkeypatch)
     sampled(policy, prompts, max_rows=max_rows)
-    assert max(rows) <= max_rows
+    assert max(shape[0] for shape in shapes) <= max_rows
 
 
-def test_a_prompt_is_prefilled_once_for_its_group(policy, prompts, monkeypatch):
-    shapes, forward = [], rollout._forward
-    monkeypatch.setattr(rollout, "_forward", lambda p, ids, *a: (shapes.append(ids.shape), forward(p, ids, *a))[1])
+def test_a_prompt_is_prefilled_once_for_its_group(each_decoder, policy, prompts, monkeypatch):
+    shapes = watched(policy, monkeypatch)
     sampled(policy, prompts, group_size=8)
     assert shapes[0] == (len(prompts), max(len(p.token_ids) for p in prompts))
     assert {shape[1] for shape in shapes[1:]} == {1}
@@ -446,7 +465,7 @@ def test_a_completion_ends_with_its_stop_token_or_is_cut_off(policy, prompts):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_when_finished_rows_leave_the_batch_changes_nothing(policy, prompts, monkeypatch, share):
+def test_when_finished_rows_leave_the_batch_changes_nothing(each_decoder, policy, prompts, monkeypatch, share):
     reference = sampled(policy, prompts, group_size=8)
     monkeypatch.setattr(rollout, "COMPACT_BELOW", share)
     other = sampled(policy, prompts, group_size=8)
@@ -456,10 +475,10 @@ def test_when_finished_rows_leave_the_batch_changes_nothing(policy, prompts, mon
         assert (a.finished, a.text) == (b.finished, b.text)
 
 
-def test_finished_rows_do_leave_the_batch(policy, prompts, monkeypatch):
-    rows, forward = [], rollout._forward
-    monkeypatch.setattr(rollout, "_forward", lambda p, ids, *a: (rows.append(len(ids)), forward(p, ids, *a))[1])
+def test_finished_rows_do_leave_the_batch(each_decoder, policy, prompts, monkeypatch):
+    shapes = watched(policy, monkeypatch)
     sampled(policy, prompts, group_size=16, max_rows=1000)
+    rows = [shape[0] for shape in shapes]
     assert rows[1] == 96
     assert rows[-1] < 0.75 * rows[1]
 

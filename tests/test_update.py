@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from pspo import experience, logprob
 from pspo import update as module
 from pspo.advantage import GAE, Group
+from pspo.batch import make_batch
 from pspo.config import default_objective
 from pspo.critic import make_critic
 from pspo.dataset import Problem, Prompt
-from pspo.experience import Row, make_rows, pack
-from pspo.logprob import Batch, make_batch
+from pspo.experience import Row, batch_of, make_rows, pack
 from pspo.loss import Loss
+from pspo.model import Policy, tiny
 from pspo.objective import OBJECTIVES, PSPO
 from pspo.rollout import sample
 from pspo.schema import ConfigError
@@ -31,8 +32,8 @@ every = pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
 cuts = pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        pytest.param({"attention": "eager"}, 1e-6, id="float32-eager"),
-        pytest.param({"attention": "sdpa"}, 1e-6, id="float32-sdpa"),
+        pytest.param({"attention": "eager"}, 2e-6, id="float32-eager"),
+        pytest.param({"attention": "sdpa"}, 2e-6, id="float32-sdpa"),
         pytest.param({"dtype": torch.float64, "exact": True}, 1e-12, id="float64"),
     ],
 )
@@ -105,28 +106,62 @@ def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, fai
 # --- micro-batches
 
 
+@pytest.fixture(scope="module")
+def one_policy(tiny_tokenizer):
+    """For what looks at no weight."""
+    architecture = tiny.Architecture(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2
+    )
+    model = tiny.make_model(architecture, tiny_tokenizer, 0, "sdpa")
+    return Policy(model, tiny_tokenizer, [2], autocast=False, gradient_checkpointing=False)
+
+
+def blank(prompt, length):
+    return Row(prompt, [7] * length, [0.0] * length, [0.0] * length)
+
+
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=40),
+    lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 60)), min_size=1, max_size=40),
     max_tokens=st.integers(1, 400),
+    shares=st.booleans(),
 )
-def test_pack_takes_every_row_once_and_keeps_to_its_budget(lengths, max_tokens):
-    packed = pack([p + c for p, c in lengths], max_tokens)
-    assert sorted(i for micro in packed for i in micro) == list(range(len(lengths)))
-    for micro in packed:
-        assert micro
-        longest = max(sum(lengths[i]) for i in micro)
-        assert len(micro) == 1 or len(micro) * longest <= max_tokens
-        prompts, completions = zip(*([[0] * p, [i] * c] for i, (p, c) in ((i, lengths[i]) for i in micro)), strict=True)
-        batch = make_batch(prompts, completions, 0, torch.device("cpu"))
-        assert len(micro) == 1 or batch.input_ids_BS.numel() <= max_tokens
+def test_pack_takes_every_row_once_and_keeps_to_its_budget(one_policy, lengths, max_tokens, shares):
+    rows, policy = [blank([9] * p, c) for p, c in lengths], replace(one_policy, shares_prompts=shares)
+    packed = pack(rows, max_tokens, policy)
+    assert sorted(i for chosen, _ in packed for i in chosen) == list(range(len(rows)))
+    for chosen, sizes in packed:
+        assert chosen
+        assert sizes is None or (shares and sum(sizes) == len(chosen))
+        batch = batch_of([rows[i] for i in chosen], policy, sizes)  # which takes the prompt of the first of a bundle
+        assert len(batch.input_ids_RS) == 1 or batch.input_ids_RS.numel() <= max_tokens
+        assert batch.num_tokens <= sum(lengths[i][0] + lengths[i][1] - 1 for i in chosen)
 
 
-def test_pack_uses_its_budget():
-    lengths = [10] * 8
-    assert [len(micro) for micro in pack(lengths, 40)] == [4, 4]
-    assert [len(micro) for micro in pack(lengths, 39)] == [3, 3, 2]
-    assert [len(micro) for micro in pack(lengths, 1)] == [1] * 8
-    assert pack([], 40) == []
+def test_pack_uses_its_budget(one_policy):
+    rows = [blank([9] * 5, 6)] * 8  # ten positions, as the last token predicts nothing
+    assert [len(chosen) for chosen, _ in pack(rows, 40, one_policy)] == [4, 4]
+    assert sorted(len(chosen) for chosen, _ in pack(rows, 39, one_policy)) == [2, 3, 3]
+    assert [len(chosen) for chosen, _ in pack(rows, 1, one_policy)] == [1] * 8
+    assert pack([], 40, one_policy) == []
+
+
+def test_pack_cuts_where_that_saves_more_padding_than_it_costs(one_policy, monkeypatch):
+    rows = [blank([9], length) for length in [3] * 10 + [30] * 2]  # together 10 · 27 positions of padding
+    assert [len(chosen) for chosen, _ in pack(rows, 10_000, one_policy)] == [10, 2]
+    monkeypatch.setitem(experience.MICRO_BATCH, "cpu", 1000)
+    assert [len(chosen) for chosen, _ in pack(rows, 10_000, one_policy)] == [12]
+
+
+def test_completions_share_their_prompt_up_to_the_length_that_costs_least(one_policy):
+    hidden_size, prompt = one_policy.model.config.hidden_size, [9] * 20
+    most = (20 * (6 * hidden_size + 20)) ** 0.5  # 65 tokens
+    rows = [blank(prompt, 16)] * 9 + [blank([8], 16)]
+    ((chosen, sizes),) = pack(rows, 10_000, replace(one_policy, shares_prompts=True))
+    assert sorted(sizes) == [1, 1, 4, 4] == sorted([1, 9 % (most // 16), most // 16, most // 16])
+    first = 0
+    for size in sizes:
+        assert len({tuple(rows[i].prompt_ids) for i in chosen[first : first + size]}) == 1
+        first += size
 
 
 @pytest.mark.parametrize("max_tokens", [10_000, 40])
@@ -163,16 +198,15 @@ def test_loss_gradient_and_statistics_from_the_librarys_logits(tiny_policy, max_
     assert {name: result[name] for name in told} == pytest.approx(told, rel=1e-10)
 
 
-def number_of_micro_batches(rows):
-    lengths = [len(row.prompt_ids) + len(row.token_ids) for row in rows]
-    return [len(pack(lengths, max_tokens)) for max_tokens in (10_000, 40, 1)]
+def number_of_micro_batches(policy, rows):
+    return [len(pack(rows, max_tokens, policy)) for max_tokens in (10_000, 40, 1)]
 
 
 @every
 @cuts
 def test_loss_and_gradient_do_not_depend_on_micro_batches(tiny_policy, objective, options, tolerance):
     policy, rows = tiny_policy(**options), make()
-    assert number_of_micro_batches(rows) == [1, 3, 8]
+    assert number_of_micro_batches(policy, rows) == [1, 3, 8]
     loss, whole, result = accumulated(policy, objective, rows, 10_000)
     assert whole.norm() > 0.01
     for max_tokens in (40, 1):
@@ -198,15 +232,17 @@ def test_loss_and_gradient_do_not_depend_on_padding(tiny_policy, monkeypatch, ob
     policy, rows = tiny_policy(**options), make()
     loss, plain, result = accumulated(policy, objective, rows, 10_000)
 
-    def wider(prompts, completions, pad_id, device):
-        batch = make_batch(prompts, completions, pad_id, device)
-        pad = torch.nn.functional.pad
-        return Batch(
-            pad(batch.input_ids_BS, (0, 7), value=pad_id),
-            pad(batch.attention_BS, (0, 7)),
-            pad(batch.position_BT, (0, 4), value=batch.input_ids_BS.shape[1] + 6),
-            pad(batch.token_ids_BT, (0, 4), value=pad_id),
-            pad(batch.mask_BT, (0, 4)),
+    def wider(prompts, completions, pad_id, device, sizes):
+        batch = make_batch(prompts, completions, pad_id, device, sizes)
+        pad, width = torch.nn.functional.pad, batch.input_ids_RS.shape[1]
+        return replace(
+            batch,
+            input_ids_RS=pad(batch.input_ids_RS, (0, 7), value=pad_id),
+            position_RS=pad(batch.position_RS, (0, 7)),
+            attention=pad(batch.attention, (0, 7)),
+            source_BT=pad(batch.source_BT + batch.source_BT // width * 7, (0, 4)),
+            token_ids_BT=pad(batch.token_ids_BT, (0, 4), value=pad_id),
+            mask_BT=pad(batch.mask_BT, (0, 4)),
         )
 
     monkeypatch.setattr(experience, "make_batch", wider)
