@@ -1,20 +1,33 @@
+"""What all tests share. It imports nothing heavy itself: the process that deals tests to workers reads it too."""
+
 import hypothesis
 import pytest
-import torch
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
-from pspo.model import Policy, stop_ids, tiny
 
 hypothesis.settings.register_profile("pspo", max_examples=50, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("pspo")
-torch.set_num_threads(1)  # tensors this small gain nothing from more, and workers side by side lose much
 
 TEXTS = ["Tom has 3 apples and buys 4 more. How many apples?", "3+4=7\n#### 7", "12*5=60\n#### 60"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from more, and workers side by side lose much."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache of warm policies for all runs of a module."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A tokenizer of about a hundred tokens, with the chat template of the embedded policy."""
+    from pspo.model import tiny
+
     return tiny.train_tokenizer(TEXTS, 128)
 
 
@@ -25,6 +38,10 @@ def tiny_policy(tiny_tokenizer):
     The library's norms, and the softmax of its eager attention, work in float32 whatever the dtype of the model.
     ``exact=True`` makes a float64 policy that is float64 throughout.
     """
+    import torch
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    from pspo.model import Policy, stop_ids, tiny
 
     def make(dtype=torch.float32, *, seed=0, attention="eager", gradient_checkpointing=False, exact=False):
         attention = "sdpa" if exact else attention
