@@ -17,10 +17,20 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """One cache of warm policies for all runs of a module."""
+    """Where runs find the warm policy that the first of them has made."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory, cache):
+    """The directory of a run that nothing has disturbed, as ``forked`` makes it; to be left as it is."""
+    from forked import make, only_run, output_of
+
+    cwd = tmp_path_factory.mktemp("unbroken")
+    assert make(cwd, cache) == 0, output_of(cwd)
+    return only_run(cwd)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import SMALL
 
 from pspo.config import compose
 from pspo.model import tiny
 from pspo.prefetch import exports, fetch, verify
 from pspo.schema import ConfigError
-from tests.test_run import SMALL
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c" * 40
