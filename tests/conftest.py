@@ -1,5 +1,8 @@
 """What all tests share. It imports nothing heavy itself: the process that deals tests to workers reads it too."""
 
+import copy
+import functools
+
 import hypothesis
 import pytest
 
@@ -41,8 +44,18 @@ def tiny_tokenizer():
     return tiny.train_tokenizer(TEXTS, 128)
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tiny_tokenizer):
+    """The random models that tests have asked for, to be copied."""
+    from pspo.model import tiny
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    architecture = tiny.Architecture(vocab_size=128, **sizes)
+    return functools.cache(lambda seed, attention: tiny.make_model(architecture, tiny_tokenizer, seed, attention))
+
+
 @pytest.fixture
-def tiny_policy(tiny_tokenizer):
+def tiny_policy(tiny_tokenizer, tiny_models):
     """Factory of policies with two random Qwen2 layers: the same weights for the same seed in every dtype.
 
     The library's norms, and the softmax of its eager attention, work in float32 whatever the dtype of the model.
@@ -51,14 +64,11 @@ def tiny_policy(tiny_tokenizer):
     import torch
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-    from pspo.model import Policy, stop_ids, tiny
+    from pspo.model import Policy, stop_ids
 
     def make(dtype=torch.float32, *, seed=0, attention="eager", gradient_checkpointing=False, exact=False):
         attention = "sdpa" if exact else attention
-        architecture = tiny.Architecture(
-            vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
-        )
-        model = tiny.make_model(architecture, tiny_tokenizer, seed, attention).to(dtype)
+        model = copy.deepcopy(tiny_models(seed, attention)).to(dtype)
         for name, module in list(model.named_modules()) if exact else []:
             if isinstance(module, Qwen2RMSNorm):
                 norm = torch.nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)

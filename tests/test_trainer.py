@@ -1,6 +1,6 @@
 import pytest
 import torch
-from training import composed
+from training import configured
 from transformers import get_linear_schedule_with_warmup
 
 from pspo.budget import Progress
@@ -9,7 +9,7 @@ from pspo.trainer import State, Trainer
 
 
 def make_trainer(policy, directory, *overrides):
-    config = composed("tracker=jsonl", "optimizer.decay=linear", *overrides)
+    config = configured("tracker=jsonl", "optimizer.decay=linear", *overrides)
     tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
     return Trainer(config, directory, policy, [], [], None, tracker)
 
