@@ -1,6 +1,5 @@
 """Runs in forks of this process, which has imported everything: a second each, and to be killed at any instant."""
 
-import functools
 import hashlib
 import os
 import re
@@ -9,11 +8,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from pspo import report
-from pspo.config import compose
-from pspo.run import run
+from huggingface_hub import constants
+from training import composed
 
-TINY = [
+from pspo import report
+from pspo.run import cli, run
+
+SMALL = [
     "model.warm_start.worked_steps=20",
     "model.warm_start.mixed_steps=10",
     "model.warm_start.batch_size=16",
@@ -31,9 +32,8 @@ TINY = [
     "checkpoint.every=1",
     "threads=1",
     "tracker=jsonl",
-    "reward=custom",
-    "reward.function=mine.py:reward",
 ]
+TINY = [*SMALL, "reward=custom", "reward.function=mine.py:reward"]
 
 REWARD = """
 import random
@@ -46,14 +46,14 @@ def reward(completion, problem):  # has a spread in every group, and draws from 
 """
 
 
-composed = functools.cache(compose)
-
-
-def fork(cwd, cache, overrides=(), *, hook=None, environment=(), drawn=False):
-    """Start a run in a fork, ``hook`` first; returns its process id. What it prints is in ``output.txt``."""
+def fork(cwd, cache, overrides=(), *, work=None, hook=None, environment=(), drawn=False):
+    """Start a run, or other work, in a fork, ``hook`` first; returns its process id. It prints into ``output.txt``."""
     cwd.mkdir(parents=True, exist_ok=True)
     (cwd / "mine.py").write_text(REWARD)
-    config = composed((*TINY, *overrides))
+    overrides = [*TINY, *overrides]
+    if work is None:
+        config = composed(*overrides)
+        work = lambda: run(config, overrides)  # noqa: E731
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -66,13 +66,14 @@ def fork(cwd, cache, overrides=(), *, hook=None, environment=(), drawn=False):
         sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))  # noqa: SIM115  not pytest's
         for name in ("SIGUSR2", "SIGTERM"):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-        os.environ.update({"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"})
+        constants.HF_HUB_OFFLINE = True  # has been read from the environment already
+        os.environ.update({"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "offline"})
         os.environ.update(environment)
         if not drawn:
             report.write_curves = report.write_report = lambda directory: None  # half of so small a run's time
         if hook is not None:
             hook()
-        run(config, list(overrides))
+        work()
         status = 0
     except SystemExit as left:
         status = left.code or 0
@@ -93,32 +94,60 @@ def make(cwd, cache, overrides=(), **settings):
     return wait(fork(cwd, cache, overrides, **settings))
 
 
+def command(*arguments):
+    """``python -m pspo.run`` with these arguments, as the work of a fork."""
+
+    def work():
+        sys.argv = ["pspo.run", *arguments]
+        cli()
+
+    return work
+
+
+def at(place, name, call, signum):
+    """A hook that sends the process a signal in the ``call``-th call of a function."""
+    function, calls = getattr(place, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signum)
+        return function(*args, **kwargs)
+
+    return lambda: setattr(place, name, counted)
+
+
 def only_run(cwd):
     (directory,) = (path for path in (cwd / "outputs" / "main").iterdir() if path.name[0] != ".")
     return directory
 
 
-def ends(directory):
-    """Digests of all that a run comes to, the newest checkpoint too, without what depends on the clock or on memory."""
-    newest = max((directory / "checkpoints").glob("step_*"))
+def fingerprint(directory):
+    """Digests of all files, without what depends on the clock, on memory or on the number of processes, and W&B's."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
-        if (
-            not path.is_file()
-            or name.startswith(("wandb", "."))
-            or path.name in ("run.log", "config.yaml", "overrides.yaml")
-        ):
-            continue
-        if name.startswith("checkpoints/step_") and newest not in path.parents:
+        if not path.is_file() or name.startswith(("wandb", ".")) or name == "run.log":
             continue
         content = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
             content = re.sub(rb'"(time|memory)/.*?(,|\n|})', b"", content)
-        if path.suffix == ".html":
+        if path.suffix == ".html":  # one line of the page for each such number
             content = b"\n".join(line for line in content.split(b"\n") if not re.search(rb"(time|memory)/", line))
         found[name] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def ends(directory):
+    """What a run comes to: its fingerprint without how it was asked for, and of its checkpoints the newest alone."""
+    newest = max((directory / "checkpoints").glob("step_*")).name
+    return {
+        name: digest
+        for name, digest in fingerprint(directory).items()
+        if name not in ("config.yaml", "overrides.yaml")
+        and (not name.startswith("checkpoints/step_") or newest in Path(name).parts)
+    }
 
 
 def log_of(cwd):

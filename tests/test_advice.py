@@ -1,14 +1,11 @@
-import copy
 from dataclasses import replace
-from functools import cache
 
 import pytest
-import yaml
+from training import configured
 
 from pspo.advice import advice
-from pspo.config import compose, default_objective, resolve
+from pspo.config import default_objective
 from pspo.objective import OBJECTIVES
-from pspo.schema import as_dict
 
 INERT = "one optimizer step per rollout: every ratio is 1 and the trust region is inert"
 RESCALING = "is a mere rescaling here: linear smoothing multiplies the gradient by 1 - alpha"
@@ -65,26 +62,9 @@ TABLE = [
 ]
 
 
-@cache
-def composed(options):
-    """Composing takes a while, so that keys are set here and options are composed once."""
-    return as_dict(compose(options))
-
-
-def config_of(overrides):
-    options = tuple(override for override in overrides if "." not in override.partition("=")[0])
-    values = copy.deepcopy(composed(options))
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if override not in options:
-            block, _, field = name.partition(".")
-            values[block][field] = yaml.safe_load(value)
-    return resolve(values)
-
-
 @pytest.mark.parametrize(("overrides", "told"), TABLE)
 def test_what_is_said_of_a_run(overrides, told):
-    sentences = advice(config_of(overrides.split()))
+    sentences = advice(configured(*overrides.split()))
     assert [next(start for start in ALL if start in sentence) for sentence in sentences] == told
 
 
@@ -92,25 +72,25 @@ def test_what_is_said_of_a_run(overrides, told):
 def test_nothing_is_said_of_other_objectives_but_that_they_are_inert(name):
     """pspo_geometric and pspo_clip are not linear in the ratio; the others have no alpha."""
     for options in ([], ["optimizer=sgd"]):
-        config = replace(config_of(options), objective=default_objective(name))
+        config = replace(configured(*options), objective=default_objective(name))
         assert advice(config) == []
-        (sentence,) = advice(replace(config, update=config_of(SINGLE).update))
+        (sentence,) = advice(replace(config, update=configured(*SINGLE).update))
         assert sentence.startswith(INERT)
 
 
 def test_a_mere_rescaling_is_told_with_its_alpha_and_with_what_would_change_it():
-    (sentence,) = advice(config_of(["objective.alpha=0.25"]))
+    (sentence,) = advice(configured("objective.alpha=0.25"))
     assert sentence.startswith("alpha=0.25 is a mere rescaling here")
     remedies = [["objective=pspo_geometric"], ["objective=pspo_clip"], KL, ENTROPY, ["smoothing=linear"]]
     for remedy in remedies:
         for override in remedy:
             name, _, value = override.partition("=")
             assert name in sentence or value in sentence
-        assert not any(RESCALING in told for told in advice(config_of(remedy)))
+        assert not any(RESCALING in told for told in advice(configured(*remedy)))
     assert "optimizer=sgd" in sentence
 
 
 def test_one_step_per_rollout_is_told_with_the_keys_that_change_it():
-    (sentence, _) = advice(config_of(SINGLE))
+    (sentence, _) = advice(configured(*SINGLE))
     assert "update.num_epochs" in sentence
     assert "update.num_minibatches" in sentence

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from training import composed
 
 from pspo.config import CONF, Config, compose, groups, identity, open_keys, resolve, run_directory
 from pspo.help import EXAMPLES, help_text
@@ -17,25 +18,25 @@ REQUIRED = {("reward", "custom"): ["reward.function=mine.py:f"], ("dataset", "js
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_to_a_valid_configuration(group, option):
-    config = compose([f"{group}={option}", *REQUIRED.get((group, option), [])])
+    config = composed(f"{group}={option}", *REQUIRED.get((group, option), []))
     assert isinstance(config, Config)
     if hasattr(config, group) and group != "smoothing":
         assert getattr(config, group).name == option
 
 
 def test_changing_the_objective_changes_the_objective_block_alone():
-    base = as_dict(compose(["objective=noclip"]))
+    base = as_dict(composed("objective=noclip"))
     for objective in groups()["objective"]:
-        other = as_dict(compose([f"objective={objective}"]))
+        other = as_dict(composed(f"objective={objective}"))
         assert {name for name in base if base[name] != other[name]} <= {"objective"}
 
 
 @pytest.mark.parametrize(("preset", "alpha"), [("none", 0.1), ("light", 0.05), ("paper", 0.1), ("strong", 0.3)])
 def test_smoothing_sets_alpha_and_nothing_else(preset, alpha):
-    base, smoothed = as_dict(compose()), as_dict(compose([f"smoothing={preset}"]))
+    base, smoothed = as_dict(composed()), as_dict(composed(f"smoothing={preset}"))
     assert smoothed["objective"]["alpha"] == alpha
     assert {name for name in base if base[name] != smoothed[name]} <= {"objective", "smoothing"}
-    assert identity(compose([f"smoothing={preset}"])) == identity(compose([f"objective.alpha={alpha}"]))
+    assert identity(composed(f"smoothing={preset}")) == identity(composed(f"objective.alpha={alpha}"))
 
 
 def test_alpha_given_twice_is_refused():
@@ -44,26 +45,26 @@ def test_alpha_given_twice_is_refused():
         ["smoothing=strong", "experiment=paper_qwen0_5b_pspo"],
     ):
         with pytest.raises(ConfigError, match=r"smoothing=strong sets alpha to 0\.3, but objective\.alpha="):
-            compose(overrides)
+            composed(*overrides)
 
 
 def test_a_run_directory_is_a_value_as_it_stands():
     for path in ("outputs/main/pspo_seed=1_budget.steps=3_seed0_d4d609e9", "/a/b=c", "a=", "~/x=1+2"):
-        assert compose([f"continue_from={path}"]).continue_from == path
-        assert compose([f"continue_from='{path}'"]).continue_from == path
+        assert composed(f"continue_from={path}").continue_from == path
+        assert composed(f"continue_from='{path}'").continue_from == path
 
 
 def test_what_bounds_memory_alone_does_not_name_a_run():
-    base = identity(compose())
+    base = identity(composed())
     for override in ("update.max_tokens=99", "rollout.max_rows=9", "model.gradient_checkpointing=true", "threads=1"):
-        assert identity(compose([override])) == base
+        assert identity(composed(override)) == base
 
 
 def test_a_hub_model_trains_on_gsm8k_unless_a_dataset_is_given():
     for model in groups()["model"]:
         expected = "embedded" if model == "tiny" else "gsm8k"
-        assert compose([f"model={model}"]).dataset.name == expected
-        assert compose([f"model={model}", "dataset=svamp"]).dataset.name == "svamp"
+        assert composed(f"model={model}").dataset.name == expected
+        assert composed(f"model={model}", "dataset=svamp").dataset.name == "svamp"
 
 
 PAPER = {  # paper.md: lr, eps, epochs
@@ -79,7 +80,7 @@ PAPER = {  # paper.md: lr, eps, epochs
 @pytest.mark.parametrize("arm", PAPER)
 def test_the_papers_arms_have_the_published_settings(arm):
     lr, eps, epochs = PAPER[arm]
-    config = compose([f"experiment={arm}"])
+    config = composed(f"experiment={arm}")
     _, model, objective = re.fullmatch(r"(paper)_(qwen\d_5b)_(\w+)", arm).groups()
     assert (config.model.name, config.objective.name, config.dataset.name) == (model, objective, "gsm8k")
     assert (config.optimizer.lr, config.update.num_epochs, config.selection) == (lr, epochs, "best")
@@ -195,14 +196,14 @@ def test_values_stand_in_yaml_and_not_in_python():
 
 def test_the_directory_is_named_by_what_was_run(tmp_path):
     overrides = [f"output_dir={tmp_path}", "objective=clip", "objective.eps_low=0.3", "seed=3", "tracker=jsonl"]
-    config = compose(overrides)
+    config = composed(*overrides)
     directory = run_directory(config, overrides)
     assert directory == tmp_path / "main" / f"clip_eps_low=0.3_seed3_{identity(config)}"
     directory.mkdir(parents=True)
     same = [*overrides, "objective.eps_high=0.2", "checkpoint.keep=9", "device=cpu"]  # a default spelt out
-    assert run_directory(compose(same), same) == directory
+    assert run_directory(composed(*same), same) == directory
     other = [*overrides, "rollout.top_p=0.9"]
-    assert run_directory(compose(other), other) != directory
+    assert run_directory(composed(*other), other) != directory
 
 
 def test_help_names_groups_options_keys_and_five_examples():
@@ -221,7 +222,7 @@ def test_examples_of_the_help_compose():
 
 
 def test_as_dict_and_build_are_inverse():
-    config = compose()
+    config = composed()
     assert resolve(as_dict(config)) == config
     assert yaml.safe_load(yaml.safe_dump(as_dict(config))) == as_dict(config)
 

@@ -1,21 +1,17 @@
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from training import Killed, make_trainer
 
 from pspo.advantage import GAE, Group
-from pspo.config import compose, default_objective
+from pspo.config import default_objective
 from pspo.critic import make_critic
-from pspo.dataset import Problem, Prompt
 from pspo.experience import Row, batch_of, score
 from pspo.logprob import token_logprobs
 from pspo.loss import Loss
-from pspo.reward import Score
 from pspo.statistics import Statistics
-from pspo.tracker import Tracker
-from pspo.trainer import Trainer
 from pspo.update import Learner, Update, accumulate, update
 
 LOSS = Loss(importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False)
@@ -226,35 +222,10 @@ def test_gradients_of_policy_and_critic_are_clipped_each_by_themselves(tiny_poli
         torch.testing.assert_close(moved, -0.01 * gradient / gradient.norm(), rtol=1e-4, atol=1e-12)
 
 
-class Killed(Exception):
-    pass
-
-
-def make_trainer(policy, directory, *overrides, calls=math.inf):
-    """A trainer of four steps of eight completions, from its newest checkpoint on, killed after so many of them."""
-    directory.mkdir(exist_ok=True)
-    small = ["rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=4", "optimizer.lr=1e-3"]
-    config = compose(["tracker=jsonl", "advantage=gae", "checkpoint.every=2", "budget.steps=4", *small, *overrides])
-    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
-    prompts = [Prompt(Problem(str(i), "", "", ""), [10 + i, 20 + i]) for i in range(8)]
-
-    seen = []
-
-    def reward(completion, problem):
-        seen.append(completion)
-        if len(seen) > calls:
-            raise Killed
-        return Score(float(len(completion) % 3), False, {}, True)
-
-    trainer = Trainer(config, directory, policy, prompts, [], reward, tracker)
-    trainer.resume()
-    return trainer
-
-
 @both
 def test_its_learning_rate_follows_that_of_the_policy(tiny_policy, tmp_path, kind):
     schedule = ["optimizer.warmup_steps=3", "optimizer.decay=linear"]
-    overrides = [f"advantage.critic={kind}", "advantage.value_lr=4e-3", *schedule]
+    overrides = ["advantage=gae", f"advantage.critic={kind}", "advantage.value_lr=4e-3", *schedule]
     trainer, rates = make_trainer(tiny_policy(), tmp_path, *overrides), []
     trainer.optimizer.register_step_pre_hook(lambda made, *_: rates.append([g["lr"] for g in made.param_groups]))
     trainer.run()
@@ -267,7 +238,7 @@ def test_its_learning_rate_follows_that_of_the_policy(tiny_policy, tmp_path, kin
 
 @both
 def test_a_resumed_run_ends_with_the_bits_of_the_unbroken_one(tiny_policy, tmp_path, kind):
-    overrides = [f"advantage.critic={kind}", "objective=clip"]
+    overrides = ["advantage=gae", f"advantage.critic={kind}", "objective=clip"]
     whole = make_trainer(tiny_policy(), tmp_path / "whole", *overrides)
     whole.run()
     with pytest.raises(Killed):  # in the fourth step: the third is lost, for no checkpoint has it

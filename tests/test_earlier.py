@@ -3,18 +3,12 @@ import shutil
 
 import pytest
 from forked import TINY, ends, log_of, make, only_run, output_of
+from training import composed
 
 from pspo import checkpoint
-from pspo.config import compose, identity, run_directory
+from pspo.config import identity, run_directory
 from pspo.earlier import check
 from pspo.schema import ConfigError
-
-RARELY = ["checkpoint.every=100"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +16,6 @@ def finished(tmp_path_factory, cache):
     """A run of 3 steps: its last validation is one that a longer run does not make."""
     cwd = tmp_path_factory.mktemp("finished")
     assert make(cwd, cache, ["budget.steps=3"]) == 0
-    return only_run(cwd)
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache):
-    cwd = tmp_path_factory.mktemp("unbroken")
-    assert make(cwd, cache) == 0
     return only_run(cwd)
 
 
@@ -65,7 +52,7 @@ def test_a_longer_budget_keeps_the_best_weights_so_far(cache, tmp_path):
     ],
 )
 def test_what_cannot_be_continued_is_one_sentence(finished, tmp_path, overrides, reason):
-    config = compose([*TINY, *overrides, f"continue_from={finished}"])
+    config = composed(*TINY, *overrides, f"continue_from={finished}")
     with pytest.raises(ConfigError, match=reason) as caught:
         check(config, tmp_path / "new")
     assert str(caught.value).startswith("continue_from=")
@@ -82,12 +69,12 @@ def test_a_schedule_that_follows_the_budget_is_not_continued(finished, tmp_path)
     assert "decay: constant" in text
     (linear / "config.yaml").write_text(text.replace("decay: constant", "decay: linear"))
     with pytest.raises(ConfigError, match=r"optimizer\.decay=linear follows the budget"):
-        check(compose([*TINY, "optimizer.decay=linear", f"continue_from={linear}"]), tmp_path / "new")
+        check(composed(*TINY, "optimizer.decay=linear", f"continue_from={linear}"), tmp_path / "new")
 
 
 def test_a_run_that_is_not_finished_is_not_continued(finished, tmp_path):
     with pytest.raises(ConfigError, match="not the directory of a finished run"):
-        check(compose([*TINY, f"continue_from={finished.parent}"]), tmp_path / "new")
+        check(composed(*TINY, f"continue_from={finished.parent}"), tmp_path / "new")
 
 
 def test_a_run_whose_last_checkpoint_is_torn_is_not_continued(finished, cache, tmp_path):
@@ -121,7 +108,7 @@ def test_a_finished_run_is_made_again_on_request_and_the_earlier_one_kept(finish
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_before_anything_is_written(finished, cache, tmp_path):
-    config = compose([*TINY, "seed=5"])
+    config = composed(*TINY, "seed=5")
     directory = tmp_path / run_directory(config, ["seed=5"])
     shutil.copytree(finished / "checkpoints", directory / "checkpoints")
     assert make(tmp_path, cache, ["seed=5"]) == 1
@@ -130,7 +117,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_before_anything_is_wri
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
-    config = compose(TINY)
+    config = composed(*TINY)
     checkpoint.save(tmp_path / "checkpoints", "step_000001", {}, {"identity": identity(config)})
     check(config, tmp_path)
     path = tmp_path / "checkpoints" / "step_000001" / "meta.json"

@@ -7,19 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training import make_trainer, problems
 
 from pspo.advantage import GAE, Group, LeaveOneOut, Mean
 from pspo.batch import make_batch
-from pspo.config import compose
 from pspo.critic import make_critic
-from pspo.dataset import Problem, Prompt, order
+from pspo.dataset import order
 from pspo.experience import Collected, Row, collect, make_rows, score
 from pspo.logprob import token_logprobs
 from pspo.reward import Score
 from pspo.rollout import Completion, Rollout, sample
 from pspo.stream import Stream
-from pspo.tracker import Tracker
-from pspo.trainer import Trainer
 
 ROLLOUT = Rollout(
     prompts=3,
@@ -32,10 +30,6 @@ ROLLOUT = Rollout(
     max_rows=64,
 )
 GROUP = Group(name="group", ddof=1, eps=1e-4)
-
-
-def problems(number):
-    return [Prompt(Problem(str(i), "", "", ""), [10 + i, 20 + i]) for i in range(number)]
 
 
 def scripted(spread):
@@ -322,11 +316,9 @@ def test_rows_of_a_value_model_have_values_returns_and_advantages_of_tokens(tiny
 # --- a step of a run
 
 
-def make_trainer(policy, directory, reward, *overrides):
-    small = ["rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=4", "rollout.max_redraws=2"]
-    config = compose(["tracker=jsonl", "budget.steps=2", *small, *overrides])
-    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
-    return Trainer(config, directory, policy, problems(20), [], reward, tracker)
+def trainer_of(policy, directory, reward, *overrides):
+    overrides = ("budget.steps=2", "rollout.max_redraws=2", *overrides)
+    return make_trainer(policy, directory, *overrides, reward=reward, num_problems=20)
 
 
 def weights(policy):
@@ -335,7 +327,7 @@ def weights(policy):
 
 def test_generated_and_used_prompts_are_both_counted(tiny_policy, tmp_path):
     places = order(20, 0, 0, 20)
-    trainer = make_trainer(tiny_policy(), tmp_path, scripted({places[i] for i in (0, 2, 3, 5)}))
+    trainer = trainer_of(tiny_policy(), tmp_path, scripted({places[i] for i in (0, 2, 3, 5)}))
     first, second = trainer._step(), trainer._step()
     assert (first["budget/prompts"], first["budget/prompts_used"]) == (3, 2)  # 0, 1 and 2
     assert (second["budget/prompts"], second["budget/prompts_used"]) == (6, 4)  # 3, 4 and 5
@@ -354,9 +346,9 @@ def test_generated_and_used_prompts_are_both_counted(tiny_policy, tmp_path):
 )
 def test_a_run_goes_on_where_a_step_has_nothing_to_learn_from(tiny_policy, tmp_path, overrides, spread):
     """No optimizer step, the weights are as before, and the run comes to its end."""
-    policy = replace(tiny_policy(), stop_ids=[1])  # never sampled in four tokens
+    policy = replace(tiny_policy(), stop_ids=[-1])  # no token ends a completion
     before = weights(policy)
-    trainer = make_trainer(policy, tmp_path, scripted(spread), *overrides)
+    trainer = trainer_of(policy, tmp_path, scripted(spread), *overrides)
     state = trainer.run()
     assert state.progress.steps == 2
     assert state.progress.optimizer_steps == 0

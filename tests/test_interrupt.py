@@ -9,39 +9,16 @@ from pathlib import Path
 
 import pytest
 import submitit
-from forked import REWARD, TINY, ends, log_of, make, only_run
+from forked import REWARD, TINY, at, ends, log_of, make, only_run
+from submitit.core.submission import process_job
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+from training import composed
 
 from pspo import interrupt, rollout, trainer
-from pspo.config import compose
+from pspo.run import run
 
 RARELY = ["checkpoint.every=100"]
 """Nothing but a signal, the end of the job's time and the end of the run makes a checkpoint."""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache):
-    cwd = tmp_path_factory.mktemp("unbroken")
-    assert make(cwd, cache, RARELY) == 0
-    return ends(only_run(cwd))
-
-
-def at(module, name, call, signum):
-    """Send this process a signal in the ``call``-th call of a function."""
-    function, calls = getattr(module, name), 0
-
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signum)
-        return function(*args, **kwargs)
-
-    return lambda: setattr(module, name, counted)
 
 
 # A run of TINY draws 8 tokens at a time: 8 for the test before, 16 for validation 0, 8 for a step, 16 after 2, 4, 5.
@@ -66,7 +43,7 @@ def test_a_signal_at_any_instant_loses_nothing(unbroken, cache, tmp_path, instan
         assert len(rows) == saved + 1
     assert make(tmp_path, cache, RARELY) == 0
     assert f"restart 1: process {owner(tmp_path)['pid']} on host {os.uname().nodename}, resumed" in log_of(tmp_path)
-    assert ends(only_run(tmp_path)) == unbroken
+    assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
 def owner(cwd):
@@ -82,7 +59,7 @@ def test_an_interrupted_validation_does_not_cost_the_step(unbroken, cache, tmp_p
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5][: len(rows)]
     assert "validation/greedy_accuracy" in rows[2]
     assert make(tmp_path, cache, RARELY) == 0
-    assert ends(only_run(tmp_path)) == unbroken
+    assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
 @pytest.mark.parametrize(
@@ -161,40 +138,27 @@ def test_sigterm_to_a_job_that_slurm_calls_running_is_a_preemption(monkeypatch, 
 class Job:
     """What submitit pickles: no state but what to run."""
 
-    def __init__(self, cwd, overrides):
-        self.cwd, self.overrides = cwd, overrides
-
     def __call__(self):
-        from pspo import report
-        from pspo.run import run
-
-        report.write_curves = report.write_report = lambda directory: None
-        os.chdir(self.cwd)
-        with open("attempts", "a") as file:
-            print(os.getpid(), file=file)
-        return str(run(compose([*TINY, *self.overrides]), self.overrides))
+        return str(run(composed(*TINY, *RARELY), [*TINY, *RARELY]))
 
     def checkpoint(self):
         return submitit.helpers.DelayedSubmission(self)
 
 
-def test_submitit_requeues_and_the_run_ends_like_the_unbroken_one(unbroken, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    (tmp_path / "mine.py").write_text(REWARD)
-    executor = submitit.LocalExecutor(tmp_path / "submitit")
-    executor.update_parameters(timeout_min=5)
-    job = executor.submit(Job(str(tmp_path), RARELY))
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not list(tmp_path.glob("outputs/main/*/completions.jsonl")):
-        time.sleep(0.01)
-    os.kill(owner(tmp_path)["pid"], signal.SIGUSR2)
-    assert job.result().endswith(only_run(tmp_path).name)
-    assert len((tmp_path / "attempts").read_text().split()) == 2
+def test_submitit_requeues_and_the_run_ends_like_the_unbroken_one(unbroken, cache, tmp_path):
+    """What submitit starts for a job, in a fork, and again where it asks for that; test_slurm has the whole of it."""
+    delayed = submitit.helpers.DelayedSubmission(Job())
+    delayed.set_timeout(5, max_num_timeout=3)
+    delayed.dump(tmp_path / "7_submitted.pkl")
+    names = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7"}
+    settings = {"work": lambda: process_job(tmp_path), "environment": names}
+    assert make(tmp_path, cache, hook=at(trainer, "update", 2, signal.SIGUSR2), **settings) == LOCAL_REQUEUE_RETURN_CODE
+    assert not (only_run(tmp_path) / "DONE").exists()
+    assert make(tmp_path, cache, **settings) == 0
     log = log_of(tmp_path)
     assert "stopped by SIGUSR2; handing over to SignalHandler.checkpoint_and_try_requeue" in log
     assert "restart 1" in log
-    assert ends(only_run(tmp_path)) == unbroken
+    assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
 @pytest.mark.parametrize("end", ["past", "in time", "unknown"])
@@ -204,7 +168,7 @@ def test_checkpoints_are_made_when_the_time_is_nearly_over_and_change_nothing_el
     assert make(tmp_path, cache, [*RARELY, "checkpoint.keep=9"], environment=environment) == 0
     saved = sorted(path.name for path in (only_run(tmp_path) / "checkpoints").iterdir())
     assert saved == [f"step_{step:06d}" for step in (range(6) if end == "past" else [5])]
-    assert ends(only_run(tmp_path)) == unbroken
+    assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
 def test_time_is_short_when_it_does_not_do_for_one_and_a_half_steps_and_saves(monkeypatch):

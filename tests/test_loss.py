@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training import configured
 
 from pspo.config import compose, default_objective
 from pspo.logprob import LOG_RATIO_CLAMP
@@ -537,11 +538,11 @@ REFUSED = {
 def test_an_importance_level_that_makes_no_sense_is_refused_with_the_reason(objective, level):
     overrides = [f"objective={objective.name}", f"loss.importance={level}"]
     if objective.name not in REFUSED:
-        assert compose(overrides).loss.importance == level
+        assert configured(*overrides).loss.importance == level
         return
     told = f"loss.importance={level} does not go with objective={objective.name}: {REFUSED[objective.name]}"
     with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
-        compose(overrides)
+        configured(*overrides)
 
 
 ONE_ADVANTAGE = "has one advantage for a completion, which advantage=gae does not give"
@@ -552,10 +553,10 @@ def test_advantages_of_tokens_are_refused_where_there_is_one_for_a_completion(na
     overrides = ["advantage=gae", f"objective={name}"]
     if name in ("gmpo", "topr", "vespo"):
         with pytest.raises(ConfigError, match=re.escape(f"objective={name} {ONE_ADVANTAGE}")):
-            compose(overrides)
+            configured(*overrides)
         return
-    assert compose(overrides).advantage.per_token
+    assert configured(*overrides).advantage.per_token
     if name not in REFUSED:
-        assert compose([*overrides, "loss.importance=sequence_token"]).advantage.per_token
+        assert configured(*overrides, "loss.importance=sequence_token").advantage.per_token
         with pytest.raises(ConfigError, match=re.escape(f"loss.importance=sequence {ONE_ADVANTAGE}")):
-            compose([*overrides, "loss.importance=sequence"])
+            configured(*overrides, "loss.importance=sequence")

@@ -13,12 +13,12 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import SMALL, command, make, output_of
 
 from pspo.config import compose
 from pspo.model import tiny
 from pspo.prefetch import exports, fetch, verify
 from pspo.schema import ConfigError
-from tests.test_run import SMALL
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c" * 40
@@ -151,9 +151,14 @@ def test_what_was_fetched_is_not_asked_for_again_and_serves_a_run_without_a_netw
     assert Hub.asked == []
     node(online=False)
     verify(config)
-    run = call(tmp_path, "pspo.run", *PAPER, *QUICK)  # HF_HUB_OFFLINE is not even set
-    assert run.returncode == 0, run.stderr
-    assert "NETWORK" not in run.stderr
+
+    def cut_off():
+        huggingface_hub.constants.HF_HUB_OFFLINE = False  # as in a job that does not even set it
+        exec(GUARD, {})
+
+    run = command(*PAPER, *QUICK)
+    assert make(tmp_path, tmp_path / "cache", work=run, hook=cut_off) == 0, output_of(tmp_path)
+    assert "NETWORK" not in output_of(tmp_path)
     assert list(tmp_path.glob("outputs/main/*/DONE"))
     assert list(tmp_path.glob("outputs/main/*/wandb/offline-run-*"))
 

@@ -92,32 +92,38 @@ def make_run(directory, steps=6, clock_seed=0):
     return directory
 
 
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path / "run")
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run with its figure and its page."""
+    run = make_run(tmp_path_factory.mktemp("drawn") / "run")
+    before = {path.name for path in run.iterdir()}
+    write_curves(run)
+    write_report(run)
+    assert {path.name for path in run.iterdir()} - before == {"curves.png", "report.html"}
+    return run
 
 
-def test_figure_and_page_are_the_same_bytes_for_the_same_run(tmp_path):
-    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", clock_seed=1)
-    assert write_curves(one).read_bytes() == write_curves(two).read_bytes()
-    lines = [write_report(directory).read_text().splitlines() for directory in (one, two)]
+@pytest.fixture(scope="module")
+def page(drawn):
+    return (drawn / "report.html").read_text(encoding="utf-8")
+
+
+def test_figure_and_page_are_the_same_bytes_for_the_same_run(drawn, page, tmp_path):
+    again = make_run(tmp_path / "again", clock_seed=1)
+    assert write_curves(again).read_bytes() == (drawn / "curves.png").read_bytes()
+    lines = [text.splitlines() for text in (page, write_report(again).read_text())]
     differ = [a for a, b in zip(*lines, strict=True) if a != b]
     assert len(differ) >= 4
     assert all("time/" in line or "memory/" in line for line in differ)
-    assert write_report(one).read_text().splitlines() == lines[0]
 
 
-def test_figure_carries_no_version_and_leaves_no_other_file(run):
-    before = {path.name for path in run.iterdir()}
-    png = write_curves(run).read_bytes()
+def test_the_figure_carries_no_version(drawn):
+    png = (drawn / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert b"matplotlib" not in png
-    write_report(run)
-    assert {path.name for path in run.iterdir()} - before == {"curves.png", "report.html"}
 
 
-def test_page_escapes_what_others_wrote(run):
-    page = write_report(run).read_text(encoding="utf-8")
+def test_page_escapes_what_others_wrote(page):
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;lt;" in page
     assert "\x1b" not in page
@@ -125,15 +131,13 @@ def test_page_escapes_what_others_wrote(run):
     assert "3 train problems were dropped &lt;b&gt;" in page
 
 
-def test_page_needs_no_network(run):
-    page = write_report(run).read_text()
+def test_page_needs_no_network(page):
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "default-src 'none'" in page
     assert page.count("data:image/png;base64,") == len(PANELS)
 
 
-def test_page_tells_the_result_and_what_it_cost(run):
-    page = write_report(run).read_text()
+def test_page_tells_the_result_and_what_it_cost(page):
     assert (
         "pspo (alpha 0.1), seed 0, 6 steps: greedy accuracy on embedded 20.1 % [16.9, 23.8] → 62.1 % [57.8, 66.2], "
         "n = 512." in page

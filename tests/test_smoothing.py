@@ -7,14 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training import Killed, make_trainer
 
 from pspo.config import compose
-from pspo.dataset import Problem, Prompt
-from pspo.reward import Score
 from pspo.schema import ConfigError, build
 from pspo.smoothing import SMOOTHINGS, Adaptive, Constant, Linear, Smoothing
-from pspo.tracker import Tracker
-from pspo.trainer import Trainer
 
 
 def adaptive(**changes):
@@ -82,33 +79,6 @@ def test_adaptive_rests_at_its_bounds_where_the_target_is_out_of_reach(kl, expec
 # --- in a run
 
 
-def prompts():
-    return [Prompt(Problem(str(i), "", "", ""), [10 + i, 20 + i]) for i in range(8)]
-
-
-class Killed(Exception):
-    pass
-
-
-def make_trainer(policy, directory, *overrides, calls=math.inf):
-    """A trainer of steps of eight completions, from its newest checkpoint on, killed after so many of them."""
-    directory.mkdir(exist_ok=True)
-    small = ["rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=4", "optimizer.lr=1e-3"]
-    config = compose(["tracker=jsonl", "checkpoint.every=2", *small, *overrides])
-    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
-    seen = []
-
-    def reward(completion, problem):
-        seen.append(completion)
-        if len(seen) > calls:
-            raise Killed
-        return Score(float(len(completion) % 3), False, {}, True)
-
-    trainer = Trainer(config, directory, policy, prompts(), [], reward, tracker)
-    trainer.resume()
-    return trainer
-
-
 def steps(directory):
     """The metrics of the steps, without the row before the first."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -122,7 +92,7 @@ def alphas(directory):
 @pytest.mark.parametrize(
     "budget",
     [
-        ["budget.steps=4"],
+        [],
         ["budget.steps=null", "budget.prompts=8"],
         ["budget.steps=null", "budget.completion_tokens=100"],
     ],
@@ -139,18 +109,18 @@ def test_linear_follows_the_budget_in_any_unit(tiny_policy, tmp_path, budget):
 
 
 def test_the_objective_of_a_step_has_the_alpha_of_the_step(tiny_policy, tmp_path):
-    trainer = make_trainer(tiny_policy(), tmp_path, "smoothing=linear", "objective.alpha=0.8", "budget.steps=4")
+    trainer = make_trainer(tiny_policy(), tmp_path, "smoothing=linear", "objective.alpha=0.8")
     trainer.state.alpha = 0.35
     assert trainer._objective().alpha == 0.35
     assert trainer._step()["objective/alpha"] == 0.35
-    constant = make_trainer(tiny_policy(), tmp_path / "b", "objective.alpha=0.8", "budget.steps=4")
+    constant = make_trainer(tiny_policy(), tmp_path / "b", "objective.alpha=0.8")
     assert constant._objective() is constant.config.objective
-    other = make_trainer(tiny_policy(), tmp_path / "c", "objective=clip", "budget.steps=4")
+    other = make_trainer(tiny_policy(), tmp_path / "c", "objective=clip")
     assert "objective/alpha" not in other._step()
 
 
 def test_adaptive_is_steered_by_the_kl_after_the_last_update(tiny_policy, tmp_path):
-    overrides = ["smoothing=adaptive", "objective=pspo_geometric", "budget.steps=4", "smoothing.target_kl=1e-4"]
+    overrides = ["smoothing=adaptive", "objective=pspo_geometric", "smoothing.target_kl=1e-4"]
     trainer = make_trainer(tiny_policy(), tmp_path, *overrides)
     trainer.run()
     rows = [json.loads(line) for line in (tmp_path / "diagnostics.jsonl").read_text().splitlines()]
@@ -164,7 +134,7 @@ def test_adaptive_is_steered_by_the_kl_after_the_last_update(tiny_policy, tmp_pa
 
 @pytest.mark.parametrize("overrides", [["smoothing=linear", "objective.alpha=0.8"], ["smoothing=adaptive"]])
 def test_a_resumed_run_has_the_alphas_and_weights_of_the_unbroken_one(tiny_policy, tmp_path, overrides):
-    overrides = ["objective=pspo_geometric", "budget.steps=4", *overrides]
+    overrides = ["objective=pspo_geometric", *overrides]
     whole = make_trainer(tiny_policy(), tmp_path / "whole", *overrides)
     whole.run()
     with pytest.raises(Killed):  # in the fourth step: the third is lost, for no checkpoint has it

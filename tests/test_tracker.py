@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from forked import make, output_of
 
 from pspo.schema import ConfigError, build
 from pspo.tracker import Tracker, TrackerConfig, WandbConfig
@@ -35,9 +37,12 @@ def rows(directory):
 
 def wandb_records(directory):
     """Every record of every offline part, in order, as W&B's own reader tells them."""
+    from wandb.util import get_core_path
+
     records = []
-    for part in sorted(directory.glob("wandb/offline-run-*")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+    for part in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        place = ["--run-file", str(part), str(directory / "wandb")]  # as `wandb leet inspect` asks it, in no time
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *place]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         records += [json.loads(line) for line in output.splitlines()]
     return records
@@ -165,38 +170,28 @@ def test_wandb_gets_the_same_numbers(tmp_path, offline):
     assert any(record["metric"].get("step_metric") == "step" for record in records if record["type"] == "metric")
 
 
-KILLED = """
-import os, signal, sys, time
-from pathlib import Path
-from tests.test_tracker import open_tracker, WANDB
-tracker = open_tracker(Path(sys.argv[1]), WANDB)
-tracker.rewind(None)
-for step in range(1, 6):
-    tracker.log({"reward/mean": step / 7}, step)
-    if step in (2, 4):
-        state = tracker.state()
-        tracker.commit(step)
-print(state["metrics_rows"], flush=True)
-time.sleep(float(sys.argv[2]))
-os.killpg(0, signal.SIGKILL)
-"""
+def record_and_die(directory, wait_s):
+    """Five steps, of which checkpoints keep four; then the process goes, and W&B's own with it."""
+    os.setsid()
+    tracker = open_tracker(directory, WANDB)
+    tracker.rewind(None)
+    for step in range(1, 6):
+        tracker.log({"reward/mean": step / 7}, step)
+        if step in (2, 4):
+            (directory / "state.json").write_text(json.dumps(tracker.state()))
+            tracker.commit(step)
+    time.sleep(wait_s)
+    os.killpg(0, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("wait_s", [0, 0.5], ids=["before-flush", "after-flush"])
 def test_a_kill_leaves_wandb_neither_gap_nor_double_step(tmp_path, offline, wait_s):
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(wait_s)],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = make(tmp_path, tmp_path, work=lambda: record_and_die(tmp_path, wait_s))
+    assert killed == -signal.SIGKILL, output_of(tmp_path)
     assert json.loads((tmp_path / "wandb.json").read_text())["sent"] == -1  # nothing is certain within a second
 
     tracker = open_tracker(tmp_path, WANDB)
-    tracker.rewind({"metrics_rows": int(killed.stdout)})
+    tracker.rewind(json.loads((tmp_path / "state.json").read_text()))
     for step in range(5, 8):
         tracker.log({"reward/mean": step / 7}, step)
     tracker.commit(7)

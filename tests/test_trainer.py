@@ -1,15 +1,15 @@
 import pytest
 import torch
+from training import configured
 from transformers import get_linear_schedule_with_warmup
 
 from pspo.budget import Progress
-from pspo.config import compose
 from pspo.tracker import Tracker
 from pspo.trainer import State, Trainer
 
 
 def make_trainer(policy, directory, *overrides):
-    config = compose(["tracker=jsonl", "optimizer.decay=linear", *overrides])
+    config = configured("tracker=jsonl", "optimizer.decay=linear", *overrides)
     tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
     return Trainer(config, directory, policy, [], [], None, tracker)
 

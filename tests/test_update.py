@@ -591,8 +591,7 @@ def test_learns_a_first_token_at_other_levels_and_aggregations(tiny_policy, obje
     probe(tiny_policy(), objective, GROUP, **choice)
 
 
-@pytest.mark.parametrize("critic", ["trunk", "separate"])
-@pytest.mark.parametrize("name", ["clip", "pspo"])
+@pytest.mark.parametrize(("name", "critic"), [("clip", "trunk"), ("pspo", "separate")])
 def test_ppo_learns_a_first_token(tiny_policy, name, critic):
     advantage = GAE(
         name="gae", gamma=1.0, lam=0.95, normalize=True, critic=critic, value_lr=1e-2, value_weight=0.1, value_clip=None

@@ -116,6 +116,7 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
     else:
         directory = warm_start.cached(config, seed)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was read is no part of what is saved
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
