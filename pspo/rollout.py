@@ -135,7 +135,7 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     Sums are in float64, whose error is far below a token's share of a large vocabulary: first over blocks of tokens,
     then inside the one that holds the token. A token without weight is never taken, unless weights are not numbers.
     """
-    block_BNK = torch.nn.functional.pad(weight_BV, (0, -weight_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block_BNK = torch.nn.functional.pad(weight_BV, (0, -weight_BV.shape[-1] % BLOCK)).view(len(weight_BV), -1, BLOCK)
     cumulative_BN = block_BNK.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
     chosen_B1 = _first_above(cumulative_BN, target_B1)
