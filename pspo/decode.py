@@ -5,6 +5,7 @@ same weights, less work around them and a cache that is allocated once. Shape su
 text, H hidden size, V vocabulary, K key heads, G query heads of each, D head width.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from pspo.console import log
 from pspo.model import Policy
 
 FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM")
@@ -34,7 +36,15 @@ class Decoder(Protocol):
 
 def make_decoder(policy: Policy) -> Decoder:
     """The fastest decoder that this model has."""
-    return Fused(policy) if Fused.takes(policy.model) else Library(policy)
+    if Fused.takes(policy.model):
+        return Fused(policy)
+    _say(type(policy.model).__name__)
+    return Library(policy)
+
+
+@functools.cache
+def _say(name: str) -> None:
+    log.warning("%s, as it is here, is decoded by the library's own forward, which is slower than ours", name)
 
 
 class Library:

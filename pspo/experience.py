@@ -5,6 +5,7 @@ Shape suffixes: P prompts, G completions of each, B rows of a micro-batch, T tok
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,17 +137,25 @@ def make_rows(
     temperature: float,
     max_tokens: int,
     mask_truncated: bool,
+    recompute: bool = False,
 ) -> tuple[list[Row], dict[str, float]]:
-    """The rows that train, and metrics of the value model.
+    """The rows that train, and metrics of the value model and of the gap between sampler and trainer.
 
-    Truncated completions, where they are masked, count in the mean of their group and do not train.
+    Truncated completions, where they are masked, count in the mean of their group and do not train. ``recompute`` takes
+    log π_old from a pass of the trainer in place of the sampler.
     """
     if not completions:
         return [], {}
     blank = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [0.0] * len(c.token_ids)) for c in completions]
     metrics: dict[str, float] = {}
+    if critic is not None or recompute:
+        logprobs, values = score(policy, blank, temperature, max_tokens, critic)
+    if recompute:
+        metrics["policy/sampler_gap_mean"] = float(
+            np.abs(_flat(logprobs) - _flat(c.logprobs for c in completions)).mean()
+        )
+        blank = [replace(row, old_logprobs=found) for row, found in zip(blank, logprobs, strict=True)]
     if critic is not None and isinstance(advantage, GAE):
-        _, values = score(policy, blank, temperature, max_tokens, critic)
         advantages, returns = advantage.estimate(reward_PG.flatten().tolist(), values)
         rows = [
             replace(row, advantages=a, values=v, returns=r)
@@ -247,7 +256,11 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
+def _flat(rows: Iterable[list[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.concatenate([np.asarray(row) for row in rows])
+
+
 def _explained_variance(values: list[list[float]], returns: list[list[float]]) -> float:
     """1 − Var(R − V) / Var(R): 1 for perfect values, 0 for a constant, below 0 for worse."""
-    value, target = (np.concatenate([np.asarray(row) for row in rows]) for rows in (values, returns))
+    value, target = _flat(values), _flat(returns)
     return float(1 - np.var(target - value) / max(float(np.var(target)), 1e-12))

@@ -7,10 +7,9 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from pspo.files import SaveError, write_json
 from pspo.lock import Owner
+from pspo.memory import NoRoomError, is_out_of_memory
 from pspo.schema import ConfigError
 from pspo.update import NonFiniteError
 
@@ -42,7 +41,7 @@ def recorded(directory: Path, owner: Owner) -> Iterator[None]:
 
 def kind(error: BaseException) -> str:
     """In one or two words: out of memory, non-finite, cannot save, configuration, or error."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    if isinstance(error, NoRoomError) or is_out_of_memory(error):
         return "out of memory"
     kinds = {NonFiniteError: "non-finite", SaveError: "cannot save", ConfigError: "configuration"}
     return next((name for cls, name in kinds.items() if isinstance(error, cls)), "error")

@@ -16,6 +16,7 @@ from pspo import interrupt
 from pspo.dataset import Problem, Prompt
 from pspo.decode import make_decoder
 from pspo.logprob import autocast_to_bfloat16
+from pspo.memory import halving
 from pspo.model import Policy
 from pspo.schema import Schema, key
 from pspo.stream import generator
@@ -91,8 +92,26 @@ def sample(
     """``group_size`` completions of every prompt, grouped by prompt in the order given; temperature 0 is greedy.
 
     The random numbers of a completion depend on (seed, problem, sample index, position) alone: not on what else is in
-    the batch, nor on its order. Prompts of like length are decoded together. Raises Interrupted between two tokens.
+    the batch, nor on its order. Prompts of like length are decoded together. Raises Interrupted between two tokens, and
+    NoRoomError where neither ``max_rows`` nor half of them fit into memory.
     """
+
+    def some_at_a_time(most: int) -> list[Completion]:
+        return _sample(policy, prompts, seed, group_size, max_new_tokens, temperature, top_p, most)
+
+    return halving("rollout.max_rows", max_rows, "or set model.autocast=true, or a smaller model", some_at_a_time)[0]
+
+
+def _sample(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    seed: Sequence[int],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    max_rows: int,
+) -> list[Completion]:
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
     rows = [(i, g) for i in by_length for g in range(group_size)]
     completions: dict[tuple[int, int], Completion] = {}

@@ -30,6 +30,7 @@ from pspo.evaluation import answer, summarize
 from pspo.files import JsonLines, SaveError, read_lines, write_json, write_text
 from pspo.help import help_text
 from pspo.launcher import RunsFailed, result
+from pspo.memory import NoRoomError
 from pspo.reward import Reward, check_gold, make_reward
 from pspo.schema import ConfigError, as_dict, unknown
 from pspo.stream import Stream
@@ -37,7 +38,7 @@ from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, SaveError, RunsFailed)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, NoRoomError, SaveError, RunsFailed)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
@@ -235,7 +236,7 @@ def _leave(error: Exception) -> NoReturn:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         error = unknown(option, error.options, group)
     sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | RunsFailed) else 2)
+    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | NoRoomError | RunsFailed) else 2)
 
 
 if __name__ == "__main__":

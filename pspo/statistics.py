@@ -28,6 +28,13 @@ class Statistics:
         largest = torch.where(mask, values.detach().double(), -math.inf).max()
         self._maxima[name] = torch.maximum(self._maxima[name], largest) if name in self._maxima else largest
 
+    def add(self, other: "Statistics") -> None:
+        """Add all that another has seen."""
+        for mine, theirs in ((self._sums, other._sums), (self._counts, other._counts)):
+            mine.update({name: mine[name] + value if name in mine else value for name, value in theirs.items()})
+        for name, largest in other._maxima.items():
+            self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
+
     def result(self) -> dict[str, float]:
         """Every metric by name."""
         means = {name: (total / self._counts[name].clamp(min=1)).item() for name, total in self._sums.items()}

@@ -18,10 +18,10 @@ from pspo.console import log, progress_bar
 from pspo.critic import make_critic
 from pspo.dataset import Prompt
 from pspo.diagnostics import Record
-from pspo.environment import peak_gib
 from pspo.evaluation import completion_row, validate
 from pspo.experience import collect, make_rows
 from pspo.files import JsonLines, SaveError
+from pspo.memory import peak_gib
 from pspo.model import Policy
 from pspo.objective import Objective
 from pspo.reward import Reward
@@ -126,7 +126,7 @@ class Trainer:
         collected = collect(*asked, seed=config.seed, step=number, start=progress.prompts)
         rollout_s = time.perf_counter() - begun
         completions, reward_PG = collected.training()
-        rows, critic_metrics = make_rows(
+        rows, row_metrics = make_rows(
             completions,
             reward_PG,
             config.advantage,
@@ -136,6 +136,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             max_tokens=config.update.max_tokens,
             mask_truncated=config.loss.mask_truncated,
+            recompute=config.update.old_logprobs == "recompute",
         )
         num_tokens = sum(len(c.token_ids) for c in collected.completions)
         progress.steps, progress.prompts = number, progress.prompts + len(collected.reward_PG)
@@ -165,7 +166,7 @@ class Trainer:
         return {
             **collected.metrics(),
             **statistics.result(),
-            **critic_metrics,
+            **row_metrics,
             **(record.summary() if record else {}),
             **self._next_alpha(record),
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],

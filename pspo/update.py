@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from pspo.diagnostics import PROBE, InnerStep, Record, compare, distance, kl_aft
 from pspo.experience import Row, batch_of, column, pack, score
 from pspo.logprob import token_logprobs
 from pspo.loss import Batch, Loss, Size, batch_loss
+from pspo.memory import halving
 from pspo.model import Policy
 from pspo.objective import Objective
 from pspo.schema import Schema, key
 from pspo.statistics import Statistics
+
+ROOM = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,9 @@ class Update(Schema, block="update"):
     num_epochs: int = key("passes over a rollout", within="[1, inf)")
     num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
     max_tokens: int = key("padded tokens of one micro-batch; bounds memory and changes nothing else", within="[1, inf)")
+    old_logprobs: Literal["sampler", "recompute"] = key(
+        "log π_old: as the sampler found it, or from one more pass, where the gap between the two is too wide"
+    )
 
     @property
     def steps(self) -> int:
@@ -93,9 +100,10 @@ def update(
             if len(chosen) == 0:
                 continue
             minibatch = [rows[i] for i in chosen]
-            inner = InnerStep() if record is not None else None
-            optimizer.zero_grad(set_to_none=True)
-            loss = accumulate(learner, minibatch, statistics, inner, first=number == 1)
+            attempt = partial(_attempt, learner, minibatch, optimizer, record is not None, number == 1)
+            (loss, seen, inner), max_tokens = halving("update.max_tokens", learner.max_tokens, ROOM, attempt)
+            learner = replace(learner, max_tokens=max_tokens)
+            statistics.add(seen)
             norms = [torch.nn.utils.clip_grad_norm_(group, learner.max_grad_norm) for group in parameters]
             if not (loss.isfinite() and all(norm.isfinite() for norm in norms)):
                 torch.save([vars(row) for row in minibatch], failure)
@@ -126,6 +134,20 @@ def update(
                 )
     optimizer.zero_grad(set_to_none=True)
     return taken
+
+
+def _attempt(
+    learner: Learner,
+    minibatch: Sequence[Row],
+    optimizer: torch.optim.Optimizer,
+    recorded: bool,
+    first: bool,
+    max_tokens: int,
+) -> tuple[Tensor, Statistics, InnerStep | None]:
+    statistics, inner = Statistics(), InnerStep() if recorded else None
+    optimizer.zero_grad(set_to_none=True)
+    loss = accumulate(replace(learner, max_tokens=max_tokens), minibatch, statistics, inner, first)
+    return loss, statistics, inner
 
 
 def accumulate(
@@ -170,6 +192,9 @@ def accumulate(
             statistics.mean("critic/loss_mean", error_BT, tokens.mask_BT)
             loss = loss + torch.where(tokens.mask_BT, error_BT, 0.0).sum() / size.num_tokens
         loss.backward()  # type: ignore[no-untyped-call]
+        positions = torch.zeros(tokens.input_ids_RS.numel(), dtype=torch.float64)
+        positions[tokens.num_tokens :] = 1
+        statistics.mean("update/padding_rate", positions, torch.ones_like(positions, dtype=torch.bool))
         if inner is not None:
             inner.add(weighed, batch.advantage_BT, scored.entropy_BT, tokens.mask_BT)
         if first:

@@ -212,7 +212,7 @@ def test_gradients_of_policy_and_critic_are_clipped_each_by_themselves(tiny_poli
     before = [torch.cat([p.detach().flatten().clone() for p in group]) for group in learner.parameters()]
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    config = Update(num_epochs=1, num_minibatches=1, max_tokens=10_000)
+    config = Update(num_epochs=1, num_minibatches=1, max_tokens=10_000, old_logprobs="sampler")
     update(
         learner, optimizer, rows,
         config=config, learning_rates=[1.0], random=np.random.default_rng(0), statistics=Statistics(), failure=tmp_path,
@@ -267,7 +267,7 @@ def test_values_learn_what_a_completion_is_worth(tiny_policy, tmp_path, kind):
     learner = learner_of(policy, critic)
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
-    config = Update(num_epochs=40, num_minibatches=1, max_tokens=10_000)
+    config = Update(num_epochs=40, num_minibatches=1, max_tokens=10_000, old_logprobs="sampler")
     update(
         learner, optimizer, rows,
         config=config, learning_rates=[1e-2] * 40, random=np.random.default_rng(0), statistics=Statistics(),

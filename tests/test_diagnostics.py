@@ -167,7 +167,10 @@ def run(learner, rows, *, epochs=2, minibatches=2, record=None, lr=0.05, optimiz
     """``update`` under AdamW; the statistics."""
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
-    config, statistics = Update(num_epochs=epochs, num_minibatches=minibatches, max_tokens=10_000), Statistics()
+    config, statistics = (
+        Update(num_epochs=epochs, num_minibatches=minibatches, max_tokens=10_000, old_logprobs="sampler"),
+        Statistics(),
+    )
     update(
         learner, optimizer, rows,
         config=config, learning_rates=[lr] * config.steps, random=np.random.default_rng(0), statistics=statistics,

@@ -276,6 +276,20 @@ def test_score_is_what_the_trainer_computes_whatever_the_micro_batches(tiny_poli
     assert score(policy, [], 0.8, 20, None) == ([], [])
 
 
+@pytest.mark.parametrize("with_critic", [False, True])
+def test_old_logprobs_are_the_samplers_or_the_trainers(tiny_policy, with_critic):
+    policy = tiny_policy(torch.float64, exact=True)
+    moved = [replace(c, logprobs=[x - 0.25 for x in c.logprobs]) for c in completions_of(policy)]
+    settings = {"advantage": gae(), "critic": make_critic(gae(), policy)} if with_critic else {}
+    kept, _ = rows_of(policy, moved, rewards(), **settings)
+    assert [row.old_logprobs for row in kept] == [c.logprobs for c in moved]
+    made, metrics = rows_of(policy, moved, rewards(), recompute=True, **settings)
+    assert metrics["policy/sampler_gap_mean"] == pytest.approx(0.25, abs=1e-9)
+    for row, before, completion in zip(made, kept, completions_of(policy), strict=True):
+        assert row.old_logprobs == pytest.approx(completion.logprobs, abs=1e-9)
+        assert row.advantages == before.advantages
+
+
 def test_reference_logprobs_are_those_of_the_frozen_policy(tiny_policy):
     policy = tiny_policy(torch.float64, exact=True)
     reference = policy.frozen()

@@ -14,6 +14,7 @@ from pspo.batch import make_batch
 from pspo.dataset import Problem, Prompt, render
 from pspo.decode import Fused, Library
 from pspo.logprob import token_logprobs
+from pspo.memory import NoRoomError
 from pspo.model import Policy
 from pspo.rollout import draw, sample, uniforms
 
@@ -495,3 +496,21 @@ def test_sampling_leaves_the_global_generators_and_the_weights_alone(policy, pro
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(p, weights[name]) for name, p in policy.trainable().items())
     assert all(p.requires_grad for p in policy.trainable().values())
+
+
+# Memory
+
+
+def test_rows_that_do_not_fit_are_halved_once_and_change_nothing(policy, prompts, monkeypatch, caplog):
+    expected, decode = sampled(policy, prompts, max_rows=20), rollout._decode
+
+    def limited(policy, prompts, *given):
+        if len(prompts) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return decode(policy, prompts, *given)
+
+    monkeypatch.setattr(rollout, "_decode", limited)
+    assert by_name(sampled(policy, prompts, max_rows=20)) == by_name(expected)
+    assert "rollout.max_rows=20 does not fit into memory" in caplog.text
+    with pytest.raises(NoRoomError, match=r"set rollout\.max_rows=10 or lower"):
+        sampled(policy, prompts, max_rows=42)

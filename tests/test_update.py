@@ -19,6 +19,7 @@ from pspo.critic import make_critic
 from pspo.dataset import Problem, Prompt
 from pspo.experience import Row, batch_of, make_rows, pack
 from pspo.loss import Loss
+from pspo.memory import NoRoomError
 from pspo.model import Policy, tiny
 from pspo.objective import OBJECTIVES, PSPO
 from pspo.rollout import sample
@@ -46,7 +47,7 @@ CHOICES = [
     if level not in o.not_at
 ]
 TERMS = {"kl": "k3", "kl_weight": 0.3, "entropy_weight": 0.2}
-ONE_STEP = Update(num_epochs=1, num_minibatches=1, max_tokens=10_000)
+ONE_STEP = Update(num_epochs=1, num_minibatches=1, max_tokens=10_000, old_logprobs="sampler")
 
 
 def make(num_rows=8, seed=0):
@@ -89,7 +90,9 @@ def accumulated(policy, objective, rows, max_tokens, **loss):
     statistics = Statistics()
     learner = learner_of(policy, objective, loss=loss, temperature=0.8, max_tokens=max_tokens)
     total = accumulate(learner, rows, statistics, first=True)
-    return total.item(), gradient(policy), statistics.result()
+    told = statistics.result()
+    told.pop("update/padding_rate")  # which is about the cut
+    return total.item(), gradient(policy), told
 
 
 def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, failure=None, loss=None, **changes):
@@ -300,7 +303,7 @@ def test_minibatches_take_every_row_once_in_each_epoch(num_rows, num_epochs, sha
         weight.grad = torch.ones(())
         return torch.zeros(())
 
-    config = Update(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=1)
+    config = Update(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=1, old_logprobs="sampler")
     optimizer = torch.optim.SGD([weight], lr=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "accumulate", record)
@@ -337,7 +340,7 @@ def test_every_optimizer_step_has_its_learning_rate(tiny_policy):
     policy, taken = tiny_policy(), []
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     optimizer.register_step_pre_hook(lambda made, *_: taken.append(made.param_groups[0]["lr"]))
-    config = Update(num_epochs=2, num_minibatches=3, max_tokens=100)
+    config = Update(num_epochs=2, num_minibatches=3, max_tokens=100, old_logprobs="sampler")
     rows = [constant(row, 0.0) for row in make()]
     run(policy, NOCLIP, rows, config=config, optimizer=optimizer, learning_rates=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert taken == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -349,7 +352,9 @@ def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num
     """With a learning rate of 0 every cut of a step into pieces must tell the same."""
     policy, rows = tiny_policy(torch.float64, exact=True), make()
     expected = accumulated(policy, NOCLIP, rows, 10_000)[2]
-    config = Update(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=max_tokens)
+    config = Update(
+        num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=max_tokens, old_logprobs="sampler"
+    )
     got = run(policy, NOCLIP, rows, config=config, lr=0.0, temperature=0.8)
     assert got.pop("optimizer/grad_norm_mean") > 0
     gap = got.pop("policy/sampler_gap_mean"), expected.pop("policy/sampler_gap_mean")
@@ -358,7 +363,7 @@ def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num
 
 
 def test_under_sgd_pspo_at_a_larger_rate_is_noclip_step_by_step(tiny_policy):
-    config, alpha = Update(num_epochs=2, num_minibatches=2, max_tokens=100), 0.3
+    config, alpha = Update(num_epochs=2, num_minibatches=2, max_tokens=100, old_logprobs="sampler"), 0.3
     noclip, pspo = tiny_policy(torch.float64, exact=True), tiny_policy(torch.float64, exact=True)
     for step in range(3):
         before = weights(noclip)
@@ -472,7 +477,7 @@ def test_no_rows_no_optimizer_steps(tiny_policy):
     policy = tiny_policy()
     before = weights(policy)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
-    config = Update(num_epochs=2, num_minibatches=3, max_tokens=100)
+    config = Update(num_epochs=2, num_minibatches=3, max_tokens=100, old_logprobs="sampler")
     arguments = {"config": config, "learning_rates": [0.1] * 6, "random": np.random.default_rng(0), "failure": None}
     learner, statistics = learner_of(policy, NOCLIP), Statistics()
     assert update(learner, optimizer, [], statistics=statistics, **arguments) == 0
@@ -547,7 +552,7 @@ def probe(policy, objective, advantage, lr=1e-2, **loss):
     if critic is not None:
         groups[1]["lr_factor"] = 2.0
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
-    config = Update(num_epochs=2, num_minibatches=1, max_tokens=4096)
+    config = Update(num_epochs=2, num_minibatches=1, max_tokens=4096, old_logprobs="sampler")
     assert first_token(ask(policy, 0)).mean() < 0.1
     for step in range(100):
         completions = ask(policy, step)
@@ -607,3 +612,51 @@ def test_ppo_learns_a_first_token(tiny_policy, name, critic):
 def test_bad_fields_are_refused(field, value, told):
     with pytest.raises(ConfigError, match=re.escape(f"update.{field} must be {told}, got {value!r}")):
         replace(ONE_STEP, **{field: value})
+
+
+# --- memory
+
+
+def short_of_memory(monkeypatch, most):
+    """No micro-batch of more than ``most`` positions fits; returns the sizes that were tried."""
+    tried, whole = [], module.token_logprobs
+
+    def limited(model, batch, *given):
+        tried.append(batch.input_ids_RS.numel())
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+        return whole(model, batch, *given)
+
+    monkeypatch.setattr(module, "token_logprobs", limited)
+    return tried
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_once(tiny_policy, tmp_path, monkeypatch, caplog):
+    rows, config = make(), replace(ONE_STEP, num_epochs=2, max_tokens=100)
+    ends = []
+    for most in (1000, 50):
+        policy = tiny_policy(torch.float64, exact=True)
+        tried = short_of_memory(monkeypatch, most)
+        told = run(policy, NOCLIP, rows, config=config, failure=tmp_path / "failed.pt")
+        ends.append((torch.cat([p.detach().flatten() for p in policy.trainable().values()]), told))
+        monkeypatch.undo()
+    assert sum(size > 50 for size in tried) == 1  # it is not tried again
+    torch.testing.assert_close(ends[0][0], ends[1][0], atol=1e-12, rtol=1e-12)
+    own = {"update/padding_rate"}
+    assert {k: v for k, v in ends[1][1].items() if k not in own} == pytest.approx(
+        {k: v for k, v in ends[0][1].items() if k not in own}, rel=1e-9
+    )
+    assert "update.max_tokens=100 does not fit into memory" in caplog.text
+
+
+def test_what_does_not_fit_by_half_names_the_key(tiny_policy, tmp_path, monkeypatch):
+    policy = tiny_policy()
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(NoRoomError, match=r"update\.max_tokens=10000 does not fit .* set update\.max_tokens=2500"):
+        run(policy, NOCLIP, make(), config=ONE_STEP, failure=tmp_path / "failed.pt")
+
+
+def test_padding_is_told(tiny_policy, tmp_path):
+    rows = [blank([9] * 3, length) for length in (2, 4)]  # four and six positions
+    told = run(tiny_policy(), NOCLIP, rows, config=ONE_STEP, failure=tmp_path / "failed.pt")
+    assert told["update/padding_rate"] == pytest.approx(2 / 12)
