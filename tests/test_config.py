@@ -169,7 +169,7 @@ def subclasses(cls):
 
 
 def test_the_keys_are_the_ones_on_record():
-    """Run `python -m tests.test_config` after a deliberate change."""
+    """Run `python tests/test_config.py` after a deliberate change."""
     recorded, now = KEYS.read_text().splitlines(), sorted(set(all_keys(Config)))
     assert recorded == now, "\n".join(difflib.unified_diff(recorded, now, "recorded", "now", lineterm=""))
 
