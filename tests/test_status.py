@@ -204,8 +204,10 @@ def test_without_slurm_nothing_is_claimed_of_its_jobs(tmp_path, no_slurm):
 
 
 def test_a_run_that_waits_for_a_slot_on_this_machine(tmp_path, no_slurm):
-    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "pspo"])
+    code = "import time; print('up', flush=True); time.sleep(600)"
+    launcher = subprocess.Popen([sys.executable, "-c", code, "pspo"], stdout=subprocess.PIPE)
     try:
+        assert launcher.stdout.readline() == b"up\n"  # an instant earlier the process may not have its name yet
         folder = submitted(tmp_path / "g", f"local_20260101_000000_{launcher.pid}", "a", cluster="local")
         record = json.loads((folder / "runs.json").read_text())
         record["runs"][0]["task"] = ""
@@ -214,7 +216,7 @@ def test_a_run_that_waits_for_a_slot_on_this_machine(tmp_path, no_slurm):
         assert (row.state, row.why) == ("waiting", f"for a slot of process {launcher.pid}")
     finally:
         launcher.kill()
-        launcher.wait()
+        launcher.communicate()
     assert only_row(tmp_path / "g").state == "cut off"
     record["runs"][0]["task"] = "99"
     (folder / "runs.json").write_text(json.dumps(record))
