@@ -23,12 +23,12 @@ def cache(tmp_path_factory):
 
 def kill_runs(start, length_s, expected, folder, most, whole=lambda directory: True):
     """Start runs, kill them ``most`` times in all, compare the ends; returns the lost and the corrupt ones."""
-    random, kills, lost, corrupt = np.random.default_rng(SEED), [], [], []
+    random, kills, lost, corrupt, lengths_s = np.random.default_rng(SEED), [], [], [], [length_s]
     for number in itertools.count():
         if len(kills) == most or lost:
             break
         cwd = folder / f"run{number}"
-        if (status := until_done(lambda cwd=cwd: start(cwd), cwd, length_s, random, kills, most)) != 0:
+        if (status := until_done(lambda cwd=cwd: start(cwd), cwd, lengths_s, random, kills, most)) != 0:
             lost.append((cwd, status, (cwd / "output.txt").read_text()[-2000:]))
         elif ends(only_run(cwd)) != expected or not whole(only_run(cwd)):
             corrupt.append(cwd)
@@ -38,11 +38,11 @@ def kill_runs(start, length_s, expected, folder, most, whole=lambda directory: T
     return lost, corrupt
 
 
-def until_done(start, cwd, length_s, random, kills, most):
+def until_done(start, cwd, lengths_s, random, kills, most):
     """Start a run, kill it at a random instant of its length, and so on until it ends by itself: its exit status."""
     for attempt in itertools.count():
-        pid = start()
-        deadline = time.monotonic() + random.uniform(0, length_s * (1 + attempt / 8))  # the machine may become slower
+        pid, begun = start(), time.monotonic()
+        deadline = begun + random.uniform(0, lengths_s[-1] * (1 + attempt / 8))  # the machine may become slower
         status = None
         while status is None and (len(kills) == most or time.monotonic() < deadline):
             done, raw = os.waitpid(pid, os.WNOHANG)
@@ -52,6 +52,7 @@ def until_done(start, cwd, length_s, random, kills, most):
             os.kill(pid, signal.SIGKILL)
             status = wait(pid)
         if status != -signal.SIGKILL:
+            lengths_s += [time.monotonic() - begun] * (attempt == 0)  # or faster
             return status
         kills.append(progress(cwd))
 
