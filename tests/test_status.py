@@ -277,6 +277,21 @@ def test_the_table_has_a_row_for_each_run_and_counts_the_states(tmp_path, no_slu
     assert "75.0 % embedded" in text
 
 
+def test_a_run_of_a_sweep_is_called_by_what_sets_it_apart(tmp_path, no_slurm):
+    submitted(tmp_path / "g", "7", "pspo_seed0_12345678", "pspo_seed0_abcdef01")
+    (record,) = tmp_path.glob("g/.submitit/7/runs.json")
+    told = json.loads(record.read_text())
+    for run, alpha in zip(told["runs"], (0.1, 0.2), strict=True):
+        run["overrides"] = ["budget.steps=2", f"objective.alpha={alpha}"]
+    record.write_text(json.dumps(told))
+    directory = make(tmp_path / "g", "clip_seed0_00000000")
+    (directory / "overrides.yaml").write_text("- budget.steps=2\n- objective=clip\n")
+    text = shown(tmp_path / "g")
+    for name in ("objective.alpha=0.1 …12345678", "objective.alpha=0.2 …abcdef01", "objective=clip …00000000"):
+        assert name in text
+    assert "budget.steps" not in text
+
+
 def test_the_command(tmp_path):
     make(tmp_path / "g", "a", steps=3)
     command = [sys.executable, "-m", "pspo.status"]
