@@ -116,7 +116,7 @@ class Slurm(Launcher):
                 executor.update_parameters(**self._parameters(todo))
                 jobs = executor.submit_array([Job(run.overrides) for run in todo])
         except submitit.core.utils.FailedJobError as error:
-            lines = str(error).strip().splitlines()
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
             raise ConfigError(f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}") from error
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
