@@ -108,7 +108,7 @@ def test_no_sbatch_and_an_unknown_partition_are_told_before_anything_is_submitte
 @pytest.mark.parametrize("more", ["", 'Try "sbatch --help" for more information'])
 def test_what_sbatch_refuses_is_told(commands, tmp_path, more):
     commands(sbatch=f"echo 'sbatch: error: Invalid qos specification' >&2; echo '{more}' >&2; exit 1", srun="")
-    with pytest.raises(ConfigError, match="sbatch refuses: sbatch: error: Invalid qos specification$"):
+    with pytest.raises(ConfigError, match=r"sbatch refuses: sbatch: error: Invalid qos specification$"):
         configure("slurm", preset("slurm", qos="x"), []).launch(runs(tmp_path, "a", "b"))
 
 
