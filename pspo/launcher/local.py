@@ -37,7 +37,8 @@ class Local(Launcher):
 
     job = Job  # what a slot runs, made from overrides
 
-    def _look(self, runs: list[Planned]) -> list[Planned]:
+    def check(self) -> None:
+        """Raise ConfigError where there are not enough GPUs or processors for the slots."""
         slots, gpus, processors = self._num_slots(), self._num_gpus(), _processors()
         if slots * gpus > len(_gpus()):
             raise ConfigError(
@@ -48,7 +49,6 @@ class Local(Launcher):
             raise ConfigError(
                 f"hydra.launcher.slots={slots}: there are {len(processors)} processors here, and a slot needs one"
             )
-        return runs
 
     def _num_slots(self) -> int:
         gpus = self._num_gpus()
