@@ -240,6 +240,7 @@ def test_a_dry_run_of_1000_costs_little_more_than_hydras_own_compose_and_grows_l
     few, few_s, _ = measure(25)
     many, many_s, hydra_s = measure(250)
     assert (few, many) == (100, 1000)
+    print(f"1000 configs: {many_s:.1f} s, Hydra's compose {hydra_s:.1f} s; 100 configs: {few_s:.1f} s")
     assert many_s <= 1.3 * hydra_s
     assert many_s / many <= 1.3 * few_s / few
 
