@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow oracle lint clean
+.PHONY: help run test slow oracle slurm lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -24,7 +24,7 @@ oracle: $(VENV)/.installed  ## compare the recipes with TRL, which this installs
 	$(BIN)/python -m pytest -m oracle $(ARGS)
 
 # As root, and first: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge
-slurm: $(VENV)/.installed  ## the proofs on a private SLURM, as root, some minutes (see the Makefile for what to apt-get)
+slurm: $(VENV)/.installed  ## the proofs on a private SLURM, as root, 20 minutes (see the Makefile for what to apt-get)
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: $(VENV)/.installed  ## check format, lint, types, spelling

@@ -29,10 +29,11 @@ class SlurmLauncher(Launcher):
         self.planned: list[Planned] | None = None  # by our sweeper, which has composed every job already
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Check the launcher's keys, before any job is looked at. Raises ConfigError."""
+        """Check the launcher and its keys, before any job is looked at or anything is written. Raises ConfigError."""
         from pspo.launcher import configure
 
         self.settings = configure(self.kind, self.values, config.hydra.overrides.hydra)
+        self.settings.check()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit, or run; what is not waited for counts as completed without a value."""

@@ -87,7 +87,6 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
     tests = [problem for test in problems.test.values() for problem in test]
-    check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])
     earlier.set_aside(config, directory)
     with (
         lock.hold(directory) as owner,
@@ -95,6 +94,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         failure.recorded(directory, owner),
         interrupt.caught(),
     ):
+        check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])  # a user's code: may raise
         _Run(config, list(overrides), directory, device, problems, reward, owner).execute()
     return directory
 

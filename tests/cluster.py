@@ -5,6 +5,7 @@ character devices), and ``sacct``, which without a database fails: a stand-in as
 for a day here. What is real: slurmctld, slurmd, scheduling, arrays, signals, preemption, time limits, requeue.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -136,6 +137,20 @@ class Cluster:
     def stop_node(self):
         """Kill slurmd as when its machine fails; what runs under it goes on, as when only the network fails."""
         self._end(self.root / "slurmd.pid", signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def without(self, line):
+        """The cluster with one line of its configuration taken out."""
+        conf = self.root / "slurm.conf"
+        before = conf.read_text()
+        assert f"\n{line}\n" in before
+        conf.write_text(before.replace(f"{line}\n", ""))
+        self.call("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            conf.write_text(before)
+            self.call("scontrol", "reconfigure")
 
     def call(self, *command, check=True):
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)

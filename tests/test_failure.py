@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from forked import make, only_run
 
 from pspo import failure
 from pspo.files import SaveError
@@ -74,3 +75,12 @@ def test_the_next_attempt_removes_it_and_leaving_is_no_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt), failure.recorded(tmp_path, OWNER):
         raise KeyboardInterrupt
     assert not (tmp_path / "FAILED").exists()
+
+
+def test_a_reward_that_raises_before_the_first_step_fails_the_run(tmp_path):
+    (tmp_path / "bad.py").write_text("def reward(completion, problem):\n    raise KeyError('a bug in a reward')\n")
+    assert make(tmp_path, tmp_path / "cache", ["reward.function=bad.py:reward"]) == 1
+    record = json.loads((only_run(tmp_path) / "FAILED").read_text())
+    assert record["kind"] == "error"
+    assert record["error"].splitlines()[-1] == "KeyError: 'a bug in a reward'"
+    assert not (only_run(tmp_path) / "checkpoints").exists()  # nothing was loaded or begun

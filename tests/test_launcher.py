@@ -1,9 +1,9 @@
+import contextlib
 import json
 import os
 import pickle
 import re
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -105,9 +105,10 @@ def test_no_sbatch_and_an_unknown_partition_are_told_before_anything_is_submitte
     assert not (tmp_path / "main").exists()
 
 
-def test_what_sbatch_refuses_is_told(commands, tmp_path):
-    commands(sbatch="echo 'sbatch: error: Invalid qos specification' >&2; exit 1", srun="")
-    with pytest.raises(ConfigError, match="sbatch refuses: sbatch: error: Invalid qos specification"):
+@pytest.mark.parametrize("more", ["", 'Try "sbatch --help" for more information'])
+def test_what_sbatch_refuses_is_told(commands, tmp_path, more):
+    commands(sbatch=f"echo 'sbatch: error: Invalid qos specification' >&2; echo '{more}' >&2; exit 1", srun="")
+    with pytest.raises(ConfigError, match=r"sbatch refuses: sbatch: error: Invalid qos specification$"):
         configure("slurm", preset("slurm", qos="x"), []).launch(runs(tmp_path, "a", "b"))
 
 
@@ -283,8 +284,17 @@ def test_more_slots_than_the_machine_has_are_refused(tmp_path, monkeypatch, valu
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("pspo.launcher.local.STOP_S", 0.5)
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["in the foreground", "started with &"])
+def sigint(request):
+    """What a shell makes of SIGINT, and what all processes that are started here inherit."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch, sigint):
+    for name in ("STOP_S", "KILL_S"):
+        monkeypatch.setattr(f"pspo.launcher.local.{name}", 0.5)
     launcher, planned = slots(tmp_path, monkeypatch, ["a", "b"], seconds=600, slots=1)
 
     def terminate():
@@ -301,11 +311,18 @@ def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not planned[1].directory.exists()
     deadline = time.monotonic() + 30
-    while (alive := subprocess.run(["pgrep", "-f", str(tmp_path)], check=False).returncode == 0) and (
-        time.monotonic() < deadline
-    ):
+    while (alive := at_work(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive
+
+
+def at_work(folder):
+    """The processes with a folder in their command line; those that have ended have none."""
+    commands = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            commands[path.parent.name] = path.read_bytes()
+    return [pid for pid, command in commands.items() if bytes(folder) in command]
 
 
 def test_slurm_and_local_are_what_the_presets_say():

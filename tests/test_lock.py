@@ -171,9 +171,15 @@ def test_a_process_that_locked_just_now_is_not_taken_for_the_dead_one(tmp_path, 
         hold(tmp_path).__enter__()
 
 
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_of_many_that_want_to_take_over_one_does(tmp_path, elsewhere, slurm):
     slurm("")
-    directory = tmp_path / "run"
+    directory, enough = tmp_path / "run", tmp_path / "enough"
     held(elsewhere, directory, "77")
     pids = []
     for _ in range(8):
@@ -182,7 +188,7 @@ def test_of_many_that_want_to_take_over_one_does(tmp_path, elsewhere, slurm):
             status = 1
             try:
                 with hold(directory):
-                    time.sleep(1)
+                    until(enough.exists)  # else one that comes late, on a busy machine, finds the directory free
                     lock.check(directory, owner(directory))
                     status = 0 if owner(directory).pid == os.getpid() else 3
             except ConfigError:
@@ -190,6 +196,8 @@ def test_of_many_that_want_to_take_over_one_does(tmp_path, elsewhere, slurm):
             finally:
                 os._exit(status)
         pids.append(pid)
+    until(lambda: sum(bool(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) for pid in pids) == 7)
+    enough.touch()
     statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
     assert statuses == [0] + [2] * 7
 

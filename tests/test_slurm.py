@@ -143,6 +143,18 @@ def test_usr2(node, settings, unbroken):
 
 @pytest.mark.slurm
 def test_preemption(node, settings, unbroken):
+    be_preempted(node, settings, unbroken)
+
+
+@pytest.mark.slurm
+def test_preemption_where_sigterm_is_all_that_is_sent(node, settings, unbroken):
+    """SLURM then requeues nothing that ends by itself, so the run asks for it."""
+    with node.without("SlurmctldParameters=preempt_send_user_signal"):
+        directory = be_preempted(node, settings, unbroken)
+    assert "SIGTERM to a job that SLURM still calls running" in (directory / "run.log").read_text()
+
+
+def be_preempted(node, settings, unbroken):
     job, directory = submit(settings[0])
     reach_the_middle(job, directory)
     urgent = node.submit("sleep 5", "--partition=high", "--cpus-per-task=8", "--mem=100")
@@ -151,6 +163,7 @@ def test_preemption(node, settings, unbroken):
     wait_for_end(directory)
     assert_unbroken(directory, unbroken)
     assert state(directory).restarts == 1
+    return directory
 
 
 @pytest.mark.slurm
@@ -271,6 +284,7 @@ def test_failures_are_told_apart_and_stop_nobody(node, settings):
     assert sorted(row.state for row in rows) == ["done", "failed", "failed"]
     raised, killed = sorted((row for row in rows if row.state == "failed"), key=lambda row: "signal 9" in row.why)
     assert raised.why.splitlines()[-1] == "KeyError: 'a bug in a reward'"
+    assert json.loads(Path("outputs/main", raised.run, "FAILED").read_text())["kind"] == "error"
     assert killed.why == "killed by signal 9, probably memory"
     assert [job.state for job in slurm.job_states([raised.job_id, killed.job_id]).values()] == ["FAILED", "FAILED"]
 

@@ -204,8 +204,10 @@ def test_without_slurm_nothing_is_claimed_of_its_jobs(tmp_path, no_slurm):
 
 
 def test_a_run_that_waits_for_a_slot_on_this_machine(tmp_path, no_slurm):
-    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "pspo"])
+    code = "import time; print('up', flush=True); time.sleep(600)"
+    launcher = subprocess.Popen([sys.executable, "-c", code, "pspo"], stdout=subprocess.PIPE)
     try:
+        assert launcher.stdout.readline() == b"up\n"  # an instant earlier the process may not have its name yet
         folder = submitted(tmp_path / "g", f"local_20260101_000000_{launcher.pid}", "a", cluster="local")
         record = json.loads((folder / "runs.json").read_text())
         record["runs"][0]["task"] = ""
@@ -214,7 +216,7 @@ def test_a_run_that_waits_for_a_slot_on_this_machine(tmp_path, no_slurm):
         assert (row.state, row.why) == ("waiting", f"for a slot of process {launcher.pid}")
     finally:
         launcher.kill()
-        launcher.wait()
+        launcher.communicate()
     assert only_row(tmp_path / "g").state == "cut off"
     record["runs"][0]["task"] = "99"
     (folder / "runs.json").write_text(json.dumps(record))
@@ -273,6 +275,21 @@ def test_the_table_has_a_row_for_each_run_and_counts_the_states(tmp_path, no_slu
     assert "2 runs, 1 done, 1 cut off" in text
     assert "10/10 steps" in text
     assert "75.0 % embedded" in text
+
+
+def test_a_run_of_a_sweep_is_called_by_what_sets_it_apart(tmp_path, no_slurm):
+    submitted(tmp_path / "g", "7", "pspo_seed0_12345678", "pspo_seed0_abcdef01")
+    (record,) = tmp_path.glob("g/.submitit/7/runs.json")
+    told = json.loads(record.read_text())
+    for run, alpha in zip(told["runs"], (0.1, 0.2), strict=True):
+        run["overrides"] = ["budget.steps=2", f"objective.alpha={alpha}"]
+    record.write_text(json.dumps(told))
+    directory = make(tmp_path / "g", "clip_seed0_00000000")
+    (directory / "overrides.yaml").write_text("- budget.steps=2\n- objective=clip\n")
+    text = shown(tmp_path / "g")
+    for name in ("objective.alpha=0.1 …12345678", "objective.alpha=0.2 …abcdef01", "objective=clip …00000000"):
+        assert name in text
+    assert "budget.steps" not in text
 
 
 def test_the_command(tmp_path):

@@ -200,6 +200,15 @@ def test_an_unwritable_output_directory_is_told(command, tmp_path):
     assert re.fullmatch(r"pspo: .*output_dir=file: cannot write in \S+; set output_dir=<directory>\n", errors)
 
 
+@pytest.mark.parametrize("refused", ["hydra/launcher=slurm", "hydra/launcher=local hydra.launcher.slots=1000000"])
+def test_what_cannot_be_launched_here_is_told_and_nothing_is_written(command, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("PATH", str(tmp_path / "no_sbatch"))
+    status, _, errors = command(sweep.cli, "alpha", "seed=0", *refused.split())
+    assert status == 2
+    assert re.fullmatch(r"pspo: hydra.launcher.*\n", errors)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_arm_of_every_run_is_kept_for_reports(command, tmp_path, write):
     path = write(
         "arms: {objective: {a: [objective=noclip, budget.steps=0], b: [objective=clip]}}\nlists: {seed: '0,1'}"
@@ -231,6 +240,7 @@ def test_a_dry_run_of_1000_costs_little_more_than_hydras_own_compose_and_grows_l
     few, few_s, _ = measure(25)
     many, many_s, hydra_s = measure(250)
     assert (few, many) == (100, 1000)
+    print(f"1000 configs: {many_s:.1f} s, Hydra's compose {hydra_s:.1f} s; 100 configs: {few_s:.1f} s")
     assert many_s <= 1.3 * hydra_s
     assert many_s / many <= 1.3 * few_s / few
 

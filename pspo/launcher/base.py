@@ -32,6 +32,7 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
     def launch(self, planned: Sequence[Planned]) -> list[Outcome]:
         """Run what is to be run; one outcome for each run planned, in order. Raises ConfigError before the first."""
         log_to_console()
+        self.check()
         runs = self._look(unique(planned))
         if len(runs) < len(planned):
             log.warning("%d of %d jobs are the same run as another one", len(planned) - len(runs), len(planned))
@@ -45,8 +46,12 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         outcomes = self._run(runs, todo)
         return [outcomes.get(run.directory) for run in planned]
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ConfigError where it cannot work: no SLURM, no such partition, too few GPUs or processors."""
+
     def _look(self, runs: list[Planned]) -> list[Planned]:
-        """The runs with what only this launcher knows of their state. Raises ConfigError where it cannot work here."""
+        """The runs with what only this launcher knows of their state."""
         return runs
 
     @abstractmethod

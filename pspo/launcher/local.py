@@ -24,6 +24,9 @@ POLL_S = 0.2
 STOP_S = 60.0
 """How long runs may take to save when they are told to stop."""
 
+KILL_S = 5.0
+"""How long submitit may then take to end them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Launcher):
@@ -34,7 +37,8 @@ class Local(Launcher):
 
     job = Job  # what a slot runs, made from overrides
 
-    def _look(self, runs: list[Planned]) -> list[Planned]:
+    def check(self) -> None:
+        """Raise ConfigError where there are not enough GPUs or processors for the slots."""
         slots, gpus, processors = self._num_slots(), self._num_gpus(), _processors()
         if slots * gpus > len(_gpus()):
             raise ConfigError(
@@ -45,7 +49,6 @@ class Local(Launcher):
             raise ConfigError(
                 f"hydra.launcher.slots={slots}: there are {len(processors)} processors here, and a slot needs one"
             )
-        return runs
 
     def _num_slots(self) -> int:
         gpus = self._num_gpus()
@@ -132,16 +135,31 @@ def _tell_end(run: Planned, process: Any, seconds: float) -> None:
         log.error("failed   %s: %s", run.directory.name, failure(run.directory) or f"see {process.paths.stderr}")
 
 
-def _stop(processes: list[Any]) -> None:
+def _stop(jobs: list[Any]) -> None:
     """Tell all to save and leave; end those that do not. Ctrl-C on a terminal reaches, and ends, them all itself."""
-    log.warning("stopping %d runs", len(processes))
-    for process in processes:
-        process._process.terminate()
-    deadline = time.monotonic() + STOP_S
-    while time.monotonic() < deadline and not all(process.done() for process in processes):
-        time.sleep(POLL_S)
-    for process in processes:
-        process.cancel()
+    log.warning("stopping %d runs", len(jobs))
+    for tell, seconds in ((_terminate, STOP_S), (submitit.LocalJob.cancel, KILL_S), (_kill, KILL_S)):
+        deadline = time.monotonic() + seconds
+        for job in jobs:
+            if not job.done():
+                tell(job)
+        while time.monotonic() < deadline and not all(job.done() for job in jobs):
+            time.sleep(POLL_S)
+
+
+def _terminate(job: Any) -> None:
+    job._process.terminate()  # submitit hands it on to the run
+
+
+def _kill(job: Any) -> None:
+    """End submitit's process and the run, its child. Its SIGINT does nothing where a shell's ``&`` began us."""
+    pid = job._process.pid
+    os.kill(pid, signal.SIGSTOP)  # so that it starts no other
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

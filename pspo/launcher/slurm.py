@@ -69,13 +69,16 @@ class Slurm(Launcher):
     def _num_gpus(self) -> int:
         return self.gpus
 
-    def _look(self, runs: list[Planned]) -> list[Planned]:
+    def check(self) -> None:
+        """Raise ConfigError where there is no sbatch, or no such partition."""
         if not self.dry_run and shutil.which("sbatch") is None:
             raise ConfigError(
                 "hydra/launcher=slurm: no sbatch on the path; run this on a login node of the cluster, or here with "
                 "hydra/launcher=local"
             )
         self._check_partition()
+
+    def _look(self, runs: list[Planned]) -> list[Planned]:
         return with_queued(runs, _queued(runs))
 
     def _check_partition(self) -> None:
@@ -116,7 +119,7 @@ class Slurm(Launcher):
                 executor.update_parameters(**self._parameters(todo))
                 jobs = executor.submit_array([Job(run.overrides) for run in todo])
         except submitit.core.utils.FailedJobError as error:
-            lines = str(error).strip().splitlines()
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
             raise ConfigError(f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}") from error
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error

@@ -5,7 +5,6 @@ python -m pspo.status outputs/<group> [--watch] [--json] [--cancel] [--retry-fai
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from pspo import slurm
 from pspo.schema import ConfigError, build
-from pspo.status.state import RETRIED, STATES, Group, collect
+from pspo.status.state import RETRIED, STATES, Group, Row, collect
 
 WATCH_S = 5.0
 
@@ -33,7 +32,7 @@ def table(group: Group) -> RenderableType:
         if (n := sum(r.state == state for r in group.rows))
     ]
     columns = {
-        "run": _short([row.run for row in group.rows]),
+        "run": _names(group.rows),
         "state": [f"[{STATES[row.state]}]{row.state}[/]" for row in group.rows],
         "budget": ["" if r.budget is None else f"{r.done or 0:g}/{r.budget:g} {r.unit}" for r in group.rows],
         "ETA": ["" if row.eta_s is None else _duration(row.eta_s) for row in group.rows],
@@ -52,11 +51,11 @@ def table(group: Group) -> RenderableType:
     return Together(f"{group.directory}: {', '.join([f'{len(group.rows)} runs', *counts])}", made)
 
 
-def _short(runs: list[str]) -> list[str]:
-    """The names without what all begin with, and without their middle where they are still long; --json has all."""
-    common = os.path.commonprefix(runs).rpartition("_")[0] if len(runs) > 1 else ""  # noqa: RUF071
-    names = [run.removeprefix(common).lstrip("_") for run in runs]
-    return [name if len(name) <= 40 else f"{name[:18]}…{name[-21:]}" for name in names]
+def _names(rows: list[Row]) -> list[str]:
+    """What sets each run apart, and the end of its directory's name; all of that name where nothing does."""
+    shared = set[str]().union(*(row.overrides for row in rows)).intersection(*(row.overrides for row in rows))
+    apart = [" ".join(each for each in row.overrides if each not in shared) for row in rows]
+    return [f"{words} …{row.run[-8:]}" if words else row.run for words, row in zip(apart, rows, strict=True)]
 
 
 def _duration(seconds: float) -> str:

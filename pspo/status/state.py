@@ -58,6 +58,7 @@ class Row:
     """One run. Unknown numbers are None; ``why`` says how it ended or why it waits, "" where nothing is to say."""
 
     run: str
+    overrides: list[str] = field(default_factory=list)
     state: str = "cut off"
     done: float | None = None
     budget: float | None = None
@@ -116,7 +117,7 @@ def collect(directory: Path) -> Group:
 
 def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     directory, task = group.directory / run, group.task(run)
-    row = Row(run, job_id=task.job_id if task else owner.get("job_id"))
+    row = Row(run, _overrides(directory, task), job_id=task.job_id if task else owner.get("job_id"))
     job = group.jobs.get(row.job_id or "")
     row.restarts = max(job.restarts if job else 0, int(owner.get("restart") or 0))
     _progress(row, directory)
@@ -148,6 +149,13 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     if row.state != "running":
         row.eta_s = None
     return row
+
+
+def _overrides(directory: Path, task: Task | None) -> list[str]:
+    path = directory / "overrides.yaml"
+    if task is not None or not path.is_file():
+        return task.overrides if task else []
+    return yaml.safe_load(path.read_text()) or []
 
 
 def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
