@@ -158,6 +158,10 @@ def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) ->
         single = len(steps) == 1
         axes.plot(steps, values, color=curve.color, lw=1.6, marker=curve.marker or ("o" if single else ""), ms=4)
         labels.append((values[-1], curve.label, curve.color))
+    low, high = axes.get_ylim()
+    least = 0.001 * max(abs(low), abs(high))
+    if not panel.log and high - low < least:  # float32 rounding makes no curve
+        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
     if panel.log:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.95), max(high, 2.1))  # with the ratio 1, where nothing has moved
