@@ -297,9 +297,9 @@ def test_minibatches_take_every_row_once_in_each_epoch(num_rows, num_epochs, sha
 
     seen, first = [], []
 
-    def record(learner, rows, *args, **options):
+    def record(learner, rows, statistics, inner, is_first):
         seen.append([row.advantages[0] for row in rows])
-        first.append(options["first"])
+        first.append(is_first)
         weight.grad = torch.ones(())
         return torch.zeros(())
 
@@ -357,6 +357,7 @@ def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num
     )
     got = run(policy, NOCLIP, rows, config=config, lr=0.0, temperature=0.8)
     assert got.pop("optimizer/grad_norm_mean") > 0
+    assert 0 <= got.pop("update/padding_rate") < 1
     gap = got.pop("policy/sampler_gap_mean"), expected.pop("policy/sampler_gap_mean")
     assert num_minibatches > 1 or gap[0] == pytest.approx(gap[1], rel=1e-12)
     assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
