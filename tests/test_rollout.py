@@ -13,9 +13,11 @@ from pspo import rollout
 from pspo.batch import make_batch
 from pspo.dataset import Problem, Prompt, render
 from pspo.decode import Fused, Library
+from pspo.experience import Row, score
 from pspo.logprob import token_logprobs
 from pspo.memory import NoRoomError
 from pspo.model import Policy
+from pspo.model.attention import can_share
 from pspo.rollout import draw, sample, uniforms
 
 LAST = 1 - 2**-53  # the largest number that the generator gives
@@ -439,6 +441,17 @@ def test_greedy_is_the_librarys_own(any_policy, prompts, max_rows):
 
 def test_any_architecture_is_trained_as_it_is_sampled(any_policy, prompts):
     assert gap(any_policy, sampled(any_policy, prompts, temperature=0.8, top_p=0.9, max_rows=9), 0.8) < 1e-10
+
+
+def test_any_architecture_is_trained_alike_where_completions_share_their_prompt(any_policy, prompts):
+    completions = sampled(any_policy, prompts, temperature=0.8)
+    rows = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [0.0] * len(c.token_ids)) for c in completions]
+    sharing = dataclasses.replace(any_policy, shares_prompts=can_share(any_policy.model, autocast=False))
+    windows = any("sliding" in kind for kind in getattr(any_policy.model.config, "layer_types", None) or [])
+    assert sharing.shares_prompts is not (windows or any_policy.model.config.model_type == "mistral")
+    (found, _), (expected, _) = (score(policy, rows, 0.8, 200, None) for policy in (sharing, any_policy))
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(3))
