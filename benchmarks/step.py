@@ -1,206 +1,187 @@
-"""One step of ours beside one of TRL's ``GRPOTrainer``: ``python -m benchmarks.step [preset] [rounds] [key=value ...]``.
+"""One step of ours beside one of TRL's: ``python -m benchmarks.step [preset] [rounds] [key=value ...]``.
 
-The same weights, prompts, lengths, group size and updates per rollout, in one process, in turns: TRL's own training loop
-runs, and whenever it has learned from a rollout, its weights are put back and our step is made. Needs the extra
-``bench``. Presets: ``tiny``, the embedded default on the CPU; ``vocab``, the same with 152k tokens; ``qwen0_5b`` and
-``qwen1_5b``, those shapes with random weights on a GPU, every completion as long as is allowed.
+The same weights, prompts, lengths, group size and updates per rollout, in one process, in turns: TRL's own training
+loop runs, and whenever it has learned from a rollout, its weights are put back and our step is made. The first round is
+a warm-up. TRL runs in float32 and in bfloat16; the faster one counts. Presets: ``tiny``, the embedded default on the
+CPU; ``vocab``, a small model of 152k tokens; ``qwen0_5b`` and ``qwen1_5b``, those shapes on a GPU. All but the first
+have random weights and completions of full length.
 
-The floor is the time of the matrix products of our own step, each measured alone at its shape on this machine.
+The tokens of an update are those of prompts and completions, once for each epoch. Our rollout's time includes the
+rewards, TRL's does not. Peak memory is that of one step in a process of its own. The floor is the time of the matrix
+products of our own step, each measured alone at its shape on this machine.
 """
 
+import argparse
 import copy
-import dataclasses
-import os
+import gc
+import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("WANDB_MODE", "disabled")
-
 import torch
-from datasets import Dataset
-from transformers import TrainerCallback, set_seed
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import measure
-from benchmarks.diagnostics import make_trainer
-from pspo.model import Policy
+from benchmarks.measure import row
+from benchmarks.preset import PRESETS, Steps, make_trainer
+from benchmarks.theirs import Turns, make_theirs
+from pspo.schema import ConfigError
 from pspo.trainer import Trainer
 
-PRESETS: dict[str, list[str]] = {
-    "tiny": [],
-    "vocab": ["model.architecture.vocab_size=151936"],
-    "qwen0_5b": ["model=qwen0_5b", "rollout.prompts=64", "rollout.group_size=8", "rollout.max_new_tokens=256"],
-    "qwen1_5b": ["model=qwen1_5b", "rollout.prompts=64", "rollout.group_size=8", "rollout.max_new_tokens=256"],
-}
+DTYPES = ("float32", "bfloat16")
 
 
-class Ours:
-    """Our trainer, put back to its first weights after every step."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.weights = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
-        self.optimizer = copy.deepcopy(trainer.optimizer.state_dict())
-        self.rows: list[dict[str, float]] = []
-        self.step_s: list[float] = []
-
-    def step(self) -> None:
-        """One step, timed; the data order and the random numbers go on, the weights do not."""
-        self.step_s.append(measure.seconds(lambda: self.rows.append(self.trainer._step()), self.trainer.policy.device))
-        restore(self.trainer.policy, self.weights)
-        self.trainer.optimizer.load_state_dict(self.optimizer)
-
-
-class Turns(TrainerCallback):
-    """Whenever TRL has made the updates of one rollout: note its time, put its weights back, make a step of ours."""
-
-    def __init__(self, ours: Ours, model: torch.nn.Module, updates: int) -> None:
-        self.ours, self.model, self.updates = ours, model, updates
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.step_s: list[float] = []
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self.begun = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **__: Any) -> None:
-        """The end of one of TRL's optimizer steps."""
-        if state.global_step % self.updates:
-            return
-        measure.synchronize(self.model.device)
-        self.step_s.append(time.perf_counter() - self.begun)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(self.weights[name])
-        optimizer.state.clear()
-        self.ours.step()
-        measure.synchronize(self.model.device)
-        self.begun = time.perf_counter()
-
-
-class Timed(GRPOTrainer):
-    """TRL's trainer, with its rollouts timed and their tokens counted."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rollout_s: list[float] = []
-        self.rollout_tokens: list[int] = []
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
-        found = super()._generate_single_turn(*args, **kwargs)
-        measure.synchronize(self.model.device)
-        self.rollout_s.append(time.perf_counter() - begun)
-        self.rollout_tokens.append(sum(len(ids) for ids in found[0]))
-        return found
-
-
-def restore(policy: Policy, weights: dict[str, torch.Tensor]) -> None:
-    """Put weights back."""
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            parameter.copy_(weights[name])
-
-
-def run(preset: str, rounds: int, overrides: list[str], bf16: bool) -> dict[str, Any]:
-    """Both in turns, the first round as a warm-up; TRL in float32 or in bfloat16 autocast."""
-    with tempfile.TemporaryDirectory() as directory:
-        ours = Ours(make_trainer([*PRESETS[preset], *overrides], Path(directory)))
-        trainer = ours.trainer
-        config, policy = trainer.config, trainer.policy
-        model = copy.deepcopy(policy.model)
-        if model.config._attn_implementation == "grouped":
-            model.set_attn_implementation("sdpa")  # TRL's users do not have ours
-        problems = {policy.tokenizer.decode(prompt.token_ids): prompt.problem for prompt in trainer.train}
-        rows = config.rollout.prompts * config.rollout.group_size
-
-        def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-            return [trainer.reward(c, problems[p]).reward for p, c in zip(prompts, completions, strict=True)]
-
-        set_seed(config.seed)
-        theirs = Timed(
-            model=model,
-            reward_funcs=reward,
-            args=GRPOConfig(
-                output_dir=directory,
-                per_device_train_batch_size=rows // config.update.num_minibatches,
-                gradient_accumulation_steps=1,
-                steps_per_generation=config.update.num_minibatches,
-                num_iterations=config.update.num_epochs,
-                num_generations=config.rollout.group_size,
-                max_completion_length=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                learning_rate=config.optimizer.lr,
-                max_grad_norm=config.optimizer.max_grad_norm,
-                max_steps=config.update.steps * (rounds + 1),
-                gradient_checkpointing=policy.gradient_checkpointing,
-                activation_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=policy.device.type == "cpu",
-                bf16=bf16,
-            ),
-            train_dataset=Dataset.from_list(
-                [{"prompt": policy.tokenizer.decode(prompt.token_ids)} for prompt in trainer.train]
-            ),
-            processing_class=policy.tokenizer,
-            callbacks=[],
-        )
-        turns = Turns(ours, model, config.update.steps)
-        theirs.add_callback(turns)
-        theirs.train()
-        return told(ours, turns, theirs)
-
-
-def told(ours: Ours, turns: Turns, theirs: Timed) -> dict[str, Any]:
-    """The numbers of all rounds but the first."""
-    updates, rows = ours.trainer.config.update.steps, ours.rows[1:]
-    tokens = [row["completion/length_mean"] * ours.trainer.config.rollout.group_size for row in rows]
-    prompts = ours.trainer.config.rollout.prompts
-    our_tokens = [t * prompts for t in tokens]
+def in_turns(ours: Steps, directory: Path, rounds: int, dtype: str, rows: int | None) -> dict[str, Any]:
+    """Numbers of all rounds but the first, of both sides, in lists."""
+    trainer, model, made = ours.trainer, copy.deepcopy(ours.trainer.policy.model), []
+    trainer.state = copy.deepcopy(ours.state)
+    theirs = make_theirs(trainer, model, directory, rollouts=rounds + 1, bf16=dtype == "bfloat16", rows=rows)
+    turns = Turns(model, ours.weights, trainer.config.update.steps, lambda: made.append(ours.step()))
+    theirs.add_callback(turns)
+    theirs.train()
+    sides = {
+        "ours": [(m["seconds"], m["time/rollout_s"], m["prompt_tokens"], m["completion_tokens"]) for m in made],
+        "trl": list(zip(turns.step_s, theirs.rollout_s, theirs.prompt_tokens, theirs.completion_tokens, strict=True)),
+    }
+    updates, epochs = trainer.config.update.steps, trainer.config.update.num_epochs
     return {
-        "ours": {
-            "s_per_optimizer_step": measure.summary([s / updates for s in ours.step_s[1:]]),
-            "rollout_tokens_per_s": measure.summary(
-                [n / row["time/rollout_s"] for n, row in zip(our_tokens, rows, strict=True)]
-            ),
-            "update_tokens_per_s": measure.summary(
-                [
-                    ours.trainer.config.update.num_epochs * n / row["time/update_s"]
-                    for n, row in zip(our_tokens, rows, strict=True)
-                ]
-            ),
-            "completion_length": statistics.mean(row["completion/length_mean"] for row in rows),
-        },
-        "trl": {
-            "s_per_optimizer_step": measure.summary([s / updates for s in turns.step_s[1:]]),
-            "rollout_tokens_per_s": measure.summary(
-                [n / s for n, s in zip(theirs.rollout_tokens[1:], theirs.rollout_s[1:], strict=True)]
-            ),
-            "rollout_share": measure.summary(
-                [r / s for r, s in zip(theirs.rollout_s[1:], turns.step_s[1:], strict=True)]
-            ),
-            "completion_length": statistics.mean(theirs.rollout_tokens[1:])
-            / (prompts * ours.trainer.config.rollout.group_size),
-        },
-        "trl_over_ours": {
-            "s_per_optimizer_step": measure.ratio(turns.step_s[1:], ours.step_s[1:]),
-        },
+        side: {
+            "s_per_optimizer_step": [step / updates for step, *_ in values[1:]],
+            "rollout_tokens_per_s": [completion / rollout for _, rollout, _, completion in values[1:]],
+            "update_tokens_per_s": [
+                epochs * (prompt + completion) / (step - rollout) for step, rollout, prompt, completion in values[1:]
+            ],
+            "prompt_tokens": statistics.mean(prompt for *_, prompt, _ in values[1:]),
+            "completion_tokens": statistics.mean(completion for *_, completion in values[1:]),
+        }
+        for side, values in sides.items()
     }
 
 
+def peak_gib(trainer: Trainer, directory: Path, side: str, rows: int | None) -> float:
+    """Peak memory of the first step of one side, alone."""
+    if side == "ours":
+        work: Any = trainer._step
+    else:
+        work = make_theirs(
+            trainer, trainer.policy.model, directory, rollouts=1, bf16=side == "bfloat16", rows=rows
+        ).train
+    return measure.peak_gib(work, trainer.policy.device)
+
+
+def limits(trainer: Trainer, context: float) -> dict[str, float]:
+    """Tokens per second that the GPU's bandwidth allows a rollout, and its matrix products an update.
+
+    A token of every row costs reading the weights and the keys and values of the text before it, and three passes over
+    float32 logits; a token of the update 6 operations for each parameter.
+    """
+    policy, rollout, device = trainer.policy, trainer.config.rollout, trainer.policy.device
+    config, parameters = policy.model.config, sum(p.numel() for p in policy.model.parameters())
+    dtype = torch.bfloat16 if policy.autocast else policy.model.dtype
+    rows = min(rollout.max_rows, rollout.prompts * rollout.group_size)
+    head = config.hidden_size // config.num_attention_heads
+    text = context * 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
+    moved = parameters * dtype.itemsize + rows * text + 3 * rows * config.vocab_size * 4
+    copied, multiplied = measure.copy_rate(device), measure.matmul_rate(dtype, device)
+    return {
+        "bytes_per_s": copied,
+        "operations_per_s": multiplied,
+        "rollout_tokens_per_s": rows * copied / moved,
+        "update_tokens_per_s": multiplied / (6 * parameters),
+    }
+
+
+def beside_trl(name: str, dtype: str, found: dict[str, Any], peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """Our side beside TRL's."""
+    ours, trl, preset = found["ours"], found["trl"], PRESETS[name]
+    rows, beside = [], f"TRL, {dtype}"
+    for what, key, target in (
+        ("s per optimizer step", "s_per_optimizer_step", preset.step),
+        ("rollout, completion tokens/s", "rollout_tokens_per_s", preset.rollout),
+        ("update, tokens/s", "update_tokens_per_s", ""),
+    ):
+        over = measure.ratio(*((trl[key], ours[key]) if key.startswith("s_") else (ours[key], trl[key])))
+        rows.append(row(f"{name}: {what}", measure.summary(ours[key]), beside, measure.summary(trl[key]), over, target))
+    ours_gib, trl_gib = [peaks["ours"]], [peaks[dtype]]
+    values = measure.summary(ours_gib), beside, measure.summary(trl_gib), measure.ratio(trl_gib, ours_gib)
+    return [*rows, row(f"{name}: peak memory of a step, GiB", *values)]
+
+
+def beside_limits(name: str, ours: dict[str, Any], floor: float, bound: dict[str, float]) -> list[dict[str, Any]]:
+    """Our side beside what the machine allows."""
+    compared = [("s per optimizer step", "s_per_optimizer_step", "its matrix products", floor, PRESETS[name].floor)]
+    if bound:
+        compared += [
+            (
+                "rollout, completion tokens/s",
+                "rollout_tokens_per_s",
+                "the bandwidth",
+                bound["rollout_tokens_per_s"],
+                "≥ 0.5",
+            ),
+            ("update, tokens/s", "update_tokens_per_s", "the matmul rate", bound["update_tokens_per_s"], "≥ 0.4"),
+        ]
+    return [
+        row(
+            f"{name}: {what}",
+            measure.summary(ours[key]),
+            beside,
+            measure.summary([limit]),
+            measure.ratio(ours[key], [limit] * len(ours[key])),
+            target,
+        )
+        for what, key, beside, limit, target in compared
+    ]
+
+
 def main() -> None:
-    """Both dtypes of TRL; the faster one counts."""
-    preset, rounds = (sys.argv[1] if len(sys.argv) > 1 else "tiny"), int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    found = {name: run(preset, rounds, sys.argv[3:], bf16) for name, bf16 in (("float32", False), ("bfloat16", True))}
-    measure.write(f"step_{preset}", {"preset": preset, "trl_in": found})
+    """Measure memory in children, then time here."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step", epilog="key=value sets the run's own configuration")
+    parser.add_argument("preset", nargs="?", choices=PRESETS, default="tiny")
+    parser.add_argument("rounds", nargs="?", type=int, default=5)
+    parser.add_argument("--rows", type=int, help="completions in one of TRL's micro-batches")
+    parser.add_argument("--trl", choices=DTYPES, help="TRL in one dtype only")
+    parser.add_argument("--alone", choices=["ours", *DTYPES], help="print the peak memory of one side and leave")
+    asked = measure.arguments(parser)
+    preset, dtypes = PRESETS[asked.preset], [asked.trl] if asked.trl else DTYPES
+    rows = asked.rows or preset.trl_rows
+    with tempfile.TemporaryDirectory() as directory:
+        where = Path(directory)
+        try:
+            peaks = {}
+            if not asked.alone:
+                words = [asked.preset, *([f"--rows={rows}"] if rows else []), *asked.overrides]
+                peaks = {
+                    side: measure.alone("benchmarks.step", f"--alone={side}", *words) for side in ("ours", *dtypes)
+                }
+            trainer = make_trainer([*preset.overrides, *asked.overrides], where, preset.shape)
+        except ConfigError as error:
+            sys.exit(f"benchmarks.step: {error}")
+        if asked.alone:
+            print(json.dumps(peak_gib(trainer, where, asked.alone, rows)))
+            return
+        ours, found = Steps(trainer), {}
+        for dtype in dtypes:
+            found[dtype] = in_turns(ours, where, asked.rounds, dtype, rows)
+            gc.collect()
+        faster = min(dtypes, key=lambda dtype: statistics.median(found[dtype]["trl"]["s_per_optimizer_step"]))
+        device, one = trainer.policy.device, found[faster]["ours"]
+        floor = measure.floor_s(measure.products(ours.step), device) / trainer.config.update.steps
+        count = trainer.config.rollout.prompts * trainer.config.rollout.group_size
+        context = (one["prompt_tokens"] + one["completion_tokens"] / 2) / count
+        bound = limits(trainer, context) if device.type == "cuda" else {}
+    measure.write(
+        f"step_{asked.preset}",
+        [*beside_trl(asked.preset, faster, found[faster], peaks), *beside_limits(asked.preset, one, floor, bound)],
+        rounds=found,
+        peak_gib=peaks,
+        limits=bound,
+        floor_s=floor,
+        overrides=asked.overrides,
+        trl_rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Start-up beside what its imports cost: ``python -m benchmarks.startup [rounds] [key=value ...]``.
+
+Seconds from the start of the process to where the default run is about to write its first completion, everything
+loaded and the warm policy in the cache; beside a process that only imports torch, transformers, datasets and hydra. In
+turns, the first round a warm-up.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import measure
+
+IMPORTS = "import torch, transformers, datasets, hydra; print('ready', flush=True)"
+RUN = """
+import pspo.run
+
+def ready(*_, **__):
+    print("ready", flush=True)
+    raise SystemExit
+
+pspo.run.answer = ready  # the test before training is what comes first
+pspo.run.cli()
+"""
+
+
+def ready_s(code: str, *words: str) -> float:
+    """Seconds until a Python process says that it is ready."""
+    begun = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        elapsed = time.perf_counter() - begun
+    if said != "ready\n":
+        sys.exit(f"benchmarks.startup: the process ended with status {process.returncode} before it was ready")
+    return elapsed
+
+
+def main() -> None:
+    """Both in turns."""
+    parser = argparse.ArgumentParser(prog="benchmarks.startup", epilog="key=value sets the run's own configuration")
+    parser.add_argument("rounds", nargs="?", type=int, default=7)
+    asked = measure.arguments(parser)
+    ours, imports = [], []
+    for _ in range(asked.rounds + 1):
+        with tempfile.TemporaryDirectory() as directory:
+            ours.append(ready_s(RUN, f"output_dir={directory}", *asked.overrides))
+        imports.append(ready_s(IMPORTS))
+    ours, imports = ours[1:], imports[1:]
+    values = measure.summary(ours), "imports alone", measure.summary(imports), measure.ratio(ours, imports)
+    rows = [measure.row("start-up to the first rollout, s", *values, "≤ 1.3")]
+    measure.write("startup", rows, rounds={"ours": ours, "imports": imports}, overrides=asked.overrides)
+
+
+if __name__ == "__main__":
+    main()
