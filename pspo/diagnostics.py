@@ -19,8 +19,9 @@ ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-PROBE = 32
-"""KL after an optimizer step is measured on one of so many rows of its minibatch: all of them would cost a third."""
+PROBE = 16
+"""KL after an optimizer step is that before the next one, on its minibatch; after a rollout's last step there is none,
+so one of so many rows of the rollout is looked at once more."""
 EQUAL = 1e-5
 """Weights nearer to noclip's than this share of them are neither damped nor amplified: float32 rounding."""
 
@@ -81,7 +82,7 @@ class InnerStep:
 
 
 def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """KL(old‖new) on the rows of the probe, k1 = E[−log r] and k3 = E[r − 1 − log r], after an optimizer step."""
+    """KL(old‖new) on the rows of the probe, k1 = E[−log r] and k3 = E[r − 1 − log r], after the last optimizer step."""
     pairs = [pair for row in zip(logprobs, old_logprobs, strict=True) for pair in zip(*row, strict=True)]
     shifts = [min(max(new - old, -20.0), 20.0) for new, old in pairs]
     return {

@@ -121,17 +121,22 @@ def update(
             optimizer.step()
             taken += 1
             if record is not None and inner is not None:
-                norm = norms[0].item()
+                norm, told = norms[0].item(), inner.result()
+                if record.rows:
+                    record.rows[-1] |= {f"kl/after_{k}": told[f"kl/before_{k}"] for k in ("k1", "k3")}
                 record.rows.append(
                     {"epoch": epoch, "minibatch": place}
-                    | inner.result()
-                    | _kl_after(learner, minibatch)
+                    | told
                     | {
                         "optimizer/grad_norm": norm,
                         "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
                         "optimizer/update_norm": distance(before, parameters[0]),
                     }
                 )
+    if record is not None and record.rows:
+        probe = rows[::PROBE]
+        logprobs, _ = score(learner.policy, probe, learner.temperature, learner.max_tokens, None)
+        record.rows[-1] |= kl_after(logprobs, [row.old_logprobs for row in probe])
     optimizer.zero_grad(set_to_none=True)
     return taken
 
@@ -204,12 +209,6 @@ def accumulate(
         total += torch.where(finite, loss.detach().double(), torch.nan)
     policy.model.eval()
     return total
-
-
-def _kl_after(learner: Learner, minibatch: Sequence[Row]) -> dict[str, float]:
-    probe = minibatch[: max(1, len(minibatch) // PROBE)]  # rows are shuffled: the first are as good as any
-    logprobs, _ = score(learner.policy, probe, learner.temperature, learner.max_tokens, None)
-    return kl_after(logprobs, [row.old_logprobs for row in probe])
 
 
 def _gradient(learner: Learner, rows: Sequence[Row], objective: Objective) -> Tensor:

@@ -261,13 +261,14 @@ def test_a_record_has_a_row_for_every_inner_step(tiny_policy):
 
 
 def test_kl_after_and_update_norm_are_those_of_the_step(tiny_policy):
-    """One optimizer step, so the policy in hand is the one after it; the probe is one row of up to sixteen."""
-    policy, rows, record = tiny_policy(torch.float64, exact=True), make(), Record()
+    """One optimizer step, so the policy in hand is the one after it; the probe is every sixteenth row."""
+    policy, rows, record = tiny_policy(torch.float64, exact=True), make(40), Record()
     before = weights(policy)
     run(learner_of(policy, default_objective("pspo")), rows, epochs=1, minibatches=1, record=record)
     (row,) = record.rows
     assert row["optimizer/update_norm"] == pytest.approx((weights(policy) - before).norm().item(), rel=1e-9)
-    chosen = [rows[i] for i in np.random.default_rng(0).permutation(8)[: max(1, 8 // PROBE)]]
+    chosen = [rows[i] for i in range(0, 40, PROBE)]
+    assert len(chosen) == 3
     logprobs, _ = score(policy, chosen, 1.0, 10_000, None)
     d = np.concatenate([np.subtract(new, each.old_logprobs) for new, each in zip(logprobs, chosen, strict=True)])
     assert row["kl/after_k1"] == pytest.approx(-d.mean(), rel=1e-9)
@@ -282,8 +283,9 @@ def test_kl_is_zero_before_the_first_step_on_fresh_rows_and_not_after_it(tiny_po
     first, second = record.rows
     assert first["kl/before_k3"] == pytest.approx(0, abs=1e-12)
     assert first["ratio/ess"] == pytest.approx(1)
-    assert first["kl/after_k3"] > 1e-4
-    assert second["kl/before_k3"] > 1e-4
+    assert first["kl/after_k3"] == second["kl/before_k3"] > 1e-4  # the next step looks first
+    assert first["kl/after_k1"] == second["kl/before_k1"]
+    assert second["kl/after_k3"] != second["kl/before_k3"]
 
 
 @pytest.mark.parametrize(
