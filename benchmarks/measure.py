@@ -142,10 +142,13 @@ def floor_s(count: Counter[Product], device: torch.device) -> float:
 
 
 def product_s(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of one (batch, rows, inner) x (batch, inner, columns) product."""
+    """Seconds of one (batch, rows, inner) x (batch, inner, columns) product, the second factor as it is faster."""
     a = torch.randn(batch, rows, inner, device=device).to(dtype)
     b = torch.randn(batch, inner, columns, device=device).to(dtype)
-    return rate_s((lambda: torch.mm(a[0], b[0])) if batch == 1 else (lambda: torch.bmm(a, b)), device)
+    factors = (b, b.transpose(1, 2).contiguous().transpose(1, 2))
+    if batch == 1:
+        return min(rate_s(lambda: torch.mm(a[0], factor[0]), device) for factor in factors)  # noqa: B023
+    return min(rate_s(lambda: torch.bmm(a, factor), device) for factor in factors)  # noqa: B023
 
 
 def copy_rate(device: torch.device) -> float:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lock, model, report
+from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lock, model
 from pspo.advice import advice
 from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
@@ -138,6 +138,8 @@ class _Run:
         tracker.summarize(summary)
         tracker.close()
         write_json(self.directory / "summary.json", summary)
+        from pspo import report  # matplotlib, which the first step need not wait for
+
         report.write_curves(self.directory)
         report.write_report(self.directory)
         lock.check(self.directory, self.owner)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -27,6 +27,7 @@ __all__ = [
     "order",
     "refuse_training",
     "render",
+    "render_all",
 ]
 
 log = logging.getLogger(__name__)
@@ -137,22 +138,30 @@ def render(tokenizer: "PreTrainedTokenizerBase", system_prompt: str, question: s
 
     An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does.
     """
+    return render_all(tokenizer, system_prompt, [question])[0]
+
+
+def render_all(tokenizer: "PreTrainedTokenizerBase", system_prompt: str, questions: Sequence[str]) -> list[list[int]]:
+    """The same of many questions, in half the time."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template to write prompts with; "
             "choose a model that has one, or put a chat_template.jinja into the model's folder"
         )
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": question})
+    if not questions:
+        return []
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [[*system, {"role": "user", "content": question}] for question in questions]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return cast(list[int], ids)
+    return cast(list[list[int]], ids)
 
 
 def encode(
     tokenizer: "PreTrainedTokenizerBase", config: DatasetConfig, problems: list[Problem]
 ) -> tuple[list[Prompt], int]:
     """The prompts of at most ``max_prompt_tokens``, in order, and how many longer ones were dropped, never cut."""
-    prompts = [Prompt(problem, render(tokenizer, config.system_prompt, problem.question)) for problem in problems]
+    rendered = render_all(tokenizer, config.system_prompt, [problem.question for problem in problems])
+    prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
     return kept, len(prompts) - len(kept)
 
