@@ -1,7 +1,8 @@
 """What the inner-step diagnostics cost: ``python -m benchmarks.diagnostics [pairs] [key=value ...]``.
 
 The same training step, from the same weights, with and without them, in alternating order; the share of time that
-they add, with the 95 % interval of its mean over the pairs (t).
+they add, with the 95 % interval of its mean over the pairs (t). Each side of a pair is the median of three steps, made
+in turns with the other's: on a virtual machine single steps vary by a tenth.
 """
 
 import dataclasses
@@ -26,6 +27,15 @@ def step_s(steps: Steps, every: int) -> tuple[float, float]:
     return made["seconds"], made["processor_s"]
 
 
+def pair_s(steps: Steps, order: tuple[int, int]) -> dict[int, tuple[float, float]]:
+    """Wall and processor seconds without diagnostics and with them, medians of three steps in turns."""
+    made = [{every: step_s(steps, every) for every in order} for _ in range(3)]
+    return {
+        every: (statistics.median(m[every][0] for m in made), statistics.median(m[every][1] for m in made))
+        for every in order
+    }
+
+
 def interval(added: list[float]) -> dict[str, float]:
     """Mean of the shares added, with its 95 % interval."""
     mean, error = statistics.mean(added), statistics.stdev(added) / len(added) ** 0.5
@@ -40,7 +50,7 @@ def main() -> None:
         steps = Steps(make_trainer(sys.argv[2:], Path(directory)))
         for every in (0, 1):
             step_s(steps, every)
-        seconds = [{every: step_s(steps, every) for every in ((0, 1) if pair % 2 else (1, 0))} for pair in range(pairs)]
+        seconds = [pair_s(steps, (0, 1) if number % 2 else (1, 0)) for number in range(pairs)]
     result = {
         "pairs": pairs,
         "step_s_median": statistics.median(pair[0][0] for pair in seconds),
