@@ -19,7 +19,7 @@ ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-PROBE = 32
+PROBE = 64
 """KL after an optimizer step is that before the next one, on its minibatch; after a rollout's last step there is none,
 so one of so many rows of the rollout is looked at once more."""
 EQUAL = 1e-5

@@ -261,13 +261,13 @@ def test_a_record_has_a_row_for_every_inner_step(tiny_policy):
 
 
 def test_kl_after_and_update_norm_are_those_of_the_step(tiny_policy):
-    """One optimizer step, so the policy in hand is the one after it; the probe is every sixteenth row."""
-    policy, rows, record = tiny_policy(torch.float64, exact=True), make(40), Record()
+    """One optimizer step, so the policy in hand is the one after it; the probe is every sixty-fourth row."""
+    policy, rows, record = tiny_policy(torch.float64, exact=True), make(150), Record()
     before = weights(policy)
     run(learner_of(policy, default_objective("pspo")), rows, epochs=1, minibatches=1, record=record)
     (row,) = record.rows
     assert row["optimizer/update_norm"] == pytest.approx((weights(policy) - before).norm().item(), rel=1e-9)
-    chosen = [rows[i] for i in range(0, 40, PROBE)]
+    chosen = [rows[i] for i in range(0, 150, PROBE)]
     assert len(chosen) == 3
     logprobs, _ = score(policy, chosen, 1.0, 10_000, None)
     d = np.concatenate([np.subtract(new, each.old_logprobs) for new, each in zip(logprobs, chosen, strict=True)])

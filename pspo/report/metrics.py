@@ -51,7 +51,7 @@ METRICS: dict[str, str] = {
     "weight/reversed_rate": "share of tokens with w < 0: pulled back",
     "weight/mass_kept": "gradient mass kept, Σ|w A| / Σ|r A|",
     "kl/before_k1": "KL(old‖new), k1 estimate E[−log r], before the inner step, nats per token",
-    "kl/after_k1": "the same after it: on the minibatch that follows, after the last on one of 32 rows of the rollout",
+    "kl/after_k1": "the same after it: on the minibatch that follows, after the last on one of 64 rows of the rollout",
     "kl/after_k3": "KL(old‖new), k3 estimate, after it, on the same rows",
     "optimizer/grad_norm_clipped": "norm of the policy's gradient after clipping",
     "optimizer/update_norm": "‖Δθ‖ of the policy's weights in one optimizer step",
