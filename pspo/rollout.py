@@ -95,34 +95,21 @@ def sample(
     the batch, nor on its order. Prompts of like length are decoded together. Raises Interrupted between two tokens, and
     NoRoomError where neither ``max_rows`` nor half of them fit into memory.
     """
-
-    def some_at_a_time(most: int) -> list[Completion]:
-        return _sample(policy, prompts, seed, group_size, max_new_tokens, temperature, top_p, most)
-
-    return halving("rollout.max_rows", max_rows, "or set model.autocast=true, or a smaller model", some_at_a_time)[0]
-
-
-def _sample(
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    seed: Sequence[int],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    max_rows: int,
-) -> list[Completion]:
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
     rows = [(i, g) for i in by_length for g in range(group_size)]
-    completions: dict[tuple[int, int], Completion] = {}
-    for start in range(0, len(rows), max_rows):
-        chosen = rows[start : start + max_rows]
-        random_BT = np.stack([uniforms([*seed, *_words(prompts[i].problem), g], max_new_tokens) for i, g in chosen])
-        decoded = _decode(policy, [prompts[i].token_ids for i, _ in chosen], random_BT, temperature, top_p)
-        for (i, g), (token_ids, logprobs, finished) in zip(chosen, decoded, strict=True):
-            text = policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
-    return [completions[i, g] for i in range(len(prompts)) for g in range(group_size)]
+
+    def some_at_a_time(most: int) -> list[Completion]:
+        completions: dict[tuple[int, int], Completion] = {}
+        for start in range(0, len(rows), most):
+            chosen = rows[start : start + most]
+            random_BT = np.stack([uniforms([*seed, *_words(prompts[i].problem), g], max_new_tokens) for i, g in chosen])
+            decoded = _decode(policy, [prompts[i].token_ids for i, _ in chosen], random_BT, temperature, top_p)
+            for (i, g), (token_ids, logprobs, finished) in zip(chosen, decoded, strict=True):
+                text = policy.tokenizer.decode(token_ids, skip_special_tokens=True)
+                completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
+        return [completions[i, g] for i in range(len(prompts)) for g in range(group_size)]
+
+    return halving("rollout.max_rows", max_rows, "or set model.autocast=true, or a smaller model", some_at_a_time)[0]
 
 
 def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
