@@ -24,6 +24,10 @@ class Batch:
         token_ids_BT: the completions, then padding.
         mask_BT: true on completion tokens, the stop token included.
         num_tokens: positions of R·S that are not padding.
+        length_R: how many of them each row has.
+        first_R: the place in each row from which on it predicts completions.
+        blocks: how many consecutive rows of like length are padded together, and no others, where a model runs all
+            tokens end to end (``model.fused``); None where R·S is run as it is.
     """
 
     input_ids_RS: Tensor
@@ -33,6 +37,16 @@ class Batch:
     token_ids_BT: Tensor
     mask_BT: Tensor
     num_tokens: int
+    length_R: list[int]
+    first_R: list[int]
+    blocks: list[int] | None = None
+
+    @property
+    def num_padded(self) -> int:
+        """Positions that are run, padding included."""
+        ends = np.cumsum(self.blocks or [len(self.length_R)])
+        parts = [self.length_R[end - size : end] for end, size in zip(ends, self.blocks or ends, strict=True)]
+        return sum(len(part) * max(part) for part in parts)
 
 
 def make_batch(
@@ -41,12 +55,13 @@ def make_batch(
     pad_id: int,
     device: torch.device,
     sizes: Sequence[int] | None = None,
+    blocks: list[int] | None = None,
 ) -> Batch:
     """Pad prompts and completions, as lists of token ids, to one batch.
 
     ``sizes`` says how many consecutive completions stand behind one copy of the prompt that they have in common; each
     sees its prompt and itself, so the numbers are those of rows of their own (as in arXiv 2506.05433). None gives each
-    a row of its own.
+    a row of its own. ``blocks`` as in ``Batch``.
     """
     sizes_R = [1] * len(prompts) if sizes is None else list(sizes)
     first_R = np.cumsum([0, *sizes_R])[:-1].tolist()
@@ -84,6 +99,9 @@ def make_batch(
         torch.from_numpy(token_ids_BT).to(device),
         mask_BT.to(device),
         sum(length_R),
+        length_R,
+        [len(prompts[first]) - 1 for first in first_R],
+        blocks,
     )
 
 

@@ -6,19 +6,21 @@ text, H hidden size, V vocabulary, K key heads, G query heads of each, D head wi
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from pspo import fused
 from pspo.console import log
+from pspo.fused import Weights
+from pspo.layout import Blocks
 from pspo.model import Policy
-
-FAMILY = ("LlamaForCausalLM", "Qwen2ForCausalLM")
-ROPE = ("default", "linear", "llama3", "yarn")  # tables that do not depend on how long the text is
 
 
 class Decoder(Protocol):
@@ -85,102 +87,124 @@ class Library:
 
 
 class Fused:
-    """Decoding for the Llama family: RMSNorm, rotary positions, grouped queries, gated feed-forward.
+    """Decoding for the Llama family, by the products of ``pspo.fused``.
 
-    The prompts go through the model's own forward. Every row starts at the left of the cache, so rows differ in how
-    far they are. Products are in bfloat16 under autocast, from a copy of the weights that lives as long as this.
+    Keys and values of a prompt stand once for all rows that begin with it, those of the rows' own tokens in a cache
+    that is allocated once, at the same place for all rows. Products are in bfloat16 under autocast, from a copy of the
+    weights that lives as long as this.
     """
 
     @staticmethod
     def takes(model: Any) -> bool:
-        """Whether the model is of the family, and plain: no adapters, no windows, positions whatever the length."""
-        if type(model).__name__ not in FAMILY:
-            return False
-        config = model.config
-        linear = all(
-            type(module) is torch.nn.Linear
-            for name, module in model.named_modules()
-            if name.endswith(("_proj", "lm_head"))
-        )
-        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        return linear and rope in ROPE and set(getattr(config, "layer_types", ["full_attention"])) == {"full_attention"}
+        """Whether the model is of the family, and plain.
+
+        In float64 only where it is trained by our layers too, as the library's norms are in float32 in any dtype.
+        """
+        known = fused.takes(model.get_decoder()) and type(model.get_output_embeddings()) is torch.nn.Linear
+        return known and (model.dtype != torch.float64 or model.config._attn_implementation == "grouped")
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.config = policy, policy.model.config
-        decoder = policy.model.get_decoder()
+        self.policy, decoder, head = policy, policy.model.get_decoder(), policy.model.get_output_embeddings()
         self.dtype = torch.bfloat16 if policy.autocast else policy.model.dtype
-        self.embed, self.norm = decoder.embed_tokens.weight, decoder.norm
-        self.head = self._joined(policy.model.get_output_embeddings())
-        self.layers = [
-            (
-                layer.input_layernorm,
-                self._joined(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                self._joined(layer.self_attn.o_proj),
-                layer.post_attention_layernorm,
-                self._joined(layer.mlp.gate_proj, layer.mlp.up_proj),
-                layer.mlp.act_fn,
-                self._joined(layer.mlp.down_proj),
-            )
-            for layer in decoder.layers
-        ]
-        attention = decoder.layers[0].self_attn
-        self.width, self.scaling = attention.head_dim, attention.scaling
-        self.keys: int = self.config.num_key_value_heads
+        self.shape, self.embed, self.norm = fused.shape_of(decoder), decoder.embed_tokens.weight, decoder.norm.weight
+        self.layers = [Weights(*self._cast(*fused.weights(layer))) for layer in decoder.layers]
+        self.head = self._cast(head.weight, head.bias)
 
     def start(self, prompts: Sequence[list[int]], prompt_of_B: Tensor, num_tokens: int) -> Tensor:
-        device, length = self.policy.device, max(map(len, prompts))
+        device, length, (keys, _, width, _) = self.policy.device, max(map(len, prompts)), self.shape
         ids_PS = torch.tensor([p + [self.policy.pad_id] * (length - len(p)) for p in prompts], device=device)
         length_P = torch.tensor([len(p) for p in prompts], device=device)
-        cache, decoder = DynamicCache(config=self.config), self.policy.model.get_decoder()
-        there_PS = torch.arange(length, device=device) < length_P[:, None]
-        hidden = decoder(input_ids=ids_PS, attention_mask=there_PS.long(), past_key_values=cache, use_cache=True)
-        last_PH = hidden.last_hidden_state[torch.arange(len(prompts), device=device), length_P - 1]
-        rows, room = len(prompt_of_B), length + num_tokens
-        self.cache: list[tuple[Tensor, ...]] = []
-        for layer in cache.layers:
-            pair = (last_PH.new_zeros((rows, self.keys, room, self.width), dtype=self.dtype) for _ in range(2))
-            self.cache.append(tuple(pair))
-            for kept, read in zip(self.cache[-1], (layer.keys, layer.values), strict=True):  # type: ignore[union-attr]
-                kept[:, :, :length] = read[prompt_of_B]  # type: ignore[index]
-        places = torch.arange(room, device=device)
-        self.cos_SD, self.sin_SD = (table[0] for table in decoder.rotary_emb(last_PH, places[None]))
-        self.place_B, self.filled, self.row_B = length_P[prompt_of_B], length, torch.arange(rows, device=device)
-        return self._product(last_PH, self.head)[prompt_of_B]
+        places = torch.arange(length + num_tokens, device=device)
+        self.cis_SD = fused.angles(self.policy.model.get_decoder(), self.embed, places)
+        self.prompts: list[tuple[Tensor, Tensor]] = []
+        x, cis = self.embed[ids_PS.flatten()], self.cis_SD[:length].repeat(len(prompts), 1, 1)
+        for w in self.layers:
+            x = self._layer(w, x, cis, partial(self._read, len(prompts)))
+        last_PH = x.view(len(prompts), length, -1)[torch.arange(len(prompts), device=device), length_P - 1]
+        unseen_PS = places[:length] >= length_P[:, None]
+        self.unseen_P1S = torch.zeros_like(unseen_PS, dtype=self.dtype).masked_fill_(unseen_PS, -torch.inf)[:, None]
+        shape = 2, len(prompt_of_B), keys, num_tokens, width
+        self.own, self.filled = [x.new_empty(shape, dtype=self.dtype) for _ in self.layers], 0
+        self.place_B = length_P[prompt_of_B]
+        self._stand(prompt_of_B.cpu().numpy())
+        return self._logits(last_PH)[prompt_of_B]
 
     def step(self, token_B: Tensor) -> Tensor:
-        x_BH, rows, half = self.embed[token_B], len(token_B), self.width // 2
-        cos, sin = self.cos_SD[self.place_B, None, :half], self.sin_SD[self.place_B, None, :half]
-        self.filled += 1
-        unseen = torch.arange(self.filled, device=x_BH.device) > self.place_B[:, None]
-        for (norm, qkv, out, norm_after, gate_up, activation, down), (keys, values) in zip(
-            self.layers, self.cache, strict=True
-        ):
-            heads = self._product(norm(x_BH), qkv).view(rows, -1, self.width)
-            turned, value = heads[:, : -self.keys], heads[:, -self.keys :]
-            a, b = turned[..., :half], turned[..., half:]
-            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(self.dtype)
-            keys[self.row_B, :, self.place_B] = turned[:, -self.keys :]
-            values[self.row_B, :, self.place_B] = value
-            query = (turned[:, : -self.keys] * self.scaling).reshape(rows, self.keys, -1, self.width)
-            score = query @ keys[:, :, : self.filled].transpose(-1, -2)
-            score.masked_fill_(unseen[:, None, None], -torch.inf)
-            weight = score.softmax(-1, torch.promote_types(self.dtype, torch.float32)).to(self.dtype)
-            x_BH = x_BH + self._product((weight @ values[:, :, : self.filled]).reshape(rows, -1), out)
-            gate, up = self._product(norm_after(x_BH), gate_up).chunk(2, dim=-1)
-            x_BH = x_BH + self._product(activation(gate) * up, down)
-        self.place_B = self.place_B + 1
-        return self._product(self.norm(x_BH), self.head)
+        x, cis = self.embed[token_B], self.cis_SD[self.place_B]
+        for layer, w in enumerate(self.layers):
+            x = self._layer(w, x, cis, partial(self._ask, layer))
+        self.place_B, self.filled = self.place_B + 1, self.filled + 1
+        return self._logits(x)
+
+    def _layer(self, w: Weights, x: Tensor, cis: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One layer of tokens end to end; ``attend`` finds what their queries see, given their keys and values."""
+        keys, _, width, eps = self.shape
+        n = fused.normed(x, eps)[0].to(self.dtype)
+        query, pair = F.linear(n, w.query, w.query_bias), F.linear(n, w.pair, w.pair_bias)
+        self._turn(query, cis)
+        self._turn(pair[:, : keys * width], cis)
+        x = x + F.linear(attend(query, pair), w.out)
+        gate, up = F.linear(fused.normed(x, eps)[0].to(self.dtype), w.gate_up).chunk(2, -1)
+        return x + F.linear(F.silu(gate).mul_(up), w.down)
+
+    def _read(self, count: int, query: Tensor, pair: Tensor) -> Tensor:
+        """The attention of prompts' tokens, whose padding comes after them; keeps their keys and values."""
+        keys, groups, width, _ = self.shape
+        heads = query.view(count, -1, keys * groups, width).transpose(1, 2)
+        key, value = pair.view(count, -1, 2, keys, width).permute(2, 0, 3, 1, 4).contiguous()
+        self.prompts.append((key.flatten(0, 1), value.flatten(0, 1)))
+        found = F.scaled_dot_product_attention(heads, key, value, is_causal=True, scale=1.0, enable_gqa=True)
+        return found.transpose(1, 2).reshape(len(pair), -1)
+
+    def _ask(self, layer: int, query: Tensor, pair: Tensor) -> Tensor:
+        """The attention of one token a row, to its prompt together with all rows of it, and to the row's own tokens."""
+        (keys, groups, width, _), (prompt_key, prompt_value) = self.shape, self.prompts[layer]
+        rows, told, until = len(pair), self.unseen_P1S.shape[-1], self.filled + 1
+        self.own[layer][:, :, :, self.filled] = pair.view(rows, 2, keys, width).transpose(0, 1)
+        key, value = self.own[layer][..., :until, :].flatten(1, 2)
+        on_prompt = self.blocks.take(query, width).view(len(prompt_key), -1, width) @ prompt_key.mT
+        on_prompt.view(len(self.unseen_P1S), -1, told).add_(self.unseen_P1S)
+        on_own = query.view(rows * keys, groups, width) @ key.mT
+        score = torch.cat([self.blocks.give(on_prompt.view(-1, told)).view(*on_own.shape[:2], told), on_own], -1)
+        weight = score.softmax(-1, torch.promote_types(self.dtype, torch.float32)).to(self.dtype)
+        by_prompt = weight.view(-1, told + until)[:, :told].index_select(0, self.blocks.to)
+        found = self.blocks.give((by_prompt.view(len(prompt_key), -1, told) @ prompt_value).view(-1, width))
+        return found.add_((weight[..., told:] @ value).view(rows, -1))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear((fused.normed(x, self.shape.eps)[0] * self.norm).to(self.dtype), *self.head)
 
     def keep(self, row_B: Tensor) -> None:
-        self.cache = [tuple(kept[row_B] for kept in layer) for layer in self.cache]
-        self.place_B, self.row_B = self.place_B[row_B], self.row_B[: len(row_B)]
+        for layer, own in enumerate(self.own):
+            left = own.new_empty((2, len(row_B), *own.shape[2:]))
+            left[..., : self.filled, :] = own[:, row_B, :, : self.filled]
+            self.own[layer] = left
+        self.place_B = self.place_B[row_B]
+        prompt_of = self.prompt_of[row_B.cpu().numpy()]
+        alive, prompt_of = np.unique(prompt_of, return_inverse=True)
+        if len(alive) < len(self.unseen_P1S):
+            alive_P = torch.from_numpy(alive).to(row_B.device)
+            self.unseen_P1S = self.unseen_P1S[alive_P]
 
-    def _joined(self, *linears: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
-        """Several linear layers of one input as one, in the dtype of the products."""
-        weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
-        if linears[0].bias is None:
-            return weight.to(self.dtype), None
-        return weight.to(self.dtype), torch.cat([linear.bias for linear in linears]).to(self.dtype)
+            def kept(stands: Tensor) -> Tensor:
+                return stands.view(-1, self.shape.keys, *stands.shape[1:])[alive_P].flatten(0, 1)
 
-    def _product(self, x: Tensor, linear: tuple[Tensor, Tensor | None]) -> Tensor:
-        return F.linear(x.to(self.dtype), *linear)
+            self.prompts = [(kept(key), kept(value)) for key, value in self.prompts]
+        self._stand(prompt_of)
+
+    def _stand(self, prompt_of: Any) -> None:
+        """Rows of one prompt ask it together."""
+        self.prompt_of, (keys, groups, *_) = prompt_of, self.shape
+        counts_P, sizes = np.bincount(prompt_of), [len(self.unseen_P1S)]
+        self.blocks = Blocks(counts_P, sizes, keys * groups, keys, self.policy.device, empty=0)
+
+    def _turn(self, heads: Tensor, cis: Tensor) -> None:
+        if heads.dtype == torch.bfloat16:  # there are no complex numbers of it
+            raised = heads.float()
+            fused.turn(raised, cis, self.shape.width)
+            heads.copy_(raised)
+        else:
+            fused.turn(heads, cis, self.shape.width)
+
+    def _cast(self, *tensors: Tensor | None) -> tuple[Any, ...]:
+        return tuple(None if tensor is None else tensor.to(self.dtype) for tensor in tensors)

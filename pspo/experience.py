@@ -5,12 +5,13 @@ Shape suffixes: P prompts, G completions of each, B rows of a micro-batch, T tok
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pspo import fused
 from pspo.advantage import GAE, Advantage, has_spread
 from pspo.batch import Batch, make_batch, pad_to
 from pspo.critic import Critic
@@ -21,8 +22,8 @@ from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
 from pspo.stream import Stream
 
-MICRO_BATCH = {"cpu": 128, "cuda": 4096}
-"""What one more micro-batch costs beside its positions, in positions: a tiny policy's on a CPU, a guess on a GPU."""
+PART = {"cpu": 128, "cuda": 4096}
+"""What one more part costs beside its positions, in positions: a tiny policy's on a CPU, a guess on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Row:
     reference_logprobs: list[float] | None = None
     values: list[float] | None = None
     returns: list[float] | None = None
+
+
+class Cut(NamedTuple):
+    """Rows, by index, that make one micro-batch; ``sizes`` and ``blocks`` as in ``make_batch``."""
+
+    rows: list[int]
+    sizes: list[int] | None
+    blocks: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -180,21 +189,22 @@ def score(
     """Log-probabilities of every row's tokens, and their values where there is a critic, without gradient."""
     logprobs: list[list[float]] = [[] for _ in rows]
     values: list[list[float]] = [[] for _ in rows]
-    for chosen, sizes in pack(rows, max_tokens, policy):
-        batch = batch_of([rows[i] for i in chosen], policy, sizes)
+    for cut in pack(rows, max_tokens, policy):
+        batch = batch_of(rows, policy, cut)
         scored = token_logprobs(policy.model, batch, temperature, policy.autocast)
         pairs = [(logprobs, scored.logprob_BT)]
         if critic is not None:
             pairs.append((values, critic(batch, scored.hidden_NH, policy.autocast)))
         for found, values_BT in pairs:
-            for i, row in zip(chosen, values_BT.tolist(), strict=True):
+            for i, row in zip(cut.rows, values_BT.tolist(), strict=True):
                 found[i] = row[: len(rows[i].token_ids)]
     return logprobs, values
 
 
-def batch_of(rows: Sequence[Row], policy: Policy, sizes: Sequence[int] | None = None) -> Batch:
-    """The tokens of some rows, padded; ``sizes`` as ``pack`` gives them."""
-    return make_batch([r.prompt_ids for r in rows], [r.token_ids for r in rows], policy.pad_id, policy.device, sizes)
+def batch_of(rows: Sequence[Row], policy: Policy, cut: Cut) -> Batch:
+    """The tokens of the rows of a cut."""
+    prompts, completions = [rows[i].prompt_ids for i in cut.rows], [rows[i].token_ids for i in cut.rows]
+    return make_batch(prompts, completions, policy.pad_id, policy.device, cut.sizes, cut.blocks)
 
 
 def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -202,26 +212,41 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype |
     return pad_to([getattr(row, name) for row in rows], like_BT, dtype or like_BT.dtype)
 
 
-def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[tuple[list[int], list[int] | None]]:
-    """Cut rows, by index, into micro-batches of at most ``max_tokens`` padded positions, or one row of the decoder.
+def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Cut]:
+    """Cut rows into micro-batches of at most ``max_tokens`` padded positions, or of one row of the decoder.
 
-    Beside the indices stand, where prompts are shared, how many neighbours share one. Of all ways to cut the rows of
-    the decoder, sorted by length, it takes the one with the fewest padded positions, a micro-batch counting for some.
+    Of all ways to cut the rows of the decoder, sorted by length, it takes the one with the fewest padded positions, a
+    part counting for some. Where only the attention is padded, parts are its blocks, and a micro-batch takes several.
     """
     bundles = sorted(_bundles(rows, policy), key=lambda bundle: _length([rows[i] for i in bundle]))
     lengths = [_length([rows[i] for i in bundle]) for bundle in bundles]
-    cost, start = [0.0], [0]  # of the first so many bundles, and where their last micro-batch starts
+    cost, start = [0.0], [0]  # of the first so many bundles, and where their last part starts
     for end in range(1, len(bundles) + 1):
         starts = [s for s in range(end) if (end - s) * lengths[end - 1] <= max_tokens or s == end - 1]
         start.append(min(starts, key=lambda s: cost[s] + (end - s) * lengths[end - 1]))
-        cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + MICRO_BATCH[policy.device.type])
-    micro_batches, end = [], len(bundles)
+        cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + PART[policy.device.type])
+    parts: list[slice] = []
+    end = len(bundles)
     while end:
-        micro_batches.append(bundles[start[end] : end])
+        parts.insert(0, slice(start[end], end))
         end = start[end]
+    end_to_end = fused.trains(policy.model.get_decoder(), policy.autocast)
+    micro_batches: list[list[slice]] = []
+    room = 0
+    for part in parts:
+        padded = (part.stop - part.start) * lengths[part.stop - 1]
+        if not end_to_end or padded > room:
+            micro_batches.append([])
+            room = max_tokens
+        micro_batches[-1].append(part)
+        room -= padded
     return [
-        ([i for bundle in micro for i in bundle], [len(bundle) for bundle in micro] if policy.shares_prompts else None)
-        for micro in reversed(micro_batches)
+        Cut(
+            [i for part in micro for bundle in bundles[part] for i in bundle],
+            [len(bundle) for part in micro for bundle in bundles[part]] if policy.shares_prompts else None,
+            [len(bundles[part]) for part in micro] if end_to_end else None,
+        )
+        for micro in micro_batches
     ]
 
 

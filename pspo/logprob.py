@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pspo import fused
 from pspo.batch import Batch, scatter
 
 LOG_RATIO_CLAMP = 20.0
@@ -55,6 +56,8 @@ def token_logprobs(
 
 def predicting_states(decoder: Any, batch: Batch) -> Tensor:
     """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
+    if batch.blocks is not None:
+        return fused.predicting_states(decoder, batch)
     attention = batch.attention
     if attention.ndim == 2:
         attention = attention.long()

@@ -24,6 +24,9 @@ from pspo.stream import generator
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
 
+LOOK = {"cpu": 1, "cuda": 8}
+"""Tokens from one look at which rows are finished to the next; each waits for the GPU."""
+
 BLOCK = 128
 """Tokens whose probabilities are summed at a time before one of them is looked for."""
 
@@ -195,35 +198,33 @@ def _decode(
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     token_BT = torch.full((num_rows, length_T), policy.pad_id, device=device)
     logprob_BT = torch.zeros(num_rows, length_T, dtype=torch.float64, device=device)
-    length_B = torch.full((num_rows,), length_T, device=device)
-    finished_B = torch.zeros(num_rows, dtype=torch.bool, device=device)
     row_of = torch.arange(num_rows, device=device)  # which row of the result each row of the batch writes
+    alive = torch.ones(num_rows, dtype=torch.bool, device=device)
     with autocast_to_bfloat16(device, policy.autocast):
         decoder = make_decoder(policy)
         logits = decoder.start([prompts[row] for row in first], prompt_of, length_T)
         for t in range(length_T):
             interrupt.check()
             token, logprob = draw(logits, uniform_BT[row_of, t], temperature, top_p)
-            alive = ~finished_B[row_of]
-            token_BT[row_of[alive], t] = token[alive]
-            logprob_BT[row_of[alive], t] = logprob[alive].double()
-            stopped = alive & torch.isin(token, stop_ids)
-            finished_B[row_of[stopped]] = True
-            length_B[row_of[stopped]] = t + 1
-            alive = alive & ~stopped
-            num_alive = int(alive.sum())
-            if num_alive == 0 or t + 1 == length_T:
+            token_BT[row_of, t], logprob_BT[row_of, t] = token, logprob.double()
+            if t + 1 == length_T:
                 break
-            if num_alive < COMPACT_BELOW * len(alive):
-                keep = alive.nonzero().squeeze(-1)
-                decoder.keep(keep)
-                row_of, token = row_of[keep], token[keep]
+            alive &= torch.isin(token, stop_ids, invert=True)
+            if (t + 1) % LOOK[device.type] == 0:
+                num_alive = int(alive.sum())
+                if num_alive == 0:
+                    break
+                if num_alive < COMPACT_BELOW * len(alive):
+                    keep = alive.nonzero().squeeze(-1)
+                    decoder.keep(keep)
+                    row_of, token, alive = row_of[keep], token[keep], alive[keep]
             logits = decoder.step(token)
-    lengths = length_B.tolist()
+    stops_BT = torch.isin(token_BT, stop_ids)  # a row that has stopped may have been written on
+    length_B = torch.where(stops_BT.any(1), stops_BT.int().argmax(1) + 1, length_T)
     return [
         (tokens[:length], logprobs[:length], finished)
         for tokens, logprobs, length, finished in zip(
-            token_BT.tolist(), logprob_BT.tolist(), lengths, finished_B.tolist(), strict=True
+            token_BT.tolist(), logprob_BT.tolist(), length_B.tolist(), stops_BT.any(1).tolist(), strict=True
         )
     ]
 

@@ -175,9 +175,8 @@ def accumulate(
             module.eval()
     size = Size(sum(len(row.token_ids) for row in rows), len(rows), learner.max_length)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    for chosen, sizes in pack(rows, learner.max_tokens, policy):
-        micro = [rows[i] for i in chosen]
-        tokens = batch_of(micro, policy, sizes)
+    for cut in pack(rows, learner.max_tokens, policy):
+        micro, tokens = [rows[i] for i in cut.rows], batch_of(rows, policy, cut)
         scored = token_logprobs(
             policy.model, tokens, learner.temperature, policy.autocast, learner.loss.entropy_weight > 0
         )
@@ -197,7 +196,7 @@ def accumulate(
             statistics.mean("critic/loss_mean", error_BT, tokens.mask_BT)
             loss = loss + torch.where(tokens.mask_BT, error_BT, 0.0).sum() / size.num_tokens
         loss.backward()  # type: ignore[no-untyped-call]
-        positions = torch.zeros(tokens.input_ids_RS.numel(), dtype=torch.float64)
+        positions = torch.zeros(tokens.num_padded, dtype=torch.float64)
         positions[tokens.num_tokens :] = 1
         statistics.mean("update/padding_rate", positions, torch.ones_like(positions, dtype=torch.bool))
         if inner is not None:

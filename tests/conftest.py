@@ -67,7 +67,7 @@ def tiny_policy(tiny_tokenizer, tiny_models):
     from pspo.model import Policy, stop_ids
 
     def make(dtype=torch.float32, *, seed=0, attention="eager", gradient_checkpointing=False, exact=False):
-        attention = "sdpa" if exact else attention
+        attention = "sdpa" if exact and attention == "eager" else attention
         model = copy.deepcopy(tiny_models(seed, attention)).to(dtype)
         for name, module in list(model.named_modules()) if exact else []:
             if isinstance(module, Qwen2RMSNorm):

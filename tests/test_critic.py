@@ -8,7 +8,7 @@ from training import Killed, make_trainer
 from pspo.advantage import GAE, Group
 from pspo.config import default_objective
 from pspo.critic import make_critic
-from pspo.experience import Row, batch_of, score
+from pspo.experience import Row, batch_of, pack, score
 from pspo.logprob import token_logprobs
 from pspo.loss import Loss
 from pspo.statistics import Statistics
@@ -91,7 +91,8 @@ def test_a_value_is_a_linear_function_of_the_state_that_predicts_the_token(tiny_
             hidden_SH = policy.model.model(torch.tensor([row.prompt_ids + row.token_ids])).last_hidden_state[0]
             expected_T = critic.head(hidden_SH[len(row.prompt_ids) - 1 : -1]).squeeze(-1)
             assert value == pytest.approx(expected_T.tolist(), abs=1e-10)
-    batch = batch_of(rows, policy)
+    (cut,) = pack(rows, 1000, policy)
+    batch = batch_of(rows, policy, cut)
     value_BT = critic(batch, token_logprobs(policy.model, batch, 1.0).hidden_NH, False)
     assert not value_BT[~batch.mask_BT].any()
 

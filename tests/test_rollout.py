@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo import rollout
-from pspo.batch import make_batch
 from pspo.dataset import Problem, Prompt, render
 from pspo.decode import Fused, Library
 from pspo.experience import Row, score
-from pspo.logprob import token_logprobs
 from pspo.memory import NoRoomError
 from pspo.model import Policy
 from pspo.model.attention import can_share
@@ -173,8 +171,15 @@ def watched(policy, monkeypatch):
     monkeypatch.setattr(
         embed, "forward", lambda ids, forward=embed.forward: (shapes.append(ids.shape), forward(ids))[1]
     )
-    step = Fused.step
+    step, read = Fused.step, Fused._read
     monkeypatch.setattr(Fused, "step", lambda self, ids: (shapes.append((len(ids), 1)), step(self, ids))[1])
+
+    def watched_read(self, count, query, pair):
+        if not self.prompts:  # the first layer
+            shapes.append((count, len(query) // count))
+        return read(self, count, query, pair)
+
+    monkeypatch.setattr(Fused, "_read", watched_read)
     return shapes
 
 
@@ -344,16 +349,12 @@ def test_temperature_zero_takes_the_most_probable_token():
 
 def gap(policy, completions, temperature):
     """The largest difference between what the sampler recorded and what the trainer computes."""
-    batch = make_batch(
-        [c.prompt.token_ids for c in completions], [c.token_ids for c in completions], policy.pad_id, policy.device
-    )
-    with torch.no_grad():
-        logprob_BT = token_logprobs(policy.model, batch, temperature, policy.autocast).logprob_BT
-    recorded = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(c.logprobs, dtype=torch.float64) for c in completions], True
-    )
-    assert batch.mask_BT.sum() == sum(len(c.logprobs) for c in completions)
-    return (logprob_BT.double() - recorded).abs().max().item()
+    rows = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [0.0] * len(c.token_ids)) for c in completions]
+    found, _ = score(policy, rows, temperature, 1000, None)
+    pairs = [
+        pair for row, logprobs in zip(rows, found, strict=True) for pair in zip(row.old_logprobs, logprobs, strict=True)
+    ]
+    return max(abs(recorded - computed) for recorded, computed in pairs)
 
 
 @pytest.mark.parametrize(
@@ -401,10 +402,14 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(params=ARCHITECTURES)
+OURS = ["qwen2, by grouped", "qwen2, tied, by grouped", "llama, by grouped"]  # our layers, in sampling and in training
+
+
+@pytest.fixture(params=[*ARCHITECTURES, *OURS])
 def any_policy(request, tiny_tokenizer):
-    config = ARCHITECTURES[request.param]()
-    config.vocab_size, config._attn_implementation = len(tiny_tokenizer), "sdpa"
+    name, _, attention = request.param.partition(", by ")
+    config = ARCHITECTURES[name]()
+    config.vocab_size, config._attn_implementation = len(tiny_tokenizer), attention or "sdpa"
     config.pad_token_id, config.eos_token_id = tiny_tokenizer.pad_token_id, tiny_tokenizer.eos_token_id
     config.bos_token_id = None
     with torch.random.fork_rng():

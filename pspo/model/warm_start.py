@@ -18,7 +18,7 @@ import filelock
 import torch
 import transformers
 
-from pspo import interrupt
+from pspo import fused, interrupt
 from pspo.batch import make_batch
 from pspo.console import track
 from pspo.dataset import Problem, embedded, render
@@ -77,7 +77,8 @@ def cache_directory() -> Path:
 def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
     """A name for everything that influences the weights: settings, data, code, versions and thread count."""
     source = Path(__file__).parent
-    code = [source / "tiny.py", source / "warm_start.py", source.parent / "logprob.py", Path(embedded.__file__)]
+    above = [source.parent / f"{name}.py" for name in ("batch", "fused", "layout", "logprob")]
+    code = [source / "tiny.py", source / "warm_start.py", *above, Path(embedded.__file__)]
     content = {
         "model": as_dict(config),
         "seed": seed,
@@ -105,6 +106,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
         [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
+    blocks = [settings.batch_size] if fused.trains(model.get_decoder(), config.autocast) else None
     model.train()
     batches = _batches(settings, seed, len(problems))
     for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
@@ -112,7 +114,8 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
         targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
-        tensors = make_batch([prompts[i] for i, _ in batch], targets, tokenizer.pad_token_id, torch.device("cpu"))
+        asked = [prompts[i] for i, _ in batch]
+        tensors = make_batch(asked, targets, tokenizer.pad_token_id, torch.device("cpu"), blocks=blocks)
         logprob_BT = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast).logprob_BT
         loss = -logprob_BT.sum() / tensors.mask_BT.sum()
         optimizer.zero_grad(set_to_none=True)
