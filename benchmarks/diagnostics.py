@@ -1,7 +1,7 @@
 """What the inner-step diagnostics cost: ``python -m benchmarks.diagnostics [pairs] [key=value ...]``.
 
 The same training step, from the same weights, with and without them, in alternating order; the share of time that
-they add, with the 95 % interval of its mean over the pairs (t). Each side of a pair is the least of five steps, made
+they add, with the 95 % interval of its mean over the pairs (t). Each side of a pair is the least of ten steps, made
 in turns with the other's: on a virtual machine single steps vary by a tenth.
 """
 
@@ -28,8 +28,8 @@ def step_s(steps: Steps, every: int) -> tuple[float, float]:
 
 
 def pair_s(steps: Steps, order: tuple[int, int]) -> dict[int, tuple[float, float]]:
-    """Wall and processor seconds without diagnostics and with them, the least of five steps in turns."""
-    made = [{every: step_s(steps, every) for every in order} for _ in range(5)]
+    """Wall and processor seconds without diagnostics and with them, the least of ten steps in turns."""
+    made = [{every: step_s(steps, every) for every in order} for _ in range(10)]
     return {every: (min(m[every][0] for m in made), min(m[every][1] for m in made)) for every in order}
 
 

@@ -7,7 +7,9 @@ The same numbers for every objective, so that their curves compare: all shares c
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,29 +58,31 @@ class InnerStep:
 
     def result(self) -> dict[str, float]:
         """The metrics; without a token of one sign its quantiles are left out, without any the weights as well."""
-        log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = torch.cat(self._tokens, dim=1)
-        ratio_N, token_ratio_N = log_ratio_N.exp(), token_log_ratio_N.exp()
+        log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = (
+            torch.cat(self._tokens, dim=1).cpu().numpy()
+        )
+        ratio_N, token_ratio_N = np.exp(log_ratio_N), np.exp(token_log_ratio_N)
         taught_N = advantage_N != 0
-        weight_N, noclip_N = (-gradient_N / advantage_N)[taught_N], ratio_N[taught_N]
         found = {
-            "ratio/ess": ratio_N.sum().square() / ratio_N.square().sum() / len(ratio_N),
-            "ratio/tv": (token_ratio_N - 1).abs().mean() / 2,
+            "ratio/ess": ratio_N.sum() ** 2 / np.square(ratio_N).sum() / len(ratio_N),
+            "ratio/tv": np.abs(token_ratio_N - 1).mean() / 2,
             "kl/before_k1": -token_log_ratio_N.mean(),
             "kl/before_k3": (token_ratio_N - 1 - token_log_ratio_N).mean(),
             "policy/entropy": entropy_N.mean(),
         }
         if taught_N.any():
+            weight_N, noclip_N = -gradient_N[taught_N] / advantage_N[taught_N], ratio_N[taught_N]
             found |= {
-                "weight/zero_rate": (weight_N == 0).double().mean(),
-                "weight/damped_rate": ((weight_N > 0) & (weight_N < noclip_N * (1 - EQUAL))).double().mean(),
-                "weight/amplified_rate": (weight_N > noclip_N * (1 + EQUAL)).double().mean(),
-                "weight/reversed_rate": (weight_N < 0).double().mean(),
-                "weight/mass_kept": gradient_N.abs().sum() / (ratio_N * advantage_N).abs().sum(),
+                "weight/zero_rate": (weight_N == 0).mean(),
+                "weight/damped_rate": ((weight_N > 0) & (weight_N < noclip_N * (1 - EQUAL))).mean(),
+                "weight/amplified_rate": (weight_N > noclip_N * (1 + EQUAL)).mean(),
+                "weight/reversed_rate": (weight_N < 0).mean(),
+                "weight/mass_kept": np.abs(gradient_N).sum() / np.abs(ratio_N * advantage_N).sum(),
             }
         for name, chosen_N in (("positive", advantage_N > 0), ("negative", advantage_N < 0)):
             if chosen_N.any():
-                found |= _quantiles(f"ratio/{name}", ratio_N[chosen_N])
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+                found |= _quantiles(f"ratio/{name}", np.sort(ratio_N[chosen_N]))
+        return {name: float(value) for name, value in found.items()}
 
 
 def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -91,10 +95,20 @@ def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequenc
     }
 
 
-def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """‖Δθ‖ over all parameters."""
-    steps = torch._foreach_sub([p.detach() for p in after], list(before))
-    return float(torch.stack([norm.double() for norm in torch._foreach_norm(steps)]).norm())
+class Distance:
+    """‖Δθ‖ from one optimizer step to the next, over all parameters."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._before = self._flat()
+
+    def result(self) -> float:
+        """How far the parameters are from where they were at the last call, or at first."""
+        before, self._before = self._before, self._flat()
+        return float(torch.linalg.vector_norm(before.sub_(self._before), dtype=torch.float64))
+
+    def _flat(self) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self._parameters])
 
 
 def compare(
@@ -136,11 +150,8 @@ class Record:
         return found | self.probe
 
 
-def _quantiles(name: str, ratio_N: Tensor) -> dict[str, Tensor]:
-    ordered_N = ratio_N.sort().values  # torch.quantile refuses more than 2^24 numbers
-    position = torch.tensor(QUANTILES, dtype=torch.float64, device=ratio_N.device) * (len(ratio_N) - 1)
-    low = position.floor().long()
-    high = position.ceil().long()
-    values = torch.lerp(ordered_N[low], ordered_N[high], position - low)
+def _quantiles(name: str, ordered_N: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
+    places = np.array([*QUANTILES, 1.0]) * (len(ordered_N) - 1)
+    *quantiles, largest = np.interp(places, np.arange(len(ordered_N)), ordered_N).tolist()
     names = [f"{name}_q{round(100 * q):02d}" for q in QUANTILES]
-    return dict(zip(names, values, strict=True)) | {f"{name}_max": ordered_N[-1]}
+    return dict(zip(names, quantiles, strict=True)) | {f"{name}_max": largest}

@@ -230,7 +230,7 @@ def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Cut]:
     while end:
         parts.insert(0, slice(start[end], end))
         end = start[end]
-    end_to_end = fused.trains(policy.model.get_decoder(), policy.autocast)
+    end_to_end = fused.trains(policy.model.get_decoder(), policy.autocast, policy.gradient_checkpointing)
     micro_batches: list[list[slice]] = []
     room = 0
     for part in parts:

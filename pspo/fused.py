@@ -57,10 +57,9 @@ def takes(decoder: Any) -> bool:
     )
 
 
-def trains(decoder: Any, autocast: bool) -> bool:
+def trains(decoder: Any, autocast: bool, recomputes: bool = False) -> bool:
     """Whether its gradients are found here too: with grouped attention, without bfloat16 and recomputation."""
-    grouped = decoder.config._attn_implementation == "grouped"
-    return grouped and not autocast and not decoder.is_activation_checkpointing and takes(decoder)
+    return decoder.config._attn_implementation == "grouped" and not autocast and not recomputes and takes(decoder)
 
 
 def shape_of(decoder: Any) -> Shape:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pspo.critic import Critic
-from pspo.diagnostics import PROBE, InnerStep, Record, compare, distance, kl_after
+from pspo.diagnostics import PROBE, Distance, InnerStep, Record, compare, kl_after
 from pspo.experience import Row, batch_of, column, pack, score
 from pspo.logprob import token_logprobs
 from pspo.loss import Batch, Loss, Size, batch_loss
@@ -94,6 +94,7 @@ def update(
     taken that cannot be trusted.
     """
     number, taken, parameters = 0, 0, learner.parameters()
+    distance = Distance(parameters[0]) if record is not None else None
     for epoch in range(config.num_epochs):
         for place, chosen in enumerate(np.array_split(random.permutation(len(rows)), config.num_minibatches)):
             number += 1
@@ -117,10 +118,9 @@ def update(
                 group["lr"] = learning_rates[number - 1] * group.get("lr_factor", 1.0)
             if record is not None and record.others and number == config.steps:
                 record.probe = compare(partial(_gradient, learner, minibatch), learner.objective, record.others)
-            before = [parameter.detach().clone() for parameter in parameters[0]] if record is not None else []
             optimizer.step()
             taken += 1
-            if record is not None and inner is not None:
+            if record is not None and inner is not None and distance is not None:
                 norm, told = norms[0].item(), inner.result()
                 if record.rows:
                     record.rows[-1] |= {f"kl/after_{k}": told[f"kl/before_{k}"] for k in ("k1", "k3")}
@@ -130,7 +130,7 @@ def update(
                     | {
                         "optimizer/grad_norm": norm,
                         "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
-                        "optimizer/update_norm": distance(before, parameters[0]),
+                        "optimizer/update_norm": distance.result(),
                     }
                 )
     if record is not None and record.rows:

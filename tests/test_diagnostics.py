@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pspo.advantage import GAE
 from pspo.config import compose, default_objective, identity
 from pspo.critic import make_critic
-from pspo.diagnostics import ELSEWHERE, PROBE, Diagnostics, InnerStep, Record, compare, distance, kl_after
+from pspo.diagnostics import ELSEWHERE, PROBE, Diagnostics, Distance, InnerStep, Record, compare, kl_after
 from pspo.experience import Row, score
 from pspo.loss import Loss, Weighed
 from pspo.objective import OBJECTIVES
@@ -123,9 +123,13 @@ def test_kl_after_by_hand():
 
 
 def test_distance_by_hand():
-    before = [torch.tensor([1.0, 2.0]), torch.zeros(2, 2)]
-    after = [torch.tensor([1.0, 5.0]), torch.tensor([[0.0, 0.0], [4.0, 0.0]])]
-    assert distance(before, after) == 5.0
+    parameters = [torch.tensor([1.0, 2.0]), torch.zeros(2, 2)]
+    distance = Distance(parameters)
+    parameters[0][1], parameters[1][1, 0] = 5.0, 4.0
+    assert distance.result() == 5.0
+    assert distance.result() == 0.0
+    parameters[0][0] = 3.0
+    assert distance.result() == 2.0
 
 
 def test_summary_is_the_mean_of_inner_steps_and_the_largest_of_maxima():
