@@ -44,6 +44,13 @@ def make_decoder(policy: Policy) -> Decoder:
     return Library(policy)
 
 
+def once(prompts: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
+    """Prompts, each run of equal ones once, and which of those each is."""
+    first = [n for n, prompt in enumerate(prompts) if n == 0 or prompt != prompts[n - 1]]
+    of = np.searchsorted(first, np.arange(len(prompts)), side="right") - 1
+    return [prompts[n] for n in first], torch.from_numpy(of)
+
+
 @functools.cache
 def _say(name: str) -> None:
     log.warning("%s, as it is here, is decoded by the library's own forward, which is slower than ours", name)
@@ -112,22 +119,27 @@ class Fused:
 
     def start(self, prompts: Sequence[list[int]], prompt_of_B: Tensor, num_tokens: int) -> Tensor:
         device, length, (keys, _, width, _) = self.policy.device, max(map(len, prompts)), self.shape
+        length_P, places = torch.tensor([len(p) for p in prompts], device=device), torch.arange(length, device=device)
+        self.cis_SD = self._angles(length + num_tokens)
+        logits_PV = self.read(prompts)
+        unseen_PS = places >= length_P[:, None]
+        self.unseen_P1S = torch.zeros_like(unseen_PS, dtype=self.dtype).masked_fill_(unseen_PS, -torch.inf)[:, None]
+        shape = 2, len(prompt_of_B), keys, num_tokens, width
+        self.own, self.filled = [self.embed.new_empty(shape, dtype=self.dtype) for _ in self.layers], 0
+        self.place_B = length_P[prompt_of_B]
+        self._stand(prompt_of_B.cpu().numpy())
+        return logits_PV[prompt_of_B]
+
+    def read(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Keep the prompts' keys and values, (P · key heads, S, D) of each layer; the logits (P, V) that follow."""
+        device, length = self.policy.device, max(map(len, prompts))
         ids_PS = torch.tensor([p + [self.policy.pad_id] * (length - len(p)) for p in prompts], device=device)
-        length_P = torch.tensor([len(p) for p in prompts], device=device)
-        places = torch.arange(length + num_tokens, device=device)
-        self.cis_SD = fused.angles(self.policy.model.get_decoder(), self.embed, places)
         self.prompts: list[tuple[Tensor, Tensor]] = []
         x, cis = self.embed[ids_PS.flatten()], self.cis_SD[:length].repeat(len(prompts), 1, 1)
         for w in self.layers:
             x = self._layer(w, x, cis, partial(self._read, len(prompts)))
-        last_PH = x.view(len(prompts), length, -1)[torch.arange(len(prompts), device=device), length_P - 1]
-        unseen_PS = places[:length] >= length_P[:, None]
-        self.unseen_P1S = torch.zeros_like(unseen_PS, dtype=self.dtype).masked_fill_(unseen_PS, -torch.inf)[:, None]
-        shape = 2, len(prompt_of_B), keys, num_tokens, width
-        self.own, self.filled = [x.new_empty(shape, dtype=self.dtype) for _ in self.layers], 0
-        self.place_B = length_P[prompt_of_B]
-        self._stand(prompt_of_B.cpu().numpy())
-        return self._logits(last_PH)[prompt_of_B]
+        last_P = torch.tensor([n * length + len(prompt) - 1 for n, prompt in enumerate(prompts)], device=device)
+        return self._logits(x[last_P])
 
     def step(self, token_B: Tensor) -> Tensor:
         x, cis = self.embed[token_B], self.cis_SD[self.place_B]
@@ -170,6 +182,10 @@ class Fused:
         by_prompt = weight.view(-1, told + until)[:, :told].index_select(0, self.blocks.to)
         found = self.blocks.give((by_prompt.view(len(prompt_key), -1, told) @ prompt_value).view(-1, width))
         return found.add_((weight[..., told:] @ value).view(rows, -1))
+
+    def _angles(self, length: int) -> Tensor:
+        places = torch.arange(length, device=self.policy.device)
+        return fused.angles(self.policy.model.get_decoder(), self.embed, places)
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear((fused.normed(x, self.shape.eps)[0] * self.norm).to(self.dtype), *self.head)

@@ -1,5 +1,6 @@
 """Where a run runs: threads, device, versions and the code's commit, recorded beside its results."""
 
+import ctypes
 import hashlib
 import importlib.metadata
 import os
@@ -12,12 +13,28 @@ import torch
 
 from pspo.schema import ConfigError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "transformers", "wandb")
 
 
 def choose_threads(configured: int | None) -> int:
     """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
     return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or _processors())
+
+
+def settle(threads: int) -> None:
+    """Use so many CPU threads, and keep memory that is freed for the next step, which needs as much again.
+
+    The C library gives it back to the system from some MiB on and has it cleared anew: a twentieth of a tiny policy's
+    step. Where the C library is another, nothing happens.
+    """
+    torch.set_num_threads(threads)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**28)):
+        mallopt(parameter, size)
 
 
 def choose_device(configured: str) -> torch.device:

@@ -160,9 +160,10 @@ class _Layer(torch.autograd.Function):
         n_after, inverse_after = normed(x_after, shape.eps)
         gate_up = n_after @ w.gate_up.T
         gate, up = gate_up.chunk(2, -1)
-        y = torch.addmm(x_after, F.silu(gate).mul_(up), w.down.T)
+        active = F.silu(gate)
+        y = torch.addmm(x_after, active * up, w.down.T)
         ctx.save_for_backward(
-            cis, wanted, *given, n, inverse, q, kv, found, n_after, inverse_after, gate_up, *seens
+            cis, wanted, *given, n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *seens
         )  # fmt: skip
         ctx.rest = plan, shape
         return y
@@ -172,15 +173,15 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
         plan, shape = ctx.rest
         cis, wanted, *rest = ctx.saved_tensors
-        w, (n, inverse, q, kv, found, n_after, inverse_after, gate_up, *seens) = Weights(*rest[:7]), rest[7:]
+        w, (n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *seens) = Weights(*rest[:7]), rest[7:]
         side = plan.queries[wanted is not None]
         # the feed-forward
         (gate, up), by_gate_up = gate_up.chunk(2, -1), torch.empty_like(gate_up)
         by_gate, by_up = by_gate_up.chunk(2, -1)
-        active, by_inner = F.silu(gate), by_y @ w.down
+        by_inner = by_y @ w.down
         torch.mul(by_inner, active, out=by_up)
         torch.ops.aten.silu_backward.grad_input(by_inner.mul_(up), gate, grad_input=by_gate)
-        by_down = by_y.T @ active.mul_(up)
+        by_down = by_y.T @ (active * up)
         by_after = _through_norm(by_gate_up @ w.gate_up, n_after, inverse_after).add_(by_y)
         # the attention
         by_found = side.blocks.take(product(by_after, w.out, None), shape.width)

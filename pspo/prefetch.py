@@ -49,7 +49,7 @@ def fetch(config: Config) -> None:
     model.check(config.model)
     if _is_made_here(config):
         threads = environment.choose_threads(config.threads)
-        torch.set_num_threads(threads)
+        environment.settle(threads)
         log.info(
             "warm start for seed %d and %d CPU threads: jobs with other threads make their own", config.seed, threads
         )
@@ -64,7 +64,7 @@ def verify(config: Config) -> None:
     problems = dataset.load(config.dataset, config.seed)
     some = next(split for split in (problems.train, problems.validation, *problems.test.values()) if split)
     if _is_made_here(config):
-        torch.set_num_threads(environment.choose_threads(config.threads))
+        environment.settle(environment.choose_threads(config.threads))
         tokenizer = model.load(config.model, config.seed, torch.device("cpu")).tokenizer
         told = "the embedded policy"
     else:

@@ -1,25 +1,29 @@
 """The sampler: completions from the current policy, each from random numbers of its own.
 
-Shape suffixes: B rows, V vocabulary, T completion positions.
+Shape suffixes: R rows, B those of them in the batch, V vocabulary, T completion positions.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pspo import interrupt
+from pspo import interrupt, slots
 from pspo.dataset import Problem, Prompt
-from pspo.decode import make_decoder
+from pspo.decode import Fused, make_decoder, once
+from pspo.draw import draw
 from pspo.logprob import autocast_to_bfloat16
 from pspo.memory import halving
 from pspo.model import Policy
 from pspo.schema import Schema, key
 from pspo.stream import generator
+
+LOOK = {"cpu": 1, "cuda": 8}
+"""Tokens from one look at which rows are finished to the next; each waits for the GPU."""
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
@@ -27,11 +31,24 @@ COMPACT_BELOW = 0.75
 LOOK = {"cpu": 1, "cuda": 8}
 """Tokens from one look at which rows are finished to the next; each waits for the GPU."""
 
-BLOCK = 128
-"""Tokens whose probabilities are summed at a time before one of them is looked for."""
 
-RANKED = 1024
-"""The nucleus is looked for among so many of the most probable tokens before all are sorted."""
+class Decode(Protocol):
+    """A way to write all rows, ``max_rows`` at a time; neighbours with the same prompt share what is read of it.
+
+    From prompts and random numbers (R, T) to tokens and log-probabilities, (R, T) each; what follows a stop token is
+    anything.
+    """
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Sequence[list[int]],
+        uniform_RT: Tensor,
+        temperature: float,
+        top_p: float,
+        max_rows: int,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +115,24 @@ def sample(
     the batch, nor on its order. Prompts of like length are decoded together. Raises Interrupted between two tokens, and
     NoRoomError where neither ``max_rows`` nor half of them fit into memory.
     """
+    if not prompts:
+        return []
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
     rows = [(i, g) for i in by_length for g in range(group_size)]
 
-    def some_at_a_time(most: int) -> list[Completion]:
-        completions: dict[tuple[int, int], Completion] = {}
-        for start in range(0, len(rows), most):
-            chosen = rows[start : start + most]
-            random_BT = np.stack([uniforms([*seed, *_words(prompts[i].problem), g], max_new_tokens) for i, g in chosen])
-            decoded = _decode(policy, [prompts[i].token_ids for i, _ in chosen], random_BT, temperature, top_p)
-            for (i, g), (token_ids, logprobs, finished) in zip(chosen, decoded, strict=True):
-                text = policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-                completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
+    ids = [prompts[i].token_ids for i, _ in rows]
+    random_RT = np.stack([uniforms([*seed, *_words(prompts[i].problem), g], max_new_tokens) for i, g in rows])
+    uniform_RT, decode = torch.from_numpy(random_RT).to(policy.device), choose_decode(policy)
+
+    def so_many_at_a_time(most: int) -> list[Completion]:
+        decoded = _cut(policy, *decode(policy, ids, uniform_RT, temperature, top_p, most))
+        completions = {}
+        for (i, g), (token_ids, logprobs, finished) in zip(rows, decoded, strict=True):
+            text = policy.tokenizer.decode(token_ids, skip_special_tokens=True)
+            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
         return [completions[i, g] for i in range(len(prompts)) for g in range(group_size)]
 
-    return halving("rollout.max_rows", max_rows, "or set model.autocast=true, or a smaller model", some_at_a_time)[0]
+    return halving("rollout.max_rows", max_rows, "or set model.autocast=true, or a smaller model", so_many_at_a_time)[0]
 
 
 def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -120,113 +140,67 @@ def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.fl
     return generator(*words).random(count)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the distribution function at ``uniform_B``, and its untruncated log-probability.
-
-    The nucleus is the smallest set of most probable tokens whose probability reaches ``top_p`` (Holtzman et al. 2020,
-    arXiv 1904.09751). Temperature 0 takes the most probable token; its log-probability is that of temperature 1.
-    """
-    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / (temperature or 1.0)
-    probability_BV = logits_BV.softmax(-1)
-    norm_B = logits_BV.amax(-1) - probability_BV.amax(-1).log()
-    if temperature == 0:
-        token_B = logits_BV.argmax(-1)
-    else:
-        if top_p < 1:
-            probability_BV.masked_fill_(_outside(probability_BV, top_p), 0)
-        token_B = _invert(probability_BV, uniform_B)
-    return token_B, logits_BV.gather(-1, token_B[:, None]).squeeze(-1) - norm_B
-
-
-def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first token up to which the weights sum to more than ``uniform_B`` of their total.
-
-    Sums are in float64, whose error is far below a token's share of a large vocabulary: first over blocks of tokens,
-    then inside the one that holds the token. A token without weight is never taken, unless weights are not numbers.
-    """
-    block_BNK = torch.nn.functional.pad(weight_BV, (0, -weight_BV.shape[-1] % BLOCK)).view(len(weight_BV), -1, BLOCK)
-    cumulative_BN = block_BNK.sum(-1, dtype=torch.float64).cumsum(-1)
-    target_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
-    chosen_B1 = _first_above(cumulative_BN, target_B1)
-    inside_BK = block_BNK.gather(1, chosen_B1[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    before_B1 = cumulative_BN.gather(-1, (chosen_B1 - 1).clamp(min=0)).where(chosen_B1 > 0, 0.0)
-    found_B1 = chosen_B1 * BLOCK + _first_above(inside_BK, (target_B1 - before_B1).clamp(min=0))
-    return found_B1.squeeze(-1).clamp(max=weight_BV.shape[-1] - 1)
-
-
-def _first_above(cumulative_BK: Tensor, target_B1: Tensor) -> Tensor:
-    """Where a sum first exceeds the target, and at the latest where it reaches its end."""
-    found_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True)
-    return torch.minimum(found_B1, (cumulative_BK < cumulative_BK[:, -1:]).sum(-1, keepdim=True))
-
-
-def _outside(probability_BV: Tensor, top_p: float) -> Tensor:
-    """Which tokens are not in the nucleus; of equally probable ones at its edge it takes the first.
-
-    A sort of a large vocabulary costs more than all else, so the ``RANKED`` most probable are looked at first.
-    """
-    num_tokens = probability_BV.shape[-1]
-    ranked_BR = probability_BV.topk(min(RANKED, num_tokens), dim=-1).values
-    if num_tokens > RANKED and (ranked_BR.sum(-1) < top_p).any():
-        ranked_BR = probability_BV.sort(dim=-1, descending=True).values
-    ranked_BR = ranked_BR.double()
-    size_B1 = (ranked_BR.cumsum(-1) - ranked_BR < top_p).sum(-1, keepdim=True).clamp(min=1)
-    edge_B1 = ranked_BR.gather(-1, size_B1 - 1)
-    above_BV, at_BV = probability_BV > edge_B1, probability_BV == edge_B1
-    room_B1 = size_B1 - above_BV.sum(-1, keepdim=True)
-    if (at_BV.sum(-1, keepdim=True) > room_B1).any():
-        at_BV &= at_BV.cumsum(-1) <= room_B1
-    return ~(above_BV | at_BV)
+def choose_decode(policy: Policy) -> Decode:
+    """Continuous batching on a GPU, for models whose decoder is ours; else all rows of a batch in step."""
+    return slots.decode if policy.device.type == "cuda" and Fused.takes(policy.model) else in_step
 
 
 @torch.inference_mode()
-def _decode(
+def in_step(
     policy: Policy,
-    prompts: list[list[int]],
-    random_BT: np.ndarray[Any, np.dtype[np.float64]],
+    prompts: Sequence[list[int]],
+    uniform_RT: Tensor,
     temperature: float,
     top_p: float,
-) -> list[tuple[list[int], list[float], bool]]:
-    """Token ids, log-probabilities and whether it finished, for each row.
+    max_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """So many rows at a time, one token after the other for those still alive; see ``Decode``."""
+    found = [
+        _in_step(policy, prompts[start : start + max_rows], uniform, temperature, top_p)
+        for start, uniform in zip(range(0, len(prompts), max_rows), torch.split(uniform_RT, max_rows), strict=True)
+    ]
+    return torch.cat([tokens for tokens, _ in found]), torch.cat([logprobs for _, logprobs in found])
 
-    Neighbours with the same prompt share its prefill; then one token at a time for the rows still alive.
-    """
-    device, (num_rows, length_T) = policy.device, random_BT.shape
-    first = [row for row in range(num_rows) if row == 0 or prompts[row] != prompts[row - 1]]
-    prompt_of = torch.tensor(np.searchsorted(first, np.arange(num_rows), side="right") - 1, device=device)
-    uniform_BT = torch.from_numpy(random_BT).to(device)
+
+def _in_step(
+    policy: Policy, prompts: Sequence[list[int]], uniform_RT: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
+    device, (num_rows, length_T) = policy.device, uniform_RT.shape
+    unlike, prompt_of_R = once(prompts)
     stop_ids = torch.tensor(policy.stop_ids, device=device)
-    token_BT = torch.full((num_rows, length_T), policy.pad_id, device=device)
-    logprob_BT = torch.zeros(num_rows, length_T, dtype=torch.float64, device=device)
-    row_of = torch.arange(num_rows, device=device)  # which row of the result each row of the batch writes
-    alive = torch.ones(num_rows, dtype=torch.bool, device=device)
+    token_RT = torch.full((num_rows, length_T), policy.pad_id, device=device)
+    logprob_RT = torch.zeros(num_rows, length_T, dtype=torch.float64, device=device)
+    row_B = torch.arange(num_rows, device=device)  # which row each of the batch is
+    alive_B = torch.ones(num_rows, dtype=torch.bool, device=device)
     with autocast_to_bfloat16(device, policy.autocast):
         decoder = make_decoder(policy)
-        logits = decoder.start([prompts[row] for row in first], prompt_of, length_T)
+        logits_BV = decoder.start(unlike, prompt_of_R.to(device), length_T)
         for t in range(length_T):
             interrupt.check()
-            token, logprob = draw(logits, uniform_BT[row_of, t], temperature, top_p)
-            token_BT[row_of, t], logprob_BT[row_of, t] = token, logprob.double()
+            token_B, logprob_B = draw(logits_BV, uniform_RT[row_B, t], temperature, top_p)
+            token_RT[row_B, t], logprob_RT[row_B, t] = token_B, logprob_B.double()
             if t + 1 == length_T:
                 break
-            alive &= torch.isin(token, stop_ids, invert=True)
+            alive_B &= torch.isin(token_B, stop_ids, invert=True)
             if (t + 1) % LOOK[device.type] == 0:
-                num_alive = int(alive.sum())
+                num_alive = int(alive_B.sum())
                 if num_alive == 0:
                     break
-                if num_alive < COMPACT_BELOW * len(alive):
-                    keep = alive.nonzero().squeeze(-1)
+                if num_alive < COMPACT_BELOW * len(alive_B):
+                    keep = alive_B.nonzero().squeeze(-1)
                     decoder.keep(keep)
-                    row_of, token, alive = row_of[keep], token[keep], alive[keep]
-            logits = decoder.step(token)
-    stops_BT = torch.isin(token_BT, stop_ids)  # a row that has stopped may have been written on
-    length_B = torch.where(stops_BT.any(1), stops_BT.int().argmax(1) + 1, length_T)
-    return [
-        (tokens[:length], logprobs[:length], finished)
-        for tokens, logprobs, length, finished in zip(
-            token_BT.tolist(), logprob_BT.tolist(), length_B.tolist(), stops_BT.any(1).tolist(), strict=True
-        )
-    ]
+                    row_B, token_B, alive_B = row_B[keep], token_B[keep], alive_B[keep]
+            logits_BV = decoder.step(token_B)
+    return token_RT, logprob_RT
+
+
+def _cut(policy: Policy, token_RT: Tensor, logprob_RT: Tensor) -> list[tuple[list[int], list[float], bool]]:
+    """Each row up to its first stop token: ids, log-probabilities, and whether there is one."""
+    stops_RT = torch.isin(token_RT, torch.tensor(policy.stop_ids, device=token_RT.device))
+    finished_R = stops_RT.any(1)
+    length_R = torch.where(finished_R, stops_RT.int().argmax(1) + 1, token_RT.shape[1])
+    columns = (column.tolist() for column in (token_RT, logprob_RT, length_R, finished_R))
+    return [(ids[:n], logprobs[:n], finished) for ids, logprobs, n, finished in zip(*columns, strict=True)]
 
 
 def _words(problem: Problem) -> tuple[int, int]:

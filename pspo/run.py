@@ -115,7 +115,7 @@ class _Run:
         started = time.perf_counter()
         earlier.carry_over(self.config, self.directory)
         threads = self._write_identity()
-        torch.set_num_threads(threads)
+        environment.settle(threads)
         checkpoint.seed_global_generators(self.config.seed)
         log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
         for sentence in advice(self.config):

@@ -37,6 +37,7 @@ def test_every_module_of_a_concern_has_its_test():
                 "schema": "config",
                 "hub": "model",
                 "stream": "rollout",
+                "draw": "rollout",
             }
             assert (ROOT / "tests" / f"test_{indirect.get(word, word)}.py").is_file(), word
 

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pspo import rollout
 from pspo.dataset import Problem, Prompt, render
 from pspo.decode import Fused, Library
+from pspo.draw import draw
 from pspo.experience import Row, score
 from pspo.memory import NoRoomError
 from pspo.model import Policy
 from pspo.model.attention import can_share
-from pspo.rollout import draw, sample, uniforms
+from pspo.rollout import sample, uniforms
 
 LAST = 1 - 2**-53  # the largest number that the generator gives
 QUESTIONS = ["1+1=", "How many apples?", "Tom has 3 apples and buys 4 more.", "12*5", "?", "Tom buys 60 apples 4 times"]
@@ -520,14 +521,14 @@ def test_sampling_leaves_the_global_generators_and_the_weights_alone(policy, pro
 
 
 def test_rows_that_do_not_fit_are_halved_once_and_change_nothing(policy, prompts, monkeypatch, caplog):
-    expected, decode = sampled(policy, prompts, max_rows=20), rollout._decode
+    expected, decode = sampled(policy, prompts, max_rows=20), rollout._in_step
 
     def limited(policy, prompts, *given):
         if len(prompts) > 10:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return decode(policy, prompts, *given)
 
-    monkeypatch.setattr(rollout, "_decode", limited)
+    monkeypatch.setattr(rollout, "_in_step", limited)
     assert by_name(sampled(policy, prompts, max_rows=20)) == by_name(expected)
     assert "rollout.max_rows=20 does not fit into memory" in caplog.text
     with pytest.raises(NoRoomError, match=r"set rollout\.max_rows=10 or lower"):

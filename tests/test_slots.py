@@ -1,0 +1,139 @@
+"""Continuous batching beside rows in step: the same completions, whatever the number of slots."""
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+
+from pspo import rollout, slots
+from pspo.dataset import Problem, Prompt
+from pspo.interrupt import Interrupted
+from pspo.rollout import in_step, sample, uniforms
+
+PROMPTS = [[11, 12, 13, 14], [21], [31, 32, 33, 34, 35, 36, 37], [41, 42]]
+ROWS = [prompt for prompt in PROMPTS for _ in range(6)]
+
+
+@pytest.fixture
+def policy(tiny_policy):
+    """Of float64, with stop tokens frequent enough that rows end at all times."""
+    policy = tiny_policy(torch.float64, exact=True, attention="grouped")
+    return dataclasses.replace(policy, stop_ids=list(range(2, 128, 16)))
+
+
+def numbers(rows=24, length=20):
+    return torch.stack([torch.from_numpy(uniforms([7, row], length)) for row in range(rows)])
+
+
+def until_stop(policy, found):
+    return [(ids, [round(x, 9) for x in logprobs], end) for ids, logprobs, end in rollout._cut(policy, *found)]
+
+
+@pytest.mark.parametrize("look", [1, 3, 8, 50])
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 24, 100])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+def test_completions_are_those_of_rows_in_step(policy, monkeypatch, temperature, top_p, num_slots, look):
+    monkeypatch.setattr(slots, "LOOK", look)
+    monkeypatch.setattr(slots, "PLACES", 4)
+    found = slots.decode(policy, ROWS, numbers(), temperature, top_p, num_slots)
+    expected = in_step(policy, ROWS, numbers(), temperature, top_p, 100)
+    assert [tuple(column.shape) for column in found] == [(24, 20)] * 2
+    assert until_stop(policy, found) == until_stop(policy, expected)
+    lengths = [len(ids) for ids, _, _ in until_stop(policy, found)]
+    assert temperature == 0 or (min(lengths) < 4 and max(lengths) > 8)
+
+
+def test_a_slot_is_taken_again_and_the_batch_shrinks(policy, monkeypatch):
+    monkeypatch.setattr(slots, "LOOK", 1)
+    begun, widths = [], []
+    take, put = slots.Batch.take, slots.Slots.put
+
+    def watched_take(self, slot_B, row_B, *rest):
+        begun.extend(zip(row_B.tolist(), slot_B.tolist(), strict=True))
+        return take(self, slot_B, row_B, *rest)
+
+    def watched_put(self, token_B, *rest):
+        widths.append(len(token_B))
+        return put(self, token_B, *rest)
+
+    monkeypatch.setattr(slots.Batch, "take", watched_take)
+    monkeypatch.setattr(slots.Slots, "put", watched_put)
+    slots.decode(policy, ROWS, numbers(), 1.0, 1.0, 8)
+    assert [row for row, _ in begun] == list(range(24))  # each row once, in their order
+    assert {slot for _, slot in begun} == set(range(8))
+    assert widths[0] == 8
+    assert widths == sorted(widths, reverse=True)
+    assert widths[-1] < 8
+    assert len(widths) < 24 / 8 * 19  # fewer steps than three batches that each wait for their longest
+
+
+def test_a_prompt_is_read_once_for_the_rows_that_begin_with_it(policy, monkeypatch):
+    read, counts = slots.Slots.read, []
+    monkeypatch.setattr(
+        slots.Slots, "read", lambda self, prompts: (counts.append(len(prompts)), read(self, prompts))[1]
+    )
+    slots.decode(policy, ROWS, numbers(), 1.0, 1.0, 24)
+    assert counts == [4]
+
+
+def test_a_step_can_be_a_graph(policy, monkeypatch):
+    """A graph replays launches on the same memory: a step must neither move its buffers nor look at what they hold."""
+    with torch.inference_mode():
+        decoder = slots.Slots(policy, 3, 30)
+        batch = slots.Batch(decoder, numbers(3), torch.tensor(policy.stop_ids), 0, 1.0, 1.0)
+        logits_BV = decoder.fill(torch.arange(3), PROMPTS[:3], torch.arange(3))
+        batch.take(torch.arange(3), torch.arange(3), torch.tensor([4, 1, 7]), logits_BV)
+        buffers = {name: value.data_ptr() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        looked = []
+        for name in ("item", "tolist", "__bool__", "__int__", "nonzero", "cpu"):
+            monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: looked.append(name))
+        for _ in range(5):
+            batch.step(30)
+        monkeypatch.undo()
+        assert looked == []
+        assert {name: getattr(batch, name).data_ptr() for name in buffers} == buffers
+        assert batch.drawn_B.tolist() == [6, 6, 6]
+
+
+def test_it_is_interrupted_between_two_steps(policy, monkeypatch):
+    calls = []
+
+    def check():
+        calls.append(1)
+        if len(calls) == 5:
+            raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(slots.interrupt, "check", check)
+    with pytest.raises(Interrupted):
+        slots.decode(policy, ROWS, numbers(), 1.0, 1.0, 8)
+    assert len(calls) == 5
+
+
+def test_the_sampler_takes_it_where_it_is_chosen(policy, monkeypatch):
+    prompts = [Prompt(Problem(f"p{i}", "", "", ""), ids) for i, ids in enumerate(PROMPTS)]
+    settings = {"seed": [1], "group_size": 4, "max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "max_rows": 5}
+    assert rollout.choose_decode(policy) is in_step  # on a CPU
+    expected = sample(policy, prompts, **settings)
+    monkeypatch.setattr(rollout, "choose_decode", lambda policy: slots.decode)
+    for a, b in zip(sample(policy, prompts, **settings), expected, strict=True):
+        assert (a.prompt, a.sample, a.token_ids, a.finished, a.text) == (
+            b.prompt,
+            b.sample,
+            b.token_ids,
+            b.finished,
+            b.text,
+        )
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
+def test_on_a_gpu_graphs_write_what_the_cpu_writes(policy, monkeypatch, temperature, top_p):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    monkeypatch.setattr(slots, "PLACES", 8)
+    expected = slots.decode(policy, ROWS, numbers(), temperature, top_p, 8)
+    policy.model.cuda()
+    found = slots.decode(policy, ROWS, numbers().cuda(), temperature, top_p, 8)
+    assert until_stop(policy, [column.cpu() for column in found]) == until_stop(policy, expected)
