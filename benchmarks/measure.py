@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pspo import environment
 
 RESULTS = Path(__file__).parent / "results"
-FACTORS_AT = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0, torch.ops.aten.addmm: 1, torch.ops.aten.baddbmm: 1}
+FACTORS_AT = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0}
+FACTORS_AT |= {getattr(torch.ops.aten, name): 1 for name in ("addmm", "addmm_", "baddbmm", "baddbmm_")}
 Product = tuple[int, int, int, int, torch.dtype]
 """A matrix product: batch, rows, inner, columns and dtype."""
 

@@ -93,10 +93,12 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
     environment.settle(environment.choose_threads(config.threads))
     policy = random_policy(config, shape, device) if shape else model.load(config.model, config.seed, device)
     problems = dataset.load(config.dataset, config.seed)
-    prompts, _ = dataset.encode(policy.tokenizer, config.dataset, problems.train)
+    prompts, held_out = (
+        dataset.encode(policy.tokenizer, config.dataset, some)[0] for some in (problems.train, problems.validation)
+    )
     tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
     reward = _in_turns() if shape else make_reward(config.reward)
-    return Trainer(config, directory, policy, prompts, [], reward, tracker)
+    return Trainer(config, directory, policy, prompts, held_out, reward, tracker)
 
 
 def _in_turns() -> Reward:

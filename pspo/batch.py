@@ -19,12 +19,12 @@ class Batch:
     Attributes:
         input_ids_RS: a prompt and, after it, one completion or several that share it, each without its last token.
         position_RS: places in the text: those of every completion follow its prompt's.
-        attention: (R, S), true where there is a token; or, with shared prompts, (R, 1, S, S), true where one is seen.
+        owner_RS: 0 for a prompt, 1, 2, ... for the completions behind it, −1 for padding.
         source_BT: where in R·S the hidden state stands that predicts completion token t.
         token_ids_BT: the completions, then padding.
         mask_BT: true on completion tokens, the stop token included.
-        num_tokens: positions of R·S that are not padding.
-        length_R: how many of them each row has.
+        shared: whether any completions stand behind one copy of their prompt.
+        length_R: how many tokens each row has.
         first_R: the place in each row from which on it predicts completions.
         blocks: how many consecutive rows of like length are padded together, and no others, where a model runs all
             tokens end to end (``model.fused``); None where R·S is run as it is.
@@ -32,21 +32,42 @@ class Batch:
 
     input_ids_RS: Tensor
     position_RS: Tensor
-    attention: Tensor
+    owner_RS: Tensor
     source_BT: Tensor
     token_ids_BT: Tensor
     mask_BT: Tensor
-    num_tokens: int
+    shared: bool
     length_R: list[int]
     first_R: list[int]
     blocks: list[int] | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """Positions that are not padding."""
+        return sum(self.length_R)
+
+    @property
     def num_padded(self) -> int:
-        """Positions that are run, padding included."""
+        """Positions that are run, or with blocks those of the attention, padding included."""
         ends = np.cumsum(self.blocks or [len(self.length_R)])
         parts = [self.length_R[end - size : end] for end, size in zip(ends, self.blocks or ends, strict=True)]
         return sum(len(part) * max(part) for part in parts)
+
+    @property
+    def attention(self) -> Tensor:
+        """(R, S), true where there is a token; or, with shared prompts, (R, 1, S, S), true where one is seen."""
+        if not self.shared:
+            return self.owner_RS >= 0
+        return sees(self.owner_RS, self.position_RS, self.owner_RS, self.position_RS)[:, None]
+
+
+def sees(owner_RQ: Tensor, position_RQ: Tensor, owner_RS: Tensor, position_RS: Tensor) -> Tensor:
+    """Which of the places S a place of Q sees, (R, Q, S): those before it of its prompt and of its own completion.
+
+    Padding sees itself, as a softmax over nothing is not a number.
+    """
+    theirs = (owner_RS[:, None] == 0) | (owner_RS[:, None] == owner_RQ[:, :, None])
+    return theirs & (position_RS[:, None] <= position_RQ[:, :, None])
 
 
 def make_batch(
@@ -85,20 +106,15 @@ def make_batch(
             source_BT[b, : inner + 1] = [start + len(prompt) - 1, *range(start + end, start + end + inner)]
             token_ids_BT[b, : inner + 1] = completion
             end += inner
-    owner, position = torch.from_numpy(owner_RS).to(device), torch.from_numpy(position_RS).to(device)
-    attention: Tensor = owner >= 0
-    if sizes is not None:  # padding sees itself, as a softmax over nothing is not a number
-        seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
-        attention = (seen & (position[:, None] <= position[:, :, None]))[:, None]
     mask_BT = torch.arange(shape_BT[1]) < torch.tensor([[len(c)] for c in completions])
     return Batch(
         torch.from_numpy(input_ids_RS).to(device),
-        position,
-        attention,
+        torch.from_numpy(position_RS).to(device),
+        torch.from_numpy(owner_RS).to(device),
         torch.from_numpy(source_BT).to(device),
         torch.from_numpy(token_ids_BT).to(device),
         mask_BT.to(device),
-        sum(length_R),
+        sizes is not None,
         length_R,
         [len(prompts[first]) - 1 for first in first_R],
         blocks,

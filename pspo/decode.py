@@ -20,6 +20,7 @@ from pspo import fused
 from pspo.console import log
 from pspo.fused import Weights
 from pspo.layout import Blocks
+from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
 
 
@@ -82,14 +83,15 @@ class Library:
 
     def _forward(self, input_ids: Tensor) -> Tensor:
         position_ids = (self.attention.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        logits: Tensor = self.policy.model(
-            input_ids=input_ids,
-            attention_mask=self.attention,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        with autocast_to_bfloat16(self.policy.device, self.policy.autocast):
+            logits: Tensor = self.policy.model(
+                input_ids=input_ids,
+                attention_mask=self.attention,
+                position_ids=position_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
         return logits[:, -1]
 
 

@@ -105,7 +105,8 @@ class Distance:
     def result(self) -> float:
         """How far the parameters are from where they were at the last call, or at first."""
         before, self._before = self._before, self._flat()
-        return float(torch.linalg.vector_norm(before.sub_(self._before), dtype=torch.float64))
+        parts = torch.split(before.sub_(self._before), 2**24)  # in float64, but not all at one time
+        return float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm())
 
     def _flat(self) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self._parameters])

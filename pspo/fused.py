@@ -94,7 +94,7 @@ def interleaved(rows: Tensor, width: int) -> Tensor:
 
 
 def angles(decoder: Any, like: Tensor, position: Tensor) -> Tensor:
-    """Rotary positions as complex numbers of size 1, (..., 1, D / 2), for heads in pairs."""
+    """Rotary positions as complex numbers, (..., 1, D / 2), for heads in pairs."""
     cos, sin = (table[0, ..., None, : table.shape[-1] // 2] for table in decoder.rotary_emb(like, position[None]))
     return torch.complex(cos, sin)
 
@@ -141,7 +141,7 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x_MH: Tensor, cis: Tensor, plan: Plan, wanted: Tensor | None, shape: Shape, *given: Tensor
     ) -> Tensor:
-        w, side = Weights(*given), plan.queries[wanted is not None]
+        w, side = Weights(*given), plan.all_queries if wanted is None else plan.wanted_queries
         n, inverse = normed(x_MH, shape.eps)
         x_query, n_query, cis_query = (t if wanted is None else t[wanted] for t in (x_MH, n, cis))
         query, pair = product(n_query, w.query.T, w.query_bias), product(n, w.pair.T, w.pair_bias)
@@ -174,7 +174,7 @@ class _Layer(torch.autograd.Function):
         plan, shape = ctx.rest
         cis, wanted, *rest = ctx.saved_tensors
         w, (n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *seens) = Weights(*rest[:7]), rest[7:]
-        side = plan.queries[wanted is not None]
+        side = plan.all_queries if wanted is None else plan.wanted_queries
         # the feed-forward
         (gate, up), by_gate_up = gate_up.chunk(2, -1), torch.empty_like(gate_up)
         by_gate, by_up = by_gate_up.chunk(2, -1)

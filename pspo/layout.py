@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pspo.batch import Batch
+from pspo.batch import Batch, sees
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -76,7 +76,8 @@ class Plan:
         wanted: which of them the last layer is asked for: from the end of each prompt on.
         source: which of those predicts each completion token.
         keys: where their keys stand; their values stand alike.
-        queries: where queries stand, of all tokens and of those that are wanted.
+        all_queries: where queries stand.
+        wanted_queries: where those of the wanted tokens stand, by themselves.
     """
 
     def __init__(self, batch: Batch, keys: int, groups: int, dtype: torch.dtype) -> None:
@@ -90,13 +91,13 @@ class Plan:
         shift_R = torch.from_numpy(_starts(counts_R - first_R) - first_R).to(device)
         self.source = shift_R[source_N // length] + source_N % length
         self.keys = Blocks(counts_R, sizes, keys, keys, device)
-        self.queries = [
+        self.all_queries, self.wanted_queries = (
             Queries(
                 Blocks(counts_R - begin_R, sizes, keys * groups, keys, device),
                 _masks(batch, begin_R, counts_R, sizes, dtype),
             )
             for begin_R in (np.zeros_like(first_R), first_R)
-        ]
+        )
         token, head = self.keys.to // keys, self.keys.to % keys
         self._to = torch.cat([token * 2 * keys + head, token * 2 * keys + keys + head])
         self._back = torch.cat([self.keys.back, self.keys.back + self.keys.places], dim=1).flatten()
@@ -112,18 +113,15 @@ class Plan:
 
 def _masks(batch: Batch, begin_R: Counts, counts_R: Counts, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
     """For each block 0 where a query, from the ``begin_R``-th of its row on, sees a key, else the lowest number."""
-    seen, device = batch.attention, batch.attention.device
-    if seen.ndim == 2:
-        causal = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=device).tril()
-        seen = (seen[:, None] & causal)[:, None]
-    masks, row = [], 0
+    masks, row, device = [], 0, batch.owner_RS.device
     for size in sizes:
         rows = slice(row, row + size)
         places = int(counts_R[rows].max())
-        query_RQ = begin_R[rows, None] + np.arange((counts_R - begin_R)[rows].max())
-        asked = torch.from_numpy(query_RQ.clip(max=places - 1)).to(device)
-        some = seen[rows, 0, :, :places][torch.arange(size, device=device)[:, None], asked]
-        masks.append(torch.zeros_like(some, dtype=dtype).masked_fill_(~some, torch.finfo(dtype).min))
+        asked = begin_R[rows, None] + np.arange((counts_R - begin_R)[rows].max())
+        asked_RQ = torch.from_numpy(asked.clip(max=places - 1)).to(device)
+        owner_RS, position_RS = batch.owner_RS[rows, :places], batch.position_RS[rows, :places]
+        unseen = ~sees(owner_RS.gather(1, asked_RQ), position_RS.gather(1, asked_RQ), owner_RS, position_RS)
+        masks.append(torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, torch.finfo(dtype).min))
         row += size
     return masks
 

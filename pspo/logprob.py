@@ -98,9 +98,10 @@ def _chunked(
     """Log-probabilities and entropies (N,), in chunks of positions whose logits the backward pass makes again."""
     size = max(1, CHUNK_LOGITS * (16 if hidden_NH.is_cuda else 1) // vocab_size)
     if type(head) is torch.nn.Linear:
-        found: tuple[Tensor, Tensor] = _Linear.apply(  # type: ignore[no-untyped-call]
-            hidden_NH, head.weight, head.bias, token_N, temperature, autocast, with_gradient, size
-        )
+        with torch.autocast(hidden_NH.device.type, enabled=False):  # which would take entropies in bfloat16
+            found: tuple[Tensor, Tensor] = _Linear.apply(  # type: ignore[no-untyped-call]
+                hidden_NH, head.weight, head.bias, token_N, temperature, autocast, with_gradient, size
+            )
         return found
     pieces = [
         checkpoint(

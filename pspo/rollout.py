@@ -16,19 +16,18 @@ from pspo import interrupt, slots
 from pspo.dataset import Problem, Prompt
 from pspo.decode import Fused, make_decoder, once
 from pspo.draw import draw
-from pspo.logprob import autocast_to_bfloat16
 from pspo.memory import halving
 from pspo.model import Policy
 from pspo.schema import Schema, key
 from pspo.stream import generator
 
-LOOK = {"cpu": 1, "cuda": 8}
+LOOK = {"cpu": 1, "cuda": slots.LOOK}
 """Tokens from one look at which rows are finished to the next; each waits for the GPU."""
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
 
-LOOK = {"cpu": 1, "cuda": 8}
+LOOK = {"cpu": 1, "cuda": slots.LOOK}
 """Tokens from one look at which rows are finished to the next; each waits for the GPU."""
 
 
@@ -172,25 +171,24 @@ def _in_step(
     logprob_RT = torch.zeros(num_rows, length_T, dtype=torch.float64, device=device)
     row_B = torch.arange(num_rows, device=device)  # which row each of the batch is
     alive_B = torch.ones(num_rows, dtype=torch.bool, device=device)
-    with autocast_to_bfloat16(device, policy.autocast):
-        decoder = make_decoder(policy)
-        logits_BV = decoder.start(unlike, prompt_of_R.to(device), length_T)
-        for t in range(length_T):
-            interrupt.check()
-            token_B, logprob_B = draw(logits_BV, uniform_RT[row_B, t], temperature, top_p)
-            token_RT[row_B, t], logprob_RT[row_B, t] = token_B, logprob_B.double()
-            if t + 1 == length_T:
+    decoder = make_decoder(policy)
+    logits_BV = decoder.start(unlike, prompt_of_R.to(device), length_T)
+    for t in range(length_T):
+        interrupt.check()
+        token_B, logprob_B = draw(logits_BV, uniform_RT[row_B, t], temperature, top_p)
+        token_RT[row_B, t], logprob_RT[row_B, t] = token_B, logprob_B.double()
+        if t + 1 == length_T:
+            break
+        alive_B &= torch.isin(token_B, stop_ids, invert=True)
+        if (t + 1) % LOOK[device.type] == 0:
+            num_alive = int(alive_B.sum())
+            if num_alive == 0:
                 break
-            alive_B &= torch.isin(token_B, stop_ids, invert=True)
-            if (t + 1) % LOOK[device.type] == 0:
-                num_alive = int(alive_B.sum())
-                if num_alive == 0:
-                    break
-                if num_alive < COMPACT_BELOW * len(alive_B):
-                    keep = alive_B.nonzero().squeeze(-1)
-                    decoder.keep(keep)
-                    row_B, token_B, alive_B = row_B[keep], token_B[keep], alive_B[keep]
-            logits_BV = decoder.step(token_B)
+            if num_alive < COMPACT_BELOW * len(alive_B):
+                keep = alive_B.nonzero().squeeze(-1)
+                decoder.keep(keep)
+                row_B, token_B, alive_B = row_B[keep], token_B[keep], alive_B[keep]
+        logits_BV = decoder.step(token_B)
     return token_RT, logprob_RT
 
 

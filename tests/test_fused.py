@@ -80,7 +80,7 @@ def test_states_and_gradients_are_the_librarys(name, how):
     model = made(FAMILY[name]())
     assert fused.trains(model.get_decoder(), autocast=False)
     (expected, by_expected), (got, by_got) = told(model), told(model, **how)
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)  # angles are in float32
+    torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-11)
     for parameter, gradient in by_expected.items():
         torch.testing.assert_close(by_got[parameter], gradient, atol=1e-11, rtol=1e-11)
         assert gradient.abs().max() > 1e-3, parameter
@@ -100,7 +100,9 @@ def test_how_rows_are_cut_into_blocks_changes_nothing(sizes, data):
     while left:
         cuts.append(data.draw(st.integers(1, left)))
         left -= cuts[-1]
-    prompts, completions = [[3] * p for p, _ in sizes], [list(range(5, 5 + c)) for _, c in sizes]
+    tokens = torch.randint(64, (len(sizes), 20), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [row[:p] for row, (p, _) in zip(tokens, sizes, strict=True)]
+    completions = [row[p : p + c] for row, (p, c) in zip(tokens, sizes, strict=True)]
     with torch.no_grad():
         whole, cut = (
             logprob.predicting_states(model.get_decoder(), make_batch(prompts, completions, 0, CPU, blocks=blocks))

@@ -50,10 +50,10 @@ def test_a_plan_by_hand():
     assert plan.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert plan.wanted.tolist() == [2, 3, 4, 5, 6]
     assert plan.source.tolist() == [0, 1, 2, 3, 4]
-    all_queries, wanted = plan.queries
+    all_queries, wanted = plan.all_queries, plan.wanted_queries
     assert (all_queries.masks[0] == 0).int().tolist() == [
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]],  # the last is no token's
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]],  # the last is no token's
     ]
     assert (wanted.masks[0] == 0).int().tolist() == [
         [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]],
@@ -71,6 +71,6 @@ def test_the_source_of_completions_that_share_a_prompt():
     plan = Plan(batch, keys=1, groups=1, dtype=torch.float32)  # rows 5 6 1 3 4 and 8
     assert plan.wanted.tolist() == [1, 2, 3, 4, 5]
     assert plan.source.tolist() == [0, 1, 0, 2, 3, 4]
-    assert [tuple(mask.shape) for side in plan.queries for mask in side.masks] == [
+    assert [tuple(mask.shape) for side in (plan.all_queries, plan.wanted_queries) for mask in side.masks] == [
         (1, 5, 5), (1, 1, 1), (1, 4, 5), (1, 1, 1),
     ]  # fmt: skip

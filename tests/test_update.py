@@ -250,7 +250,7 @@ def test_loss_and_gradient_do_not_depend_on_padding(tiny_policy, monkeypatch, ob
             batch,
             input_ids_RS=pad(batch.input_ids_RS, (0, 7), value=pad_id),
             position_RS=pad(batch.position_RS, (0, 7)),
-            attention=pad(batch.attention, (0, 7)),
+            owner_RS=pad(batch.owner_RS, (0, 7), value=-1),
             source_BT=pad(batch.source_BT + batch.source_BT // width * 7, (0, 4)),
             token_ids_BT=pad(batch.token_ids_BT, (0, 4), value=pad_id),
             mask_BT=pad(batch.mask_BT, (0, 4)),

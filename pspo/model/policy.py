@@ -45,7 +45,7 @@ class Model(Schema, block="model"):
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
     attention: Literal["grouped", "eager", "sdpa", "flash_attention_2"] = key(
-        "grouped: pspo's plain products, fast on a CPU; the others are transformers' own"
+        "grouped: pspo's plain products and, for Llama and Qwen2, layers, fast on a CPU; else transformers' own"
     )
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
     lora: Lora
