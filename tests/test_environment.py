@@ -27,9 +27,9 @@ def test_threads_are_as_configured_else_slurms_else_those_allowed(monkeypatch):
 def test_freed_memory_is_kept_for_the_next_step():
     """Page faults of tensors that come and go: one for every page where the memory is given back."""
     code = """
-import resource, sys, torch
+import resource, torch
 from pspo import environment
-(environment.settle if "settle" in sys.argv else torch.set_num_threads)(1)
+environment.settle(1)
 def work():
     several = [torch.ones(5 * 2**20) for _ in range(5)]  # 100 MiB
 for _ in range(5):
@@ -39,12 +39,11 @@ for _ in range(10):
     work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num_threads())
 """
-    faults = {}
-    for how in ("settle", "plain"):
-        made = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True)
-        faults[how], threads = map(int, made.stdout.split())
+    for _ in range(3):  # left to itself, the library gives it back in every other process
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        faults, threads = map(int, made.stdout.split())
         assert threads == 1
-    assert faults["plain"] > 100 + 10 * faults["settle"]  # up to 25,600 each time, as large as pages are
+        assert faults < 100
 
 
 def test_a_gpu_asked_for_and_absent_is_told(monkeypatch):
