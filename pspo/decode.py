@@ -115,7 +115,11 @@ class Fused:
     def __init__(self, policy: Policy) -> None:
         self.policy, decoder, head = policy, policy.model.get_decoder(), policy.model.get_output_embeddings()
         self.dtype = torch.bfloat16 if policy.autocast else policy.model.dtype
-        self.shape, self.embed, self.norm = fused.shape_of(decoder), decoder.embed_tokens.weight, decoder.norm.weight
+        self.shape, self.embed, self.norm = (
+            fused.shape_of(decoder),
+            decoder.embed_tokens.weight,
+            fused.scale(decoder.norm),
+        )
         self.layers = [Weights(*self._cast(*fused.weights(layer))) for layer in decoder.layers]
         self.head = self._cast(head.weight, head.bias)
 
@@ -157,9 +161,12 @@ class Fused:
         query, pair = F.linear(n, w.query, w.query_bias), F.linear(n, w.pair, w.pair_bias)
         self._turn(query, cis)
         self._turn(pair[:, : keys * width], cis)
-        x = x + F.linear(attend(query, pair), w.out)
+        x = self._onto(x, attend(query, pair), w.out)
         gate, up = F.linear(fused.normed(x, eps)[0].to(self.dtype), w.gate_up).chunk(2, -1)
-        return x + F.linear(F.silu(gate).mul_(up), w.down)
+        return self._onto(x, F.silu(gate).mul_(up), w.down)
+
+    def _onto(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        return torch.addmm(x, y, weight.T) if x.dtype == y.dtype else x + F.linear(y, weight)
 
     def _read(self, count: int, query: Tensor, pair: Tensor) -> Tensor:
         """The attention of prompts' tokens, whose padding comes after them; keeps their keys and values."""

@@ -71,7 +71,7 @@ def shape_of(decoder: Any) -> Shape:
 def weights(layer: Any) -> Weights:
     """A layer's weights as its products need them, with gradient."""
     attention, mlp, width = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-    before, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    before, after = scale(layer.input_layernorm), scale(layer.post_attention_layernorm)
     query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
     biases: tuple[Tensor | None, Tensor | None] = None, None
     if query.bias is not None:
@@ -104,9 +104,15 @@ def turn(heads: Tensor, cis: Tensor, width: int) -> None:
     torch.view_as_complex(heads.view(*heads.shape[:-1], -1, width // 2, 2)).mul_(cis)
 
 
+def scale(norm: Any) -> Tensor:
+    """What an RMSNorm multiplies with what ``normed`` gives: its weights, and √H for the mean in the root."""
+    weight: Tensor = norm.weight * norm.weight.shape[0] ** 0.5
+    return weight
+
+
 def normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """X by its root mean square, and the inverse of that."""
-    inverse = torch.linalg.vecdot(x, x)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
+    """X / √(Σ x² + H ε), and the inverse of that root."""
+    inverse = torch.linalg.vecdot(x, x)[..., None].add_(x.shape[-1] * eps).rsqrt_()
     return x * inverse, inverse
 
 
@@ -130,7 +136,7 @@ def predicting_states(decoder: Any, batch: Batch) -> Tensor:
     for layer in decoder.layers[:-1]:
         x_MH = _Layer.apply(x_MH, cis, plan, None, shape, *weights(layer))  # type: ignore[no-untyped-call]
     x_MH = _Layer.apply(x_MH, cis, plan, plan.wanted, shape, *weights(decoder.layers[-1]))  # type: ignore[no-untyped-call]
-    hidden_NH: Tensor = normed(x_MH[plan.source], shape.eps)[0] * decoder.norm.weight
+    hidden_NH: Tensor = normed(x_MH[plan.source], shape.eps)[0] * scale(decoder.norm)
     return hidden_NH
 
 
@@ -217,6 +223,5 @@ class _Layer(torch.autograd.Function):
 
 
 def _through_norm(by_n: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
-    """∂x where n = x / rms(x): (∂n − n mean(∂n n)) / rms(x), in place of ∂n."""
-    shared = torch.linalg.vecdot(by_n, n)[:, None].div_(-n.shape[-1])
-    return by_n.addcmul_(n, shared).mul_(inverse)
+    """∂x of n, inverse = normed(x): inverse (∂n − n Σ ∂n n), in place of ∂n."""
+    return by_n.addcmul_(n, torch.linalg.vecdot(by_n, n)[:, None], value=-1).mul_(inverse)

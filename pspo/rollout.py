@@ -120,7 +120,8 @@ def sample(
     rows = [(i, g) for i in by_length for g in range(group_size)]
 
     ids = [prompts[i].token_ids for i, _ in rows]
-    random_RT = np.stack([uniforms([*seed, *_words(prompts[i].problem), g], max_new_tokens) for i, g in rows])
+    words = [[*seed, *_words(prompts[i].problem)] for i in by_length]
+    random_RT = np.concatenate([uniforms(key, group_size, max_new_tokens) for key in words])
     uniform_RT, decode = torch.from_numpy(random_RT).to(policy.device), choose_decode(policy)
 
     def so_many_at_a_time(most: int) -> list[Completion]:
@@ -134,9 +135,19 @@ def sample(
     return halving("rollout.max_rows", max_rows, "or set model.autocast=true, or a smaller model", so_many_at_a_time)[0]
 
 
-def uniforms(words: Sequence[int], count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """``count`` numbers uniform in [0, 1) from a counter-based generator keyed by ``words`` (Philox, Salmon 2011)."""
-    return generator(*words).random(count)
+def uniforms(words: Sequence[int], samples: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(samples, count) numbers uniform in [0, 1), from a counter-based generator (Philox, Salmon 2011).
+
+    ``words`` are its key, and a sample's index is the highest word of its counter: each has 2^192 blocks of its own.
+    """
+    random = generator(*words)
+    bits, state = random.bit_generator, random.bit_generator.state
+    rows = np.empty((samples, count))
+    for sample, row in enumerate(rows):
+        state["state"]["counter"][3] = sample
+        bits.state = state
+        random.random(out=row)
+    return rows
 
 
 def choose_decode(policy: Policy) -> Decode:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks import measure, neighbour, table
+from pspo import environment
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,13 @@ def test_peak_memory_is_what_a_call_adds():
     peak = measure.peak_gib(lambda: (torch.ones(2**24), time.sleep(0)), CPU)  # 64 MiB
     assert peak == pytest.approx(64 / 1024, rel=0.2)
     del kept
+
+
+def test_memory_that_is_freed_but_kept_counts_as_free():
+    environment.settle(1)
+    work = lambda: [torch.ones(2**20) for _ in range(16)]  # noqa: E731 - 64 MiB
+    work()
+    assert measure.peak_gib(work, CPU) == pytest.approx(64 / 1024, rel=0.2)
 
 
 def test_a_fair_share():
