@@ -154,13 +154,13 @@ class _Layer(torch.autograd.Function):
         turn(query[:-1], cis_query, shape.width)
         turn(pair[:-1, : shape.keys * shape.width], cis, shape.width)
         q, kv = side.blocks.take(query, shape.width), plan.take_pair(pair, shape.width)
-        found, seens = torch.empty_like(q), []
+        found, softmaxes = torch.empty_like(q), []
         for mask, block, key_block in zip(side.masks, side.blocks, plan.keys, strict=True):
             query_block, (key, value) = block(q), (key_block(half) for half in kv.chunk(2))
             score = query_block @ key.transpose(1, 2)
             score.view(len(mask), shape.keys, shape.groups, *mask.shape[1:]).add_(mask[:, None, None])
-            seens.append(score.softmax(-1))
-            torch.bmm(seens[-1], value, out=block(found))
+            softmaxes.append(score.softmax(-1))
+            torch.bmm(softmaxes[-1], value, out=block(found))
         found = side.blocks.give(found)
         x_after = torch.addmm(x_query, found, w.out.T)
         n_after, inverse_after = normed(x_after, shape.eps)
@@ -169,7 +169,7 @@ class _Layer(torch.autograd.Function):
         active = F.silu(gate)
         y = torch.addmm(x_after, active * up, w.down.T)
         ctx.save_for_backward(
-            cis, wanted, *given, n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *seens
+            cis, wanted, *given, n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *softmaxes
         )  # fmt: skip
         ctx.rest = plan, shape
         return y
@@ -179,7 +179,10 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
         plan, shape = ctx.rest
         cis, wanted, *rest = ctx.saved_tensors
-        w, (n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *seens) = Weights(*rest[:7]), rest[7:]
+        w, (n, inverse, q, kv, found, n_after, inverse_after, gate_up, active, *softmaxes) = (
+            Weights(*rest[:7]),
+            rest[7:],
+        )
         side = plan.all_queries if wanted is None else plan.wanted_queries
         # the feed-forward
         (gate, up), by_gate_up = gate_up.chunk(2, -1), torch.empty_like(gate_up)
@@ -192,7 +195,7 @@ class _Layer(torch.autograd.Function):
         # the attention
         by_found = side.blocks.take(product(by_after, w.out, None), shape.width)
         by_q, by_kv = torch.empty_like(q), torch.empty_like(kv)
-        for seen, block, key_block in zip(seens, side.blocks, plan.keys, strict=True):
+        for seen, block, key_block in zip(softmaxes, side.blocks, plan.keys, strict=True):
             (key, value), (by_key, by_value) = ([key_block(half) for half in both.chunk(2)] for both in (kv, by_kv))
             torch.bmm(seen.transpose(1, 2), block(by_found), out=by_value)
             by_seen = block(by_found) @ value.transpose(1, 2)
