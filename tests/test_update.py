@@ -566,7 +566,7 @@ def probe(policy, objective, advantage, lr=1e-2, **loss):
     for step in range(100):
         completions = ask(policy, step)
         reward_PG = first_token(completions).view(4, 16)
-        if reward_PG.mean() > 0.95:
+        if reward_PG.mean() > 0.97:  # 63 of 64
             break
         rows, _ = make_rows(
             completions, reward_PG, advantage, policy,
