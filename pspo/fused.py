@@ -111,13 +111,13 @@ def scale(norm: Any) -> Tensor:
 
 
 def normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """X / √(Σ x² + H ε), and the inverse of that root."""
+    """An RMSNorm (Zhang and Sennrich 2019) but for ``scale``: x / √(Σ x² + H ε) over (..., H), and 1 / that root."""
     inverse = torch.linalg.vecdot(x, x)[..., None].add_(x.shape[-1] * eps).rsqrt_()
     return x * inverse, inverse
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """X @ weight, and a row of zeros, where the places of blocks look that have no token."""
+    """The product x @ weight + bias, and a row of zeros, where the places of blocks look that have no token."""
     y = x.new_empty(len(x) + 1, weight.shape[1])
     y[-1] = 0
     if bias is None:
@@ -133,9 +133,9 @@ def predicting_states(decoder: Any, batch: Batch) -> Tensor:
     plan = Plan(batch, shape.keys, shape.groups, decoder.dtype)
     x_MH = decoder.embed_tokens(batch.input_ids_RS.flatten()[plan.tokens])
     cis = angles(decoder, x_MH, batch.position_RS.flatten()[plan.tokens])
-    for layer in decoder.layers[:-1]:
-        x_MH = _Layer.apply(x_MH, cis, plan, None, shape, *weights(layer))  # type: ignore[no-untyped-call]
-    x_MH = _Layer.apply(x_MH, cis, plan, plan.wanted, shape, *weights(decoder.layers[-1]))  # type: ignore[no-untyped-call]
+    for layer in decoder.layers:
+        wanted = plan.wanted if layer is decoder.layers[-1] else None
+        x_MH = _Layer.apply(x_MH, cis, plan, wanted, shape, *weights(layer))  # type: ignore[no-untyped-call]
     hidden_NH: Tensor = normed(x_MH[plan.source], shape.eps)[0] * scale(decoder.norm)
     return hidden_NH
 

@@ -45,7 +45,7 @@ class Blocks:
             back[token[place < counts]] = stands[place < counts]
             self.spans.append((slice(end, end + len(to[-1])), size * keys))
             row, end = row + size, end + len(to[-1])
-        self.heads, self.places = heads, end
+        self.places = end
         self.to, self.back = torch.from_numpy(np.concatenate(to)).to(device), torch.from_numpy(back).to(device)
 
     def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:

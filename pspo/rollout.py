@@ -4,9 +4,9 @@ Shape suffixes: R rows, B those of them in the batch, V vocabulary, T completion
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,23 +31,10 @@ LOOK = {"cpu": 1, "cuda": slots.LOOK}
 """Tokens from one look at which rows are finished to the next; each waits for the GPU."""
 
 
-class Decode(Protocol):
-    """A way to write all rows, ``max_rows`` at a time; neighbours with the same prompt share what is read of it.
-
-    From prompts and random numbers (R, T) to tokens and log-probabilities, (R, T) each; what follows a stop token is
-    anything.
-    """
-
-    def __call__(
-        self,
-        policy: Policy,
-        prompts: Sequence[list[int]],
-        uniform_RT: Tensor,
-        temperature: float,
-        top_p: float,
-        max_rows: int,
-        /,
-    ) -> tuple[Tensor, Tensor]: ...
+Decode = Callable[[Policy, Sequence[list[int]], Tensor, float, float, int], tuple[Tensor, Tensor]]
+"""A way to write rows: (policy, their prompts, uniform numbers (R, T), temperature, top_p, rows at one time) to tokens
+and log-probabilities, (R, T) each. What follows a stop token is anything; neighbours with one prompt share its reading.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
