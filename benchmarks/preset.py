@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pspo import dataset, environment, model
+from pspo import dataset, environment, lanes, model
 from pspo.config import Config, compose
 from pspo.dataset import embedded
 from pspo.model import Policy, attention, tiny
@@ -90,8 +90,12 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
     """A trainer of the composed run, at its start; a random model's completions are worth 0 and 1 in turns."""
     config = compose(["tracker=jsonl", *overrides])
     device = environment.choose_device(config.device)
-    environment.settle(environment.choose_threads(config.threads))
+    threads = environment.choose_threads(config.threads)
+    environment.settle(threads)
     policy = random_policy(config, shape, device) if shape else model.load(config.model, config.seed, device)
+    policy.lanes = lanes.start(policy, threads)
+    if policy.lanes is not None:
+        policy.lanes.wait()
     problems = dataset.load(config.dataset, config.seed)
     prompts, held_out = (
         dataset.encode(policy.tokenizer, config.dataset, some)[0] for some in (problems.train, problems.validation)

@@ -44,7 +44,10 @@ class Config(Schema):
     output_dir: str = key("where run directories are made")
     seed: int = key("of the warm start, the data order, the samples and the minibatches", within="[0, 4294967295]")
     device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
-    threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
+    threads: int | None = key(
+        "CPU threads, or processes for a small policy; null takes the processors that this one may use",
+        within="[1, inf)",
+    )
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
     rerun: Literal["never", "changed", "all"] = key(
         "move a finished run aside and make it anew: never, if the code has changed since, or in any case"

@@ -51,6 +51,10 @@ class InnerStep:
     def __init__(self) -> None:
         self._tokens: list[Tensor] = []
 
+    def join(self, other: "InnerStep") -> None:
+        """Add all micro-batches of another."""
+        self._tokens += other._tokens
+
     def add(self, weighed: Weighed, advantage_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> None:
         """Add one micro-batch."""
         columns = (weighed.log_ratio_BT, weighed.token_log_ratio_BT, weighed.gradient_BT, advantage_BT, entropy_BT)

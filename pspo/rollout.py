@@ -139,7 +139,29 @@ def uniforms(words: Sequence[int], samples: int, count: int) -> np.ndarray[Any, 
 
 def choose_decode(policy: Policy) -> Decode:
     """Continuous batching on a GPU, for models whose decoder is ours; else all rows of a batch in step."""
+    if policy.lanes is not None:
+        return in_lanes
     return slots.decode if policy.device.type == "cuda" and Fused.takes(policy.model) else in_step
+
+
+def in_lanes(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    uniform_RT: Tensor,
+    temperature: float,
+    top_p: float,
+    max_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """In step, prompts dealt out in turns to processes that share the work; see ``Decode``."""
+    _, prompt_of_R = once(prompts)
+    lanes = [(prompt_of_R % policy.lanes.count == n).nonzero().squeeze(-1) for n in range(policy.lanes.count)]
+    lanes = [row_B for row_B in lanes if len(row_B)]
+    parts = [
+        (policy, [prompts[r] for r in row_B], uniform_RT[row_B], temperature, top_p, -(-max_rows // len(lanes)))
+        for row_B in lanes
+    ]
+    found, back_R = policy.lanes.each(in_step, parts), torch.cat(lanes).argsort()
+    return torch.cat([tokens for tokens, _ in found])[back_R], torch.cat([logprobs for _, logprobs in found])[back_R]
 
 
 @torch.inference_mode()

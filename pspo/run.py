@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lock, model
+from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lanes, lock, model
 from pspo.advice import advice
 from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
 from pspo.console import log, log_to_console, log_to_file, track
@@ -131,7 +131,8 @@ class _Run:
             resolved_config=as_dict(self.config),
         )
         try:
-            summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
+            with lanes.beside(policy, threads):
+                summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
         except BaseException as error:
             tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
             raise

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -51,7 +52,8 @@ class WandbConfig(TrackerConfig, block="tracker"):
 class Tracker:
     """Writes the metrics of one run directory.
 
-    Call ``rewind`` once before the first ``log`` when the directory may hold an earlier attempt.
+    W&B starts in a thread, and is waited for where it gets its first row. Call ``rewind`` once before the first ``log``
+    when the directory may hold an earlier attempt.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class Tracker:
     ) -> None:
         self._lines = JsonLines(directory / "metrics.jsonl")
         self._pending: list[dict[str, Any]] = []
-        self._wandb: _Wandb | None = None
+        self._opening: Future[_Wandb] | None = None
         if isinstance(config, WandbConfig):
             names = {"name": run_name, "group": group, "job_type": job_type}
-            self._wandb = _Wandb(config, directory, names, resolved_config)
+            thread = ThreadPoolExecutor(1, thread_name_prefix="wandb")  # for two seconds, most of them waiting
+            self._opening = thread.submit(_Wandb, config, directory, names, resolved_config)
+            thread.shutdown(wait=False)
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
         """Append the row of ``step``. JSON has no NaN or infinity: they are written as null."""
@@ -112,7 +116,11 @@ class Tracker:
         """Finish the W&B run; rows not committed are not sent. May be called twice."""
         if self._wandb is not None:
             self._wandb.finish(exit_code)
-            self._wandb = None
+            self._opening = None
+
+    @property
+    def _wandb(self) -> "_Wandb | None":
+        return None if self._opening is None else self._opening.result()
 
 
 class _Wandb:

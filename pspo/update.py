@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pspo.critic import Critic
 from pspo.diagnostics import PROBE, Distance, InnerStep, Record, compare, kl_after
-from pspo.experience import Row, batch_of, column, pack, score
+from pspo.experience import Row, batch_of, column, deal, pack, score
 from pspo.logprob import token_logprobs
 from pspo.loss import Batch, Loss, Size, batch_loss
 from pspo.memory import halving
@@ -168,12 +168,31 @@ def accumulate(
     says that the weights are still those that sampled the rows: then the difference of log-probabilities is the
     numerical gap between sampler and trainer.
     """
-    policy, critic = learner.policy, learner.critic
+    policy, size = learner.policy, Size(sum(len(row.token_ids) for row in rows), len(rows), learner.max_length)
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
+    if policy.lanes is None or learner.critic is not None:
+        found = [_part(learner, rows, size, inner is not None, first)]
+    else:
+        dealt = deal(rows, policy.lanes.count)
+        smaller = replace(learner, max_tokens=-(-learner.max_tokens // len(dealt)))
+        found = policy.lanes.each(_part, [(smaller, part, size, inner is not None, first) for part in dealt])
+    for loss, seen, told in found:
+        total += loss
+        statistics.add(seen)
+        if inner is not None and told is not None:
+            inner.join(told)
+    return total
+
+
+def _part(
+    learner: Learner, rows: Sequence[Row], size: Size, recorded: bool, first: bool
+) -> tuple[Tensor, Statistics, InnerStep | None]:
+    """Add the gradient of some rows of an optimizer batch of that size."""
+    policy, critic, statistics, inner = learner.policy, learner.critic, Statistics(), InnerStep() if recorded else None
     policy.model.train(policy.gradient_checkpointing)  # the library recomputes activations in training mode only
     for module in policy.model.modules():
         if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
             module.eval()
-    size = Size(sum(len(row.token_ids) for row in rows), len(rows), learner.max_length)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for cut in pack(rows, learner.max_tokens, policy):
         micro, tokens = [rows[i] for i in cut.rows], batch_of(rows, policy, cut)
@@ -207,7 +226,7 @@ def accumulate(
         finite = (logprob_BT.isfinite() & batch.old_logprob_BT.isfinite()).all()
         total += torch.where(finite, loss.detach().double(), torch.nan)
     policy.model.eval()
-    return total
+    return total, statistics, inner
 
 
 def _gradient(learner: Learner, rows: Sequence[Row], objective: Objective) -> Tensor:

@@ -82,8 +82,8 @@ def test_200_kills_of_forks(cache, tmp_path):
 
 @pytest.mark.slow
 def test_kills_of_whole_processes_with_wandb(cache, tmp_path):
-    """As a user calls it; W&B offline, whose parts, merged by id, have no gap and no double step."""
-    overrides = [*TINY, "tracker=wandb"]
+    """As a user calls it, in two lanes; W&B offline, whose parts, merged by id, have no gap and no double step."""
+    overrides = [*TINY, "threads=2", "tracker=wandb"]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
 
     def start(cwd):

@@ -232,6 +232,7 @@ def test_a_killed_service_costs_one_warning_and_the_next_run_gets_a_new_one(tmp_
     first.mkdir()
     second.mkdir()
     tracker = open_tracker(first, WANDB)
+    tracker.commit(0)  # which waits for W&B
     children = f"/proc/self/task/{os.getpid()}/children"
     services = [
         pid for pid in Path(children).read_text().split() if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()

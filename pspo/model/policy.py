@@ -80,6 +80,8 @@ class Policy:
     gradient_checkpointing: bool
     shares_prompts: bool = False
     """Whether completions may stand behind one copy of their prompt, as ``attention.can_share`` found."""
+    lanes: Any = None
+    """Processes that share the work on it (``pspo.lanes``), where there are any."""
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +100,7 @@ class Policy:
 
     def frozen(self) -> "Policy":
         """A copy that nothing trains: the reference of a KL penalty."""
-        return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval())
+        return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval(), lanes=None)
 
 
 def check(config: Model) -> None:

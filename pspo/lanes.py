@@ -1,0 +1,268 @@
+"""Processes beside this one, each with a share of a rollout's or a minibatch's rows, for policies that are small.
+
+Threads of one process meet at a barrier after every product, and a tiny policy's products are too short for that. Lanes
+have one thread each and meet once a rollout or minibatch, waiting without spinning. What a share comes to does not
+depend on who works it out: where a lane is not there, or not yet, this process does, to the same bits.
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import mmap
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import IO, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pspo import environment, fused
+from pspo.console import log
+from pspo.model import Policy
+
+T = TypeVar("T")
+
+MOST = 4
+"""Lanes of a run, this process among them: each more has fewer rows, and imports of half a GiB."""
+
+SMALL = 2**23
+"""Parameters up to which a policy is small; the products of a larger one are worth several threads."""
+
+
+def start(policy: Policy, threads: int) -> "Lanes | None":
+    """A lane for each thread, where the policy is small, on the CPU and trained by our layers."""
+    count, size = min(threads, MOST), sum(p.numel() for p in policy.model.parameters())
+    ours = fused.trains(policy.model.get_decoder(), policy.autocast, policy.gradient_checkpointing)
+    return Lanes(policy, count) if count > 1 and size <= SMALL and policy.device.type == "cpu" and ours else None
+
+
+@contextlib.contextmanager
+def beside(policy: Policy, threads: int) -> Iterator[None]:
+    """While the block runs, the policy has lanes if they suit it."""
+    policy.lanes = start(policy, threads)
+    try:
+        yield
+    finally:
+        if policy.lanes is not None:
+            policy.lanes.close()
+            policy.lanes = None
+
+
+class Lanes:
+    """This process and ``count - 1`` others, with memory in common: the weights, and a gradient of each lane."""
+
+    def __init__(self, policy: Policy, count: int) -> None:
+        self.count, self._parameters = count, list(policy.model.parameters())
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed when the lanes are
+        self._file.truncate(count * sum(p.nbytes for p in self._parameters))
+        self._common = _common(self._file.fileno(), policy)
+        self._others = [_Lane(policy, self._file.fileno(), number) for number in range(1, count)]
+
+    def each(self, work: Callable[..., T], parts: Sequence[Sequence[Any]]) -> list[T]:
+        """``work(*part)`` of each part, ``count`` of them at the most, in order; their gradients add up in order too.
+
+        Another lane has a policy of its own in place of ours wherever work and parts name it. Raises what the first
+        part to fail has raised, when all have ended.
+        """
+        torch.cat([p.detach().flatten() for p in self._parameters], out=self._common[0])
+        busy = {n: lane for n, lane in enumerate(self._others[: len(parts) - 1], start=1) if lane.ask(work, parts[n])}
+        threads, found, gradients = torch.get_num_threads(), [], [_take_gradient(self._parameters)]
+        torch.set_num_threads(1)
+        try:
+            for n, part in enumerate(parts):
+                answer = busy.pop(n).answer() if n in busy else None
+                if answer is None:
+                    found.append(work(*part))
+                    gradients.append(_take_gradient(self._parameters))
+                else:
+                    found.append(answer[0])
+                    gradients.append(self._common[n] if answer[1] else None)
+        finally:
+            torch.set_num_threads(threads)
+            for lane in busy.values():
+                with contextlib.suppress(Exception):  # what came first is being raised
+                    lane.answer()
+        _put_gradient(self._parameters, [gradient for gradient in gradients if gradient is not None])
+        return found
+
+    def wait(self) -> None:
+        """Until the others have imported what they need: for measurements."""
+        for lane in self._others:
+            lane.is_ready(wait=True)
+
+    def close(self) -> None:
+        """End the others."""
+        for lane in self._others:
+            lane.end()
+        self._file.close()
+
+
+class _Lane:
+    """Another process as this one sees it; one that has died is asked no more."""
+
+    def __init__(self, policy: Policy, file: int, number: int) -> None:
+        self.policy, self.ready, self.lost = policy, False, False
+        command = [sys.executable, "-m", "pspo.lanes", str(file), str(number), type(policy.model).__module__]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[file])
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.to, self.back = self.process.stdin, self.process.stdout
+
+    def is_ready(self, *, wait: bool = False) -> bool:
+        """Whether it has imported what it needs, and has a policy."""
+        if not self.ready and not self.lost and (wait or select.select([self.back], [], [], 0)[0]):
+            self.ready = self._hear() is not None and self._say(replace(self.policy, lanes=None))
+        return self.ready and not self.lost
+
+    def ask(self, work: Callable[..., Any], part: Sequence[Any]) -> bool:
+        """Have it begin; False where it cannot."""
+        return self.is_ready() and self._say((work, part))
+
+    def answer(self) -> tuple[Any, bool] | None:
+        """What its work returned, and whether there is a gradient; None where it has died. Raises what that raised."""
+        heard: tuple[Any, bool] | Exception | None = self._hear()
+        if isinstance(heard, Exception):
+            raise heard
+        return heard
+
+    def end(self) -> None:
+        """It leaves when nothing more can come."""
+        with contextlib.suppress(OSError):
+            self.to.close()
+        self.process.kill()  # it may be in its imports
+        self.process.wait()
+        self.back.close()
+
+    def _say(self, message: Any) -> bool:
+        text = io.BytesIO()
+        _Pickler(text, self.policy).dump(message)
+        try:
+            self.to.write(text.getbuffer())
+            self.to.flush()
+        except OSError:
+            self._lose()
+        return not self.lost
+
+    def _hear(self) -> Any:
+        try:
+            return pickle.load(self.back)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self._lose()
+            return None
+
+    def _lose(self) -> None:
+        self.lost = True
+        log.warning("a process beside this one has ended (%s); its share of the rows is worked out here", self.process)
+
+
+class _Pickler(pickle.Pickler):
+    """Names the policy where it stands in a message; tensors go as arrays, a twentieth of their pickle's time."""
+
+    def __init__(self, file: IO[bytes], policy: Policy | None) -> None:
+        super().__init__(file)
+        self.policy = policy
+
+    def persistent_id(self, obj: Any) -> str | None:
+        return "policy" if obj is self.policy and obj is not None else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (torch.from_numpy, (obj.numpy(),)) if type(obj) is Tensor else NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts a policy where one is named."""
+
+    def __init__(self, file: IO[bytes], policy: Policy | None) -> None:
+        super().__init__(file)
+        self.policy = policy
+
+    def persistent_load(self, pid: str) -> Policy | None:
+        return self.policy
+
+
+def _common(file: int, policy: Policy) -> Tensor:
+    """The memory in common: the weights, and what each lane but the first adds to the gradient, one to a row."""
+    size = sum(p.numel() for p in policy.model.parameters())
+    return torch.frombuffer(mmap.mmap(file, 0), dtype=policy.model.dtype).view(-1, size)
+
+
+def _take_gradient(parameters: Sequence[torch.nn.Parameter]) -> Tensor | None:
+    """The gradient, end to end; afterwards there is none."""
+    found = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    if all(gradient is None for gradient in found):
+        return None
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+    )
+
+
+def _put_gradient(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Their sum, in this order, as the gradient."""
+    if gradients:
+        total = sum(gradients[1:], gradients[0].clone())
+        for p, gradient in zip(parameters, torch.split(total, [p.numel() for p in parameters]), strict=True):
+            p.grad = gradient.view_as(p) if p.requires_grad else None
+
+
+def _serve(file: int, number: int, module: str) -> None:
+    """What another lane does: work as it is asked, until its standard input ends."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # the first lane decides what they mean
+        signal.signal(signum, signal.SIG_IGN)
+    inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints
+    logging.disable()
+    environment.settle(1)
+    for name in (module, "pspo.rollout", "pspo.update"):
+        importlib.import_module(name)
+
+    def say(message: Any) -> None:
+        _Pickler(outbox, None).dump(message)
+        outbox.flush()
+
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        say("ready")
+        policy = _Unpickler(inbox, None).load()
+        common, parameters = _common(file, policy), list(policy.model.parameters())
+        sizes = [p.numel() for p in parameters]
+        while True:
+            _await(inbox)
+            work, part = _Unpickler(inbox, policy).load()
+            with torch.no_grad():
+                for p, weights in zip(parameters, torch.split(common[0], sizes), strict=True):
+                    p.copy_(weights.view_as(p))
+            try:
+                found = work(*part)
+            except Exception as error:  # noqa: BLE001  for the first lane to raise
+                say(error)
+                _take_gradient(parameters)
+                continue
+            gradient = _take_gradient(parameters)
+            if gradient is not None:
+                common[number].copy_(gradient)
+            say((found, gradient is not None))
+
+
+def _await(inbox: IO[bytes]) -> None:
+    """Wait for a message, to about a hundredth of the time that it takes to come.
+
+    A plain read would be woken on the processor of the process that wrote, which has just begun with its own part, and
+    both would stand there for milliseconds.
+    """
+    begun = time.monotonic()
+    while not select.select([inbox], [], [], 0)[0]:
+        time.sleep(max(0.0003, (time.monotonic() - begun) / 100))
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
