@@ -161,7 +161,9 @@ class _Lane:
 
     def _lose(self) -> None:
         self.lost = True
-        log.warning("a process beside this one has ended (%s); its share of the rows is worked out here", self.process)
+        self.process.kill()
+        status = self.process.wait()
+        log.warning("a process beside this one has ended (status %d): its share of the rows is worked out here", status)
 
 
 class _Pickler(pickle.Pickler):
