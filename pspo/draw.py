@@ -9,6 +9,9 @@ from torch import Tensor
 BLOCK = 128
 """Tokens whose probabilities are summed at a time before one of them is looked for."""
 
+FEW = 1024
+"""Tokens up to which all of their probabilities are summed."""
+
 RANKED = 1024
 """The nucleus is looked for among so many of the most probable tokens before all are sorted."""
 
@@ -19,7 +22,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
     The nucleus is the smallest set of most probable tokens whose probability reaches ``top_p`` (Holtzman et al. 2020,
     arXiv 1904.09751). Temperature 0 takes the most probable token; its log-probability is that of temperature 1.
     """
-    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) / (temperature or 1.0)
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    if temperature not in (0, 1):
+        logits_BV = logits_BV / temperature
     probability_BV = logits_BV.softmax(-1)
     norm_B = logits_BV.amax(-1) - probability_BV.amax(-1).log()
     if temperature == 0:
@@ -34,9 +39,14 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float)
 def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The first token up to which the weights sum to more than ``uniform_B`` of their total.
 
-    Sums are in float64, whose error is far below a token's share of a large vocabulary: first over blocks of tokens,
-    then inside the one that holds the token. A token without weight is never taken, unless weights are not numbers.
+    Sums are in float64, whose error is far below a token's share of a large vocabulary: over all tokens where they are
+    few, else first over blocks of tokens, then inside the one that holds the token. A token without weight is never
+    taken, unless weights are not numbers.
     """
+    if weight_BV.shape[-1] <= FEW:
+        cumulative_BV = weight_BV.cumsum(-1, dtype=torch.float64)
+        found_B1 = _first_above(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:])
+        return found_B1.squeeze(-1).clamp(max=weight_BV.shape[-1] - 1)
     block_BNK = torch.nn.functional.pad(weight_BV, (0, -weight_BV.shape[-1] % BLOCK)).view(len(weight_BV), -1, BLOCK)
     cumulative_BN = block_BNK.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
@@ -49,8 +59,9 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 def _first_above(cumulative_BK: Tensor, target_B1: Tensor) -> Tensor:
     """Where a sum first exceeds the target, and at the latest where it reaches its end."""
-    found_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True)
-    return torch.minimum(found_B1, (cumulative_BK < cumulative_BK[:, -1:]).sum(-1, keepdim=True))
+    end_B1 = cumulative_BK[:, -1:]
+    before_end_B1 = torch.nextafter(end_B1, torch.zeros_like(end_B1))
+    return torch.searchsorted(cumulative_BK, torch.minimum(target_B1, before_end_B1), right=True)
 
 
 def _outside(probability_BV: Tensor, top_p: float) -> Tensor:

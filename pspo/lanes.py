@@ -12,7 +12,6 @@ import logging
 import mmap
 import os
 import pickle
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import IO, Any, TypeVar
 
 import torch
@@ -111,15 +112,15 @@ class _Lane:
 
     def __init__(self, policy: Policy, file: int, number: int) -> None:
         self.policy, self.ready, self.lost = policy, False, False
-        command = [sys.executable, "-m", "pspo.lanes", str(file), str(number), type(policy.model).__module__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[file])
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.to, self.back = self.process.stdin, self.process.stdout
+        self.pipe, theirs = Pipe()
+        words = [str(theirs.fileno()), str(file), str(number), type(policy.model).__module__]
+        command = [sys.executable, "-m", "pspo.lanes", *words]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno(), file])
+        theirs.close()
 
     def is_ready(self, *, wait: bool = False) -> bool:
         """Whether it has imported what it needs, and has a policy."""
-        if not self.ready and not self.lost and (wait or select.select([self.back], [], [], 0)[0]):
+        if not self.ready and not self.lost and (wait or self.pipe.poll()):
             self.ready = self._hear() is not None and self._say(replace(self.policy, lanes=None))
         return self.ready and not self.lost
 
@@ -135,27 +136,22 @@ class _Lane:
         return heard
 
     def end(self) -> None:
-        """It leaves when nothing more can come."""
-        with contextlib.suppress(OSError):
-            self.to.close()
-        self.process.kill()  # it may be in its imports
+        """Whatever it is at: it may be in its imports."""
+        self.process.kill()
         self.process.wait()
-        self.back.close()
+        self.pipe.close()
 
     def _say(self, message: Any) -> bool:
-        text = io.BytesIO()
-        _Pickler(text, self.policy).dump(message)
         try:
-            self.to.write(text.getbuffer())
-            self.to.flush()
+            _say(self.pipe, message, self.policy)
         except OSError:
             self._lose()
         return not self.lost
 
     def _hear(self) -> Any:
         try:
-            return pickle.load(self.back)
-        except (OSError, EOFError, pickle.UnpicklingError):
+            return _hear(self.pipe, self.policy)
+        except (OSError, EOFError):
             self._lose()
             return None
 
@@ -191,6 +187,16 @@ class _Unpickler(pickle.Unpickler):
         return self.policy
 
 
+def _say(pipe: Connection, message: Any, policy: Policy | None) -> None:
+    text = io.BytesIO()
+    _Pickler(text, policy).dump(message)
+    pipe.send_bytes(text.getbuffer())
+
+
+def _hear(pipe: Connection, policy: Policy | None) -> Any:
+    return _Unpickler(io.BytesIO(pipe.recv_bytes()), policy).load()
+
+
 def _common(file: int, policy: Policy) -> Tensor:
     """The memory in common: the weights, and what each lane but the first adds to the gradient, one to a row."""
     size = sum(p.numel() for p in policy.model.parameters())
@@ -217,54 +223,48 @@ def _put_gradient(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[
             p.grad = gradient.view_as(p) if p.requires_grad else None
 
 
-def _serve(file: int, number: int, module: str) -> None:
-    """What another lane does: work as it is asked, until its standard input ends."""
+def _serve(pipe: Connection, file: int, number: int, module: str) -> None:
+    """What another lane does: work as it is asked, until the first one is gone."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # the first lane decides what they mean
         signal.signal(signum, signal.SIG_IGN)
-    inbox, outbox = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints
     logging.disable()
     environment.settle(1)
     for name in (module, "pspo.rollout", "pspo.update"):
         importlib.import_module(name)
-
-    def say(message: Any) -> None:
-        _Pickler(outbox, None).dump(message)
-        outbox.flush()
-
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        say("ready")
-        policy = _Unpickler(inbox, None).load()
+    with contextlib.suppress(EOFError, OSError):
+        _say(pipe, "ready", None)
+        policy: Policy = _hear(pipe, None)
         common, parameters = _common(file, policy), list(policy.model.parameters())
         sizes = [p.numel() for p in parameters]
         while True:
-            _await(inbox)
-            work, part = _Unpickler(inbox, policy).load()
+            _await(pipe)
+            work, part = _hear(pipe, policy)
             with torch.no_grad():
                 for p, weights in zip(parameters, torch.split(common[0], sizes), strict=True):
                     p.copy_(weights.view_as(p))
             try:
                 found = work(*part)
             except Exception as error:  # noqa: BLE001  for the first lane to raise
-                say(error)
                 _take_gradient(parameters)
+                _say(pipe, error, policy)
                 continue
             gradient = _take_gradient(parameters)
             if gradient is not None:
                 common[number].copy_(gradient)
-            say((found, gradient is not None))
+            _say(pipe, (found, gradient is not None), policy)
 
 
-def _await(inbox: IO[bytes]) -> None:
+def _await(pipe: Connection) -> None:
     """Wait for a message, to about a hundredth of the time that it takes to come.
 
     A plain read would be woken on the processor of the process that wrote, which has just begun with its own part, and
     both would stand there for milliseconds.
     """
     begun = time.monotonic()
-    while not select.select([inbox], [], [], 0)[0]:
+    while not pipe.poll():
         time.sleep(max(0.0003, (time.monotonic() - begun) / 100))
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
