@@ -85,6 +85,7 @@ def test_kills_of_whole_processes_with_wandb(cache, tmp_path):
     """As a user calls it, in two lanes; W&B offline, whose parts, merged by id, have no gap and no double step."""
     overrides = [*TINY, "threads=2", "tracker=wandb"]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    started = []  # a Popen that nothing refers to takes away the status of one that had nothing left to do
 
     def start(cwd):
         """Returns when the run is at work: importing takes longer than all else, and nothing can be lost then."""
@@ -94,6 +95,7 @@ def test_kills_of_whole_processes_with_wandb(cache, tmp_path):
         with (cwd / "output.txt").open("a") as output:
             command = [sys.executable, "-m", "pspo.run", *overrides]
             process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
+            started.append(process)
         while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
             if any(path.stat().st_mtime > begun for path in cwd.glob("outputs/main/*/.owner")):
                 break
