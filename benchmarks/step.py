@@ -168,7 +168,9 @@ def main() -> None:
             gc.collect()
         faster = min(dtypes, key=lambda dtype: statistics.median(found[dtype]["trl"]["s_per_optimizer_step"]))
         device, one = trainer.policy.device, found[faster]["ours"]
-        trainer.policy.lanes = None  # whose products are not seen
+        if trainer.policy.lanes is not None:  # whose products are not seen
+            trainer.policy.lanes.close()
+            trainer.policy.lanes = None
         floor = measure.floor_s(measure.products(ours.step), device) / trainer.config.update.steps
         count = trainer.config.rollout.prompts * trainer.config.rollout.group_size
         context = (one["prompt_tokens"] + one["completion_tokens"] / 2) / count

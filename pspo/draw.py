@@ -45,8 +45,7 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """
     if weight_BV.shape[-1] <= FEW:
         cumulative_BV = weight_BV.cumsum(-1, dtype=torch.float64)
-        found_B1 = _first_above(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:])
-        return found_B1.squeeze(-1).clamp(max=weight_BV.shape[-1] - 1)
+        return _first_above(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:]).squeeze(-1)
     block_BNK = torch.nn.functional.pad(weight_BV, (0, -weight_BV.shape[-1] % BLOCK)).view(len(weight_BV), -1, BLOCK)
     cumulative_BN = block_BNK.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
@@ -61,7 +60,8 @@ def _first_above(cumulative_BK: Tensor, target_B1: Tensor) -> Tensor:
     """Where a sum first exceeds the target, and at the latest where it reaches its end."""
     end_B1 = cumulative_BK[:, -1:]
     before_end_B1 = torch.nextafter(end_B1, torch.zeros_like(end_B1))
-    return torch.searchsorted(cumulative_BK, torch.minimum(target_B1, before_end_B1), right=True)
+    found_B1 = torch.searchsorted(cumulative_BK, torch.minimum(target_B1, before_end_B1), right=True)
+    return found_B1.clamp(max=cumulative_BK.shape[-1] - 1)  # sums that are not numbers have no such place
 
 
 def _outside(probability_BV: Tensor, top_p: float) -> Tensor:

@@ -26,7 +26,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from pspo import environment, fused
+from pspo import environment, fused, interrupt
 from pspo.console import log
 from pspo.model import Policy
 
@@ -37,6 +37,9 @@ MOST = 4
 
 SMALL = 2**23
 """Parameters up to which a policy is small; the products of a larger one are worth several threads."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""The first lane decides what they mean; the others end with it."""
 
 
 def start(policy: Policy, threads: int) -> "Lanes | None":
@@ -63,22 +66,24 @@ class Lanes:
 
     def __init__(self, policy: Policy, count: int) -> None:
         self.count, self._parameters = count, list(policy.model.parameters())
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed when the lanes are
-        self._file.truncate(count * sum(p.nbytes for p in self._parameters))
+        self._file = _memory(count * sum(p.nbytes for p in self._parameters))
         self._common = _common(self._file.fileno(), policy)
         self._others = [_Lane(policy, self._file.fileno(), number) for number in range(1, count)]
 
     def each(self, work: Callable[..., T], parts: Sequence[Sequence[Any]]) -> list[T]:
         """``work(*part)`` of each part, ``count`` of them at the most, in order; their gradients add up in order too.
 
-        Another lane has a policy of its own in place of ours wherever work and parts name it. Raises what the first
-        part to fail has raised, when all have ended.
+        Another lane has a policy of its own in place of ours wherever work and parts name it. What it fails at is done
+        again here, where it may raise.
         """
+        busy: dict[int, _Lane] = {}
+        found, gradients, threads = [], [_take_gradient(self._parameters)], torch.get_num_threads()
         torch.cat([p.detach().flatten() for p in self._parameters], out=self._common[0])
-        busy = {n: lane for n, lane in enumerate(self._others[: len(parts) - 1], start=1) if lane.ask(work, parts[n])}
-        threads, found, gradients = torch.get_num_threads(), [], [_take_gradient(self._parameters)]
-        torch.set_num_threads(1)
         try:
+            busy |= {
+                n: lane for n, lane in enumerate(self._others[: len(parts) - 1], start=1) if lane.ask(work, parts[n])
+            }
+            torch.set_num_threads(1)
             for n, part in enumerate(parts):
                 answer = busy.pop(n).answer() if n in busy else None
                 if answer is None:
@@ -87,11 +92,16 @@ class Lanes:
                 else:
                     found.append(answer[0])
                     gradients.append(self._common[n] if answer[1] else None)
+        except Exception:
+            for lane in busy.values():
+                lane.answer()  # which nobody needs, but the next question must not get it
+            raise
+        except BaseException:  # this process is asked to stop, and waits for nobody
+            for lane in busy.values():
+                lane.end()
+            raise
         finally:
             torch.set_num_threads(threads)
-            for lane in busy.values():
-                with contextlib.suppress(Exception):  # what came first is being raised
-                    lane.answer()
         _put_gradient(self._parameters, [gradient for gradient in gradients if gradient is not None])
         return found
 
@@ -108,58 +118,61 @@ class Lanes:
 
 
 class _Lane:
-    """Another process as this one sees it; one that has died is asked no more."""
+    """Another process as this one sees it; one that is lost is asked no more."""
 
     def __init__(self, policy: Policy, file: int, number: int) -> None:
         self.policy, self.ready, self.lost = policy, False, False
         self.pipe, theirs = Pipe()
         words = [str(theirs.fileno()), str(file), str(number), type(policy.model).__module__]
         command = [sys.executable, "-m", "pspo.lanes", *words]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno(), file])
-        theirs.close()
+        self.process: subprocess.Popen[bytes] | None = None
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until it ignores them
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno(), file])
+        except OSError as error:  # too many processes
+            self._lose(error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
 
     def is_ready(self, *, wait: bool = False) -> bool:
         """Whether it has imported what it needs, and has a policy."""
         if not self.ready and not self.lost and (wait or self.pipe.poll()):
-            self.ready = self._hear() is not None and self._say(replace(self.policy, lanes=None))
+            self.ready = self.answer() is not None and self._say(replace(self.policy, lanes=None))
         return self.ready and not self.lost
 
     def ask(self, work: Callable[..., Any], part: Sequence[Any]) -> bool:
         """Have it begin; False where it cannot."""
         return self.is_ready() and self._say((work, part))
 
-    def answer(self) -> tuple[Any, bool] | None:
-        """What its work returned, and whether there is a gradient; None where it has died. Raises what that raised."""
-        heard: tuple[Any, bool] | Exception | None = self._hear()
-        if isinstance(heard, Exception):
-            raise heard
-        return heard
+    def answer(self) -> Any:
+        """What its work returned, and whether there is a gradient; None where it has failed or died."""
+        try:
+            while not self.pipe.poll(0.5):
+                interrupt.check()
+            return _hear(self.pipe, self.policy)
+        except Exception as error:  # noqa: BLE001  half a message may have come
+            self._lose(error)
+            return None
 
     def end(self) -> None:
         """Whatever it is at: it may be in its imports."""
-        self.process.kill()
-        self.process.wait()
+        self.lost = True
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
         self.pipe.close()
 
     def _say(self, message: Any) -> bool:
         try:
             _say(self.pipe, message, self.policy)
-        except OSError:
-            self._lose()
+        except Exception as error:  # noqa: BLE001  half a message may have gone
+            self._lose(error)
         return not self.lost
 
-    def _hear(self) -> Any:
-        try:
-            return _hear(self.pipe, self.policy)
-        except (OSError, EOFError):
-            self._lose()
-            return None
-
-    def _lose(self) -> None:
-        self.lost = True
-        self.process.kill()
-        status = self.process.wait()
-        log.warning("a process beside this one has ended (status %d): its share of the rows is worked out here", status)
+    def _lose(self, error: Exception) -> None:
+        self.end()
+        log.warning("a process beside this one is lost (%r): its share of the rows is worked out here", error)
 
 
 class _Pickler(pickle.Pickler):
@@ -197,6 +210,14 @@ def _hear(pipe: Connection, policy: Policy | None) -> Any:
     return _Unpickler(io.BytesIO(pipe.recv_bytes()), policy).load()
 
 
+def _memory(size: int) -> IO[bytes]:
+    """A file of zeros that is nowhere on a disk, where the system has such files; all of it there, or an OSError."""
+    file = open(os.memfd_create("pspo"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(bytes(size))
+    file.flush()
+    return file
+
+
 def _common(file: int, policy: Policy) -> Tensor:
     """The memory in common: the weights, and what each lane but the first adds to the gradient, one to a row."""
     size = sum(p.numel() for p in policy.model.parameters())
@@ -219,14 +240,21 @@ def _put_gradient(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[
     """Their sum, in this order, as the gradient."""
     if gradients:
         total = sum(gradients[1:], gradients[0].clone())
-        for p, gradient in zip(parameters, torch.split(total, [p.numel() for p in parameters]), strict=True):
-            p.grad = gradient.view_as(p) if p.requires_grad else None
+        for p, gradient in zip(parameters, _split(total, parameters), strict=True):
+            p.grad = gradient if p.requires_grad else None
+
+
+def _split(flat: Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+    """What stands end to end, in the parameters' shapes."""
+    parts = torch.split(flat, [p.numel() for p in parameters])
+    return [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
 
 
 def _serve(pipe: Connection, file: int, number: int, module: str) -> None:
     """What another lane does: work as it is asked, until the first one is gone."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # the first lane decides what they mean
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     os.dup2(2, 1)  # what anything prints
     logging.disable()
     environment.settle(1)
@@ -236,20 +264,21 @@ def _serve(pipe: Connection, file: int, number: int, module: str) -> None:
         _say(pipe, "ready", None)
         policy: Policy = _hear(pipe, None)
         common, parameters = _common(file, policy), list(policy.model.parameters())
-        sizes = [p.numel() for p in parameters]
+        for p in parameters:
+            p.data = p.data.clone()  # aligned in memory as the first lane's are: products may look at that
         while True:
             _await(pipe)
             work, part = _hear(pipe, policy)
             with torch.no_grad():
-                for p, weights in zip(parameters, torch.split(common[0], sizes), strict=True):
-                    p.copy_(weights.view_as(p))
+                for p, weights in zip(parameters, _split(common[0], parameters), strict=True):
+                    p.copy_(weights)
             try:
-                found = work(*part)
-            except Exception as error:  # noqa: BLE001  for the first lane to raise
-                _take_gradient(parameters)
-                _say(pipe, error, policy)
+                found, gradient = work(*part), _take_gradient(parameters)
+            except Exception:  # noqa: BLE001  the first lane does it again, and raises it
+                for p in parameters:
+                    p.grad = None
+                _say(pipe, None, policy)
                 continue
-            gradient = _take_gradient(parameters)
             if gradient is not None:
                 common[number].copy_(gradient)
             _say(pipe, (found, gradient is not None), policy)
@@ -263,7 +292,7 @@ def _await(pipe: Connection) -> None:
     """
     begun = time.monotonic()
     while not pipe.poll():
-        time.sleep(max(0.0003, (time.monotonic() - begun) / 100))
+        time.sleep(min(0.05, max(0.0003, (time.monotonic() - begun) / 100)))
 
 
 if __name__ == "__main__":

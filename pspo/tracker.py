@@ -68,11 +68,11 @@ class Tracker:
     ) -> None:
         self._lines = JsonLines(directory / "metrics.jsonl")
         self._pending: list[dict[str, Any]] = []
-        self._opening: Future[_Wandb] | None = None
+        self._opening: Future[_Wandb | None] | None = None
         if isinstance(config, WandbConfig):
             names = {"name": run_name, "group": group, "job_type": job_type}
             thread = ThreadPoolExecutor(1, thread_name_prefix="wandb")  # for two seconds, most of them waiting
-            self._opening = thread.submit(_Wandb, config, directory, names, resolved_config)
+            self._opening = thread.submit(_open, config, directory, names, resolved_config)
             thread.shutdown(wait=False)
 
     def log(self, metrics: Mapping[str, float | int], step: int) -> None:
@@ -114,13 +114,22 @@ class Tracker:
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run; rows not committed are not sent. May be called twice."""
-        if self._wandb is not None:
-            self._wandb.finish(exit_code)
-            self._opening = None
+        opened, self._opening = self._wandb, None
+        if opened is not None:
+            opened.finish(exit_code)
 
     @property
     def _wandb(self) -> "_Wandb | None":
         return None if self._opening is None else self._opening.result()
+
+
+def _open(*arguments: Any) -> "_Wandb | None":
+    """W&B, or where it fails in a way that it has no error for, one warning."""
+    try:
+        return _Wandb(*arguments)
+    except Exception as error:  # noqa: BLE001  in a thread, whose error would be told steps later
+        log.warning("W&B is off for the rest of this run, metrics.jsonl goes on: %s: %s", _name(error), error)
+        return None
 
 
 class _Wandb:

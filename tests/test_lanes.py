@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import make_trainer
 
-from pspo import lanes
+from pspo import interrupt, lanes
 from pspo.config import default_objective
 from pspo.diagnostics import InnerStep
 from pspo.experience import Row, deal
@@ -187,9 +187,10 @@ def test_what_a_lane_raises_is_raised_here_and_all_work_on(policy, broken):
     assert policy.lanes.each(int, [("1",), ("2",), ("3",)]) == [1, 2, 3]
 
 
-def test_a_lane_that_lacks_memory_says_so(policy):
+def test_a_lane_that_lacks_memory_is_no_end_but_this_process_may_lack_it_too(policy):
     with pytest.raises(MemoryError):
         policy.lanes.each(bytearray, [(1,), (2**62,)])
+    assert not any(lane.lost for lane in policy.lanes._others)
 
 
 def test_signals_are_for_the_first_lane_alone(policy):
@@ -228,13 +229,34 @@ def test_the_share_of_a_lane_that_dies_is_worked_out_here(policy, caplog):
     assert caplog.text.count("worked out here") == 1
 
 
+def test_a_process_that_is_asked_to_stop_waits_for_no_lane(policy, monkeypatch):
+    alone = replace(policy, lanes=None)
+    with lanes.beside(alone, 2):
+        alone.lanes.wait()
+        monkeypatch.setattr(interrupt, "_received", None)
+        asked = threading.Timer(0.3, setattr, (interrupt, "_received", signal.SIGTERM))
+        asked.start()
+        begun = time.monotonic()
+        with pytest.raises(interrupt.Interrupted):
+            alone.lanes.each(time.sleep, [(0,), (60,)])
+        assert time.monotonic() - begun < 20
+        monkeypatch.setattr(interrupt, "_received", None)
+
+
+def test_what_no_message_can_hold_is_done_here(policy):
+    alone = replace(policy, lanes=None)
+    with lanes.beside(alone, 2):
+        alone.lanes.wait()
+        assert alone.lanes.each(lambda x: x + 1, [(1,), (2,)]) == [2, 3]
+
+
 def test_no_lane_outlives_a_process_that_is_killed(tmp_path, policy):
     policy.model.save_pretrained(tmp_path)
     code = f"""
 import os, signal, torch
 from types import SimpleNamespace
 from transformers import AutoModelForCausalLM
-from pspo import lanes
+from pspo import interrupt, lanes
 from pspo.model import Policy, attention
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, attn_implementation="grouped")
 several = lanes.Lanes(Policy(model, None, [2], False, False), 2)

@@ -334,11 +334,14 @@ def test_sums_over_a_large_vocabulary_are_exact_to_a_thousandth_of_a_token(dtype
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_logits_that_are_not_numbers_draw_a_token_and_say_so(temperature, top_p):
+@pytest.mark.parametrize("vocabulary", [5, 5000])
+def test_logits_that_are_not_numbers_draw_a_token_and_say_so(temperature, top_p, vocabulary):
     """The update then refuses the step in one sentence; an index outside the vocabulary would crash a GPU before."""
-    logits = torch.full((2, 5), torch.nan)
+    logits = torch.full((2, vocabulary), torch.nan)
+    logits[1] = torch.arange(vocabulary)
+    logits[1, 3] = torch.inf
     token, logprob = draw(logits, torch.tensor([0.0, LAST], dtype=torch.float64), temperature, top_p)
-    assert ((token >= 0) & (token < 5)).all()
+    assert ((token >= 0) & (token < vocabulary)).all()
     assert logprob.isnan().all()
 
 

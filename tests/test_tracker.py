@@ -254,6 +254,17 @@ def test_a_killed_service_costs_one_warning_and_the_next_run_gets_a_new_one(tmp_
     assert len(warnings()) == 1
 
 
+def test_an_error_that_wandb_has_no_name_for_costs_one_warning(tmp_path, offline, warnings):
+    (tmp_path / "wandb.json").write_text("torn")
+    tracker = open_tracker(tmp_path, WANDB)
+    tracker.log({"reward/mean": 1}, 1)
+    tracker.commit(1)
+    tracker.close(exit_code=1)
+    tracker.close()
+    assert len(warnings()) == 1
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
 def test_an_unwritable_wandb_folder_costs_one_warning(tmp_path, offline, warnings):
     (tmp_path / "wandb").write_text("in the way")
     tracker = open_tracker(tmp_path, WANDB)

@@ -78,7 +78,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "advantages and updates, seconds",
     "time/validation_s": "one validation, seconds",
     "time/tokens_per_s": "completion tokens per second of the step",
-    "memory/peak_gib": "peak memory: of the GPU where there is one, else of the process, GiB",
+    "memory/peak_gib": "peak memory: of the GPU where there is one, else of the process without its lanes, GiB",
 }
 """Metric key -> its meaning with its unit."""
 
