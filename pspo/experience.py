@@ -212,19 +212,6 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype |
     return pad_to([getattr(row, name) for row in rows], like_BT, dtype or like_BT.dtype)
 
 
-def deal(rows: Sequence[Row], count: int) -> list[list[Row]]:
-    """At most ``count`` parts of about as many tokens; rows of one prompt stay together, but where two parts meet."""
-    first: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        first.setdefault(tuple(row.prompt_ids), len(first))
-    rows = sorted(rows, key=lambda row: first[tuple(row.prompt_ids)])
-    new = [n == 0 or row.prompt_ids != rows[n - 1].prompt_ids for n, row in enumerate(rows)]
-    cost = np.array([len(row.token_ids) + len(row.prompt_ids) * begins for row, begins in zip(rows, new, strict=True)])
-    middle = np.cumsum(cost) - cost / 2
-    part = (middle * count // cost.sum()).tolist()
-    return [[row for row, p in zip(rows, part, strict=True) if p == number] for number in sorted(set(part))]
-
-
 def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Cut]:
     """Cut rows into micro-batches of at most ``max_tokens`` padded positions, or of one row of the decoder.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pspo.critic import Critic
 from pspo.diagnostics import PROBE, Distance, InnerStep, Record, compare, kl_after
-from pspo.experience import Row, batch_of, column, deal, pack, score
+from pspo.experience import Row, batch_of, column, pack, score
 from pspo.logprob import token_logprobs
 from pspo.loss import Batch, Loss, Size, batch_loss
 from pspo.memory import halving
@@ -182,6 +182,19 @@ def accumulate(
         if inner is not None and told is not None:
             inner.join(told)
     return total
+
+
+def deal(rows: Sequence[Row], count: int) -> list[list[Row]]:
+    """At most ``count`` parts of about as many tokens; rows of one prompt stay together, but where two parts meet."""
+    first: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        first.setdefault(tuple(row.prompt_ids), len(first))
+    rows = sorted(rows, key=lambda row: first[tuple(row.prompt_ids)])
+    new = [n == 0 or row.prompt_ids != rows[n - 1].prompt_ids for n, row in enumerate(rows)]
+    cost = np.array([len(row.token_ids) + len(row.prompt_ids) * begins for row, begins in zip(rows, new, strict=True)])
+    middle = np.cumsum(cost) - cost / 2
+    part = (middle * count // cost.sum()).tolist()
+    return [[row for row, p in zip(rows, part, strict=True) if p == number] for number in sorted(set(part))]
 
 
 def _part(

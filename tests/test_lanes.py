@@ -20,12 +20,12 @@ from training import make_trainer
 from pspo import interrupt, lanes
 from pspo.config import default_objective
 from pspo.diagnostics import InnerStep
-from pspo.experience import Row, deal
+from pspo.experience import Row
 from pspo.loss import Loss
 from pspo.model import Policy, stop_ids
 from pspo.rollout import in_lanes, in_step, uniforms
 from pspo.statistics import Statistics
-from pspo.update import Learner, accumulate
+from pspo.update import Learner, accumulate, deal
 
 PLAIN = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.1}
 LOSS = Loss(**PLAIN, mask_truncated=False)
