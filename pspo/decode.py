@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from pspo import fused
@@ -22,6 +23,9 @@ from pspo.fused import Weights
 from pspo.layout import Blocks
 from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of the attention to prompts: not cuDNN's, which plans anew for every shape."""
 
 
 class Decoder(Protocol):
@@ -142,8 +146,9 @@ class Fused:
         ids_PS = torch.tensor([p + [self.policy.pad_id] * (length - len(p)) for p in prompts], device=device)
         self.prompts: list[tuple[Tensor, Tensor]] = []
         x, cis = self.embed[ids_PS.flatten()], self.cis_SD[:length].repeat(len(prompts), 1, 1)
-        for w in self.layers:
-            x = self._layer(w, x, cis, partial(self._read, len(prompts)))
+        with sdpa_kernel(BACKENDS):
+            for w in self.layers:
+                x = self._layer(w, x, cis, partial(self._read, len(prompts)))
         last_P = torch.tensor([n * length + len(prompt) - 1 for n, prompt in enumerate(prompts)], device=device)
         return self._logits(x[last_P])
 

@@ -78,6 +78,6 @@ def _outside(probability_BV: Tensor, top_p: float) -> Tensor:
     edge_B1 = ranked_BR.gather(-1, size_B1 - 1)
     above_BV, at_BV = probability_BV > edge_B1, probability_BV == edge_B1
     room_B1 = size_B1 - above_BV.sum(-1, keepdim=True)
-    if (at_BV.sum(-1, keepdim=True) > room_B1).any():
-        at_BV &= at_BV.cumsum(-1) <= room_B1
+    if at_BV.is_cuda or (at_BV.sum(-1, keepdim=True) > room_B1).any():  # on a GPU a look costs more than the sums
+        at_BV &= at_BV.cumsum(-1, dtype=torch.int32) <= room_B1
     return ~(above_BV | at_BV)

@@ -1,8 +1,8 @@
 """Continuous batching: a fixed number of slots, each taken by the next row as soon as the one before has ended.
 
 For GPUs, where it is launches and waits that cost: shapes stay as they are from step to step, so that a step is a CUDA
-graph, and between steps the GPU is waited for only to see who has ended, every ``LOOK`` steps, and to fill slots. Shape
-suffixes: B slots, R rows and one more for slots that hold none, T completion positions and one more that nobody reads,
+graph, and between steps the GPU is waited for only to see who has ended, every ``LOOK`` steps, to fill slots, and with a
+nucleus to draw. Shape suffixes: B slots, R rows and one more for slots that hold none, T completion positions and one more that nobody reads,
 P prompts, S places in a text, V vocabulary.
 """
 
@@ -27,6 +27,9 @@ PLACES = 128
 
 SHRINK_BELOW = 0.5
 """With no row left to take a slot, the batch shrinks once fewer than this share of its slots is being written."""
+
+SMALL = {"cpu": 1, "cuda": 64}
+"""So few slots stay: on a GPU a step of fewer is hardly shorter, and its graph would have to be recorded anew."""
 
 READ = 2**15
 """Places of prompts, padded, that are read at one time."""
@@ -98,7 +101,7 @@ class State:
         self.ended_B = torch.ones_like(self.row_B, dtype=torch.bool)
         self.logits_BV = torch.empty(slots, len(head), dtype=head.dtype, device=device)
         self.graphs: dict[int, Callable[[], None]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # graphs never run side by side
+        self.pool = self._new_pool()
 
     def begin(self, slot_B: Tensor, row_B: Tensor, length_B: Tensor, logits_BV: Tensor) -> None:
         """Rows, with prompts of these lengths, take slots and draw their first tokens."""
@@ -116,11 +119,16 @@ class State:
             self._draw(self.logits_BV, slice(None))
 
     def keep(self, slot_B: Tensor) -> None:
-        """Drop all slots but these."""
+        """Drop all slots but these, and with them all graphs; a pool ends with its last one."""
         self.graphs.clear()
+        self.pool = self._new_pool()
         self.decoder.keep(slot_B)
         for name in ("row_B", "token_B", "place_B", "drawn_B", "ended_B", "logits_BV"):
             setattr(self, name, getattr(self, name)[slot_B])
+
+    def _new_pool(self) -> Any:
+        """Memory for all graphs, as they never run side by side; None where there are none."""
+        return torch.cuda.graph_pool_handle() if self.row_B.is_cuda else None
 
     @property
     def _looks(self) -> bool:
@@ -137,6 +145,7 @@ class State:
 
     def _draw(self, logits_BV: Tensor, at: Tensor | slice) -> None:
         row, drawn, ended = self.row_B[at], self.drawn_B[at], self.ended_B[at]
+        logits_BV[:, 0].masked_fill_(ended, 1e4)  # nobody reads these; flat ones would have all of them sorted
         token, logprob = draw(logits_BV, self.uniform_RT[row, drawn], *self.how)
         column = torch.where(ended, self.length_T, drawn)
         self.token_RT[row, column], self.logprob_RT[row, column] = token, logprob.double()
@@ -160,7 +169,7 @@ class Graph:
             return
         if self.calls == 2:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.work()
         self.graph.replay()
 
@@ -191,7 +200,7 @@ def _write(state: State, prompts: Sequence[list[int]]) -> None:
         ends = {slot: ends[slot] for slot, has_ended in enumerate(ended) if not has_ended}
         if not waiting and not ends:
             return
-        if not waiting and len(ends) < SHRINK_BELOW * len(ended):
+        if not waiting and len(ended) > SMALL[device.type] and len(ends) < SHRINK_BELOW * len(ended):
             state.keep(torch.tensor(list(ends), device=device))
             ends = dict(enumerate(ends.values()))
         free = [slot for slot, has_ended in enumerate(ended) if has_ended][: len(waiting)]

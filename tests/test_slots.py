@@ -122,7 +122,7 @@ def test_a_graph_is_run_then_recorded_and_from_then_on_replayed(monkeypatch):
             told.append("replayed")
 
     @contextlib.contextmanager
-    def record(graph, pool):
+    def record(graph, pool, **_):
         assert isinstance(graph, Recorded)
         recording.append(pool)
         yield
@@ -135,6 +135,38 @@ def test_a_graph_is_run_then_recorded_and_from_then_on_replayed(monkeypatch):
         graph()
     assert told == ["run", "recorded", "replayed", "replayed", "replayed"]
     assert recording == ["pool", "end"]
+
+
+def test_graphs_that_are_recorded_after_a_shrink_have_a_pool_of_their_own(policy, monkeypatch):
+    """That of graphs which are all gone may not be used again."""
+    pools = []
+
+    def graph(work, pool):
+        pools.append(pool)
+        return work
+
+    monkeypatch.setattr(slots, "LOOK", 1)
+    monkeypatch.setattr(slots.State, "_new_pool", lambda state: [len(state.row_B), len(pools)])
+    monkeypatch.setattr(slots, "Graph", graph)
+    expected = in_step(policy, ROWS, numbers(), 1.0, 1.0, 24)
+    found = slots.decode(policy, ROWS, numbers(), 1.0, 1.0, 8)
+    assert until_stop(policy, found) == until_stop(policy, expected)
+    assert len(pools) > 1
+    assert len({id(pool) for pool in pools}) == len(pools)
+
+
+def test_slots_without_a_row_draw_from_a_sure_thing(policy, monkeypatch):
+    """Of a flat one a nucleus could take a sort of all tokens of all slots."""
+    sure, plain = [], slots.draw
+
+    def spy(logits_BV, *rest):
+        sure.append(int((logits_BV.softmax(-1).amax(-1) > 0.999).sum()))
+        return plain(logits_BV, *rest)
+
+    monkeypatch.setattr(slots, "draw", spy)
+    slots.decode(policy, ROWS, numbers(), 1.0, 0.9, 8)
+    assert sure[0] == 0
+    assert max(sure) > 0
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 20), (24, 1), (24, 2), (1, 1)])
@@ -222,6 +254,7 @@ def test_on_a_gpu_graphs_write_what_the_cpu_writes(policy, monkeypatch, temperat
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     monkeypatch.setattr(slots, "PLACES", 8)
+    monkeypatch.setitem(slots.SMALL, "cuda", 1)  # so that it shrinks, and records anew
     expected = slots.decode(policy, ROWS, numbers(), temperature, top_p, 8)
     policy.model.cuda()
     found = slots.decode(policy, ROWS, numbers().cuda(), temperature, top_p, 8)
