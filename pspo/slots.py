@@ -1,9 +1,9 @@
 """Continuous batching: a fixed number of slots, each taken by the next row as soon as the one before has ended.
 
 For GPUs, where it is launches and waits that cost: shapes stay as they are from step to step, so that a step is a CUDA
-graph, and between steps the GPU is waited for only to see who has ended, every ``LOOK`` steps, to fill slots, and with a
-nucleus to draw. Shape suffixes: B slots, R rows and one more for slots that hold none, T completion positions and one more that nobody reads,
-P prompts, S places in a text, V vocabulary.
+graph, and between steps the GPU is waited for only to see who has ended, every ``LOOK`` steps, to fill slots, and to
+draw from a nucleus. Shape suffixes: B slots, R rows and one more for slots that hold none, T completion positions and
+one more that nobody reads, P prompts, S places in a text, V vocabulary.
 """
 
 from collections import deque
