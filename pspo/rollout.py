@@ -27,9 +27,6 @@ LOOK = {"cpu": 1, "cuda": slots.LOOK}
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
 
-LOOK = {"cpu": 1, "cuda": slots.LOOK}
-"""Tokens from one look at which rows are finished to the next; each waits for the GPU."""
-
 
 Decode = Callable[[Policy, Sequence[list[int]], Tensor, float, float, int], tuple[Tensor, Tensor]]
 """A way to write rows: (policy, their prompts, uniform numbers (R, T), temperature, top_p, rows at one time) to tokens

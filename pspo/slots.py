@@ -1,9 +1,9 @@
 """Continuous batching: a fixed number of slots, each taken by the next row as soon as the one before has ended.
 
 For GPUs, where it is launches and waits that cost: shapes stay as they are from step to step, so that a step is a CUDA
-graph, and between steps the GPU is waited for only to see who has ended, every ``LOOK`` steps, to fill slots, and to
-draw from a nucleus. Shape suffixes: B slots, R rows and one more for slots that hold none, T completion positions and
-one more that nobody reads, P prompts, S places in a text, V vocabulary.
+graph, and the GPU is waited for only every ``LOOK`` steps, to see who has ended and to fill slots. A row whose nucleus
+is too wide to be drawn from in a graph stands still until then. Shape suffixes: B slots, R rows and one more for slots
+that hold none, T completion positions and one more that nobody reads, P prompts, S places in a text, V vocabulary.
 """
 
 from collections import deque
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pspo import interrupt
 from pspo.decode import Fused, once
-from pspo.draw import draw
+from pspo.draw import draw, draw_ranked
 from pspo.model import Policy
 
 LOOK = 8
-"""Steps from one look at who has ended to the next."""
+"""Steps from one look at who has ended, or stands still, to the next."""
 
 PLACES = 128
 """The attention reads so many places more whenever a text may have outgrown those that it reads."""
@@ -99,6 +99,7 @@ class State:
         self.row_B = torch.full((slots,), rows, device=device)
         self.token_B, self.place_B, self.drawn_B = (torch.zeros_like(self.row_B) for _ in range(3))
         self.ended_B = torch.ones_like(self.row_B, dtype=torch.bool)
+        self.stands_B = torch.zeros_like(self.ended_B)
         self.logits_BV = torch.empty(slots, len(head), dtype=head.dtype, device=device)
         self.graphs: dict[int, Callable[[], None]] = {}
         self.pool = self._new_pool()
@@ -110,50 +111,56 @@ class State:
         self._draw(logits_BV, slot_B)
 
     def step(self, until: int) -> None:
-        """One token more in every slot, of texts that are shorter than ``until``."""
+        """One token more in every slot that does not stand still, of texts that are shorter than ``until``."""
         if until not in self.graphs:
-            work = partial(self._put if self._looks else self._put_and_draw, until)
+            work = partial(self._step, until)
             self.graphs[until] = work if self.pool is None else Graph(work, self.pool)
         self.graphs[until]()
-        if self._looks:
-            self._draw(self.logits_BV, slice(None))
+
+    def look(self) -> list[tuple[bool, int]]:
+        """Of each slot, whether it has ended and how far its text goes, once those that stand still have drawn."""
+        ended, stands, place = torch.stack([self.ended_B.long(), self.stands_B.long(), self.place_B]).tolist()
+        if any(stands):
+            slot_B = torch.tensor([slot for slot, still in enumerate(stands) if still], device=self.row_B.device)
+            self._draw(self.logits_BV[slot_B], slot_B)
+            return self.look()
+        return [(bool(has_ended), last + 1) for has_ended, last in zip(ended, place, strict=True)]
 
     def keep(self, slot_B: Tensor) -> None:
         """Drop all slots but these, and with them all graphs; a pool ends with its last one."""
         self.graphs.clear()
         self.pool = self._new_pool()
         self.decoder.keep(slot_B)
-        for name in ("row_B", "token_B", "place_B", "drawn_B", "ended_B", "logits_BV"):
+        for name in ("row_B", "token_B", "place_B", "drawn_B", "ended_B", "stands_B", "logits_BV"):
             setattr(self, name, getattr(self, name)[slot_B])
 
     def _new_pool(self) -> Any:
         """Memory for all graphs, as they never run side by side; None where there are none."""
         return torch.cuda.graph_pool_handle() if self.row_B.is_cuda else None
 
-    @property
-    def _looks(self) -> bool:
-        """Whether a draw looks at what it has found, which no graph can."""
-        temperature, top_p = self.how
-        return temperature > 0 and top_p < 1
-
-    def _put(self, until: int) -> None:
+    def _step(self, until: int) -> None:
         self.logits_BV.copy_(self.decoder.put(self.token_B, self.place_B, until))
+        uniform_B = self.uniform_RT[self.row_B, self.drawn_B]
+        token_B, logprob_B, wide_B = draw_ranked(self.logits_BV, uniform_B, *self.how)
+        if wide_B is not None:
+            self.stands_B.copy_(wide_B & ~self.ended_B)
+        self._take(slice(None), token_B, logprob_B)
 
-    def _put_and_draw(self, until: int) -> None:
-        self._put(until)
-        self._draw(self.logits_BV, slice(None))
+    def _draw(self, logits_BV: Tensor, slot_B: Tensor) -> None:
+        uniform_B = self.uniform_RT[self.row_B[slot_B], self.drawn_B[slot_B]]
+        self.stands_B[slot_B] = False
+        self._take(slot_B, *draw(logits_BV, uniform_B, *self.how))
 
-    def _draw(self, logits_BV: Tensor, at: Tensor | slice) -> None:
-        row, drawn, ended = self.row_B[at], self.drawn_B[at], self.ended_B[at]
-        logits_BV[:, 0].masked_fill_(ended, 1e4)  # nobody reads these; flat ones would have all of them sorted
-        token, logprob = draw(logits_BV, self.uniform_RT[row, drawn], *self.how)
-        column = torch.where(ended, self.length_T, drawn)
-        self.token_RT[row, column], self.logprob_RT[row, column] = token, logprob.double()
-        stops = (token[:, None] == self.stop_ids).any(-1)
-        self.ended_B[at] = ended | stops | (drawn + 1 >= self.length_T)
-        self.token_B[at] = token
-        self.place_B[at] = (self.place_B[at] + 1).clamp(max=len(self.decoder.places) - 1)
-        self.drawn_B[at] = (drawn + 1).clamp(max=self.length_T)
+    def _take(self, at: Tensor | slice, token_B: Tensor, logprob_B: Tensor) -> None:
+        """Write the tokens of rows that go on, and move these."""
+        drawn_B, goes_B = self.drawn_B[at], ~(self.ended_B[at] | self.stands_B[at])
+        row_B, column_B = self.row_B[at], drawn_B.masked_fill(~goes_B, self.length_T)
+        self.token_RT[row_B, column_B], self.logprob_RT[row_B, column_B] = token_B, logprob_B.double()
+        stops_B = (token_B[:, None] == self.stop_ids).any(-1) | (drawn_B + 1 >= self.length_T)
+        self.ended_B[at] |= goes_B & stops_B
+        self.token_B[at] = token_B.where(goes_B, self.token_B[at])
+        self.place_B[at] += goes_B
+        self.drawn_B[at] += goes_B
 
 
 class Graph:
@@ -194,16 +201,15 @@ def decode(
 
 def _write(state: State, prompts: Sequence[list[int]]) -> None:
     device, room, waiting = state.row_B.device, len(state.decoder.places), deque(range(len(prompts)))
-    ends: dict[int, int] = {}  # of the slots that are being written: how long their text may be by now
     while True:
-        ended = state.ended_B.tolist()
-        ends = {slot: ends[slot] for slot, has_ended in enumerate(ended) if not has_ended}
+        seen = state.look()
+        ends = {slot: end for slot, (has_ended, end) in enumerate(seen) if not has_ended}  # of slots being written
         if not waiting and not ends:
             return
-        if not waiting and len(ended) > SMALL[device.type] and len(ends) < SHRINK_BELOW * len(ended):
+        if not waiting and len(seen) > SMALL[device.type] and len(ends) < SHRINK_BELOW * len(seen):
             state.keep(torch.tensor(list(ends), device=device))
             ends = dict(enumerate(ends.values()))
-        free = [slot for slot, has_ended in enumerate(ended) if has_ended][: len(waiting)]
+        free = [slot for slot in range(len(seen)) if slot not in ends][: len(waiting)]
         if free:
             taken = [waiting.popleft() for _ in free]
             slot_B, row_B = torch.tensor(free, device=device), torch.tensor(taken, device=device)

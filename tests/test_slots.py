@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import signal
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pspo import rollout, slots
 from pspo.dataset import Problem, Prompt
+from pspo.draw import draw_ranked
 from pspo.interrupt import Interrupted
 from pspo.rollout import in_step, sample, uniforms
 
@@ -86,18 +88,24 @@ class Refusing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "item", "equal"), name
+        looks = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
+        assert name != "is_nonzero", "a look"  # which has no such tag
+        assert name == "index" or not set(looks) & set(func.tags), name
         given = [a for a in args if isinstance(a, (list, tuple))]
         assert not any(getattr(t, "dtype", None) == torch.bool for indices in given for t in indices), name
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_a_step_can_be_a_graph(policy, temperature):
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "drawn"), [(1.0, 1.0, 6), (0.0, 1.0, 6), (1.0, 0.9, 6), (1.0, 0.999, 1)]
+)
+def test_a_step_can_be_a_graph(policy, monkeypatch, temperature, top_p, drawn):
     """A graph replays launches on the same memory: a step must neither move its buffers nor look at what they hold."""
+    monkeypatch.setattr(slots, "draw_ranked", partial(draw_ranked, ranked=126))
+    policy.stop_ids = [0]
     with torch.inference_mode():
         decoder = slots.Slots(policy, 3, 30)
-        state = slots.State(decoder, numbers(3), policy.stop_ids, 0, temperature, 1.0)
+        state = slots.State(decoder, numbers(3), policy.stop_ids, 0, temperature, top_p)
         logits_BV = decoder.fill(torch.arange(3), PROMPTS[:3], torch.arange(3))
         state.begin(torch.arange(3), torch.arange(3), torch.tensor([4, 1, 7]), logits_BV)
 
@@ -110,7 +118,17 @@ def test_a_step_can_be_a_graph(policy, temperature):
             for _ in range(5):
                 state.step(30)
         assert places() == before
-        assert state.drawn_B.tolist() == [6, 6, 6]
+        assert state.drawn_B.tolist() == [drawn] * 3
+
+
+def test_a_step_mixes_no_devices(policy):
+    """On the device that holds no values, as if it were the GPU: what is left on the CPU is refused."""
+    policy.model.to("meta")
+    with torch.inference_mode():
+        state = slots.State(slots.Slots(policy, 3, 30), numbers(3).to("meta"), policy.stop_ids, 0, 0.7, 0.9)
+        state.step(8)
+        state.step(30)
+    assert {value.device.type for value in vars(state).values() if isinstance(value, torch.Tensor)} == {"meta"}
 
 
 def test_a_graph_is_run_then_recorded_and_from_then_on_replayed(monkeypatch):
@@ -155,18 +173,25 @@ def test_graphs_that_are_recorded_after_a_shrink_have_a_pool_of_their_own(policy
     assert len({id(pool) for pool in pools}) == len(pools)
 
 
-def test_slots_without_a_row_draw_from_a_sure_thing(policy, monkeypatch):
-    """Of a flat one a nucleus could take a sort of all tokens of all slots."""
-    sure, plain = [], slots.draw
+@pytest.mark.parametrize("look", [1, 3, 8])
+@pytest.mark.parametrize(("ranked", "some_stand"), [(1, True), (60, True), (128, False)])
+def test_a_row_with_a_wide_nucleus_stands_still_until_the_next_look(policy, monkeypatch, ranked, some_stand, look):
+    stood, take = [], slots.State._take
 
-    def spy(logits_BV, *rest):
-        sure.append(int((logits_BV.softmax(-1).amax(-1) > 0.999).sum()))
-        return plain(logits_BV, *rest)
+    def watched(self, at, *drawn):
+        stood.append(int(self.stands_B[at].sum()))
+        place, before = self.place_B[at].clone(), self.token_RT.clone()
+        stands, row = self.stands_B[at].clone(), self.row_B[at]
+        take(self, at, *drawn)
+        assert torch.equal(self.place_B[at][stands], place[stands])
+        assert torch.equal(self.token_RT[row][stands, :-1], before[row][stands, :-1])
 
-    monkeypatch.setattr(slots, "draw", spy)
-    slots.decode(policy, ROWS, numbers(), 1.0, 0.9, 8)
-    assert sure[0] == 0
-    assert max(sure) > 0
+    monkeypatch.setattr(slots, "LOOK", look)
+    monkeypatch.setattr(slots, "draw_ranked", partial(draw_ranked, ranked=ranked))
+    monkeypatch.setattr(slots.State, "_take", watched)
+    found = slots.decode(policy, ROWS, numbers(), 1.0, 0.7, 8)
+    assert until_stop(policy, found) == until_stop(policy, in_step(policy, ROWS, numbers(), 1.0, 0.7, 100))
+    assert (sum(stood) > 0) == some_stand
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 20), (24, 1), (24, 2), (1, 1)])
