@@ -25,9 +25,7 @@ class Batch:
         mask_BT: true on completion tokens, the stop token included.
         shared: whether any completions stand behind one copy of their prompt.
         length_R: how many tokens each row has.
-        first_R: the place in each row from which on it predicts completions.
-        blocks: how many consecutive rows of like length are padded together, and no others, where a model runs all
-            tokens end to end (``model.fused``); None where R·S is run as it is.
+        end_to_end: whether the tokens are run so (``fused``), without padding, and not R·S as it is.
     """
 
     input_ids_RS: Tensor
@@ -38,8 +36,7 @@ class Batch:
     mask_BT: Tensor
     shared: bool
     length_R: list[int]
-    first_R: list[int]
-    blocks: list[int] | None = None
+    end_to_end: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -48,10 +45,8 @@ class Batch:
 
     @property
     def num_padded(self) -> int:
-        """Positions that are run, or with blocks those of the attention, padding included."""
-        ends = np.cumsum(self.blocks or [len(self.length_R)])
-        parts = [self.length_R[end - size : end] for end, size in zip(ends, self.blocks or ends, strict=True)]
-        return sum(len(part) * max(part) for part in parts)
+        """Positions that are run."""
+        return self.num_tokens if self.end_to_end else self.input_ids_RS.numel()
 
     @property
     def attention(self) -> Tensor:
@@ -76,13 +71,13 @@ def make_batch(
     pad_id: int,
     device: torch.device,
     sizes: Sequence[int] | None = None,
-    blocks: list[int] | None = None,
+    end_to_end: bool = False,
 ) -> Batch:
     """Pad prompts and completions, as lists of token ids, to one batch.
 
     ``sizes`` says how many consecutive completions stand behind one copy of the prompt that they have in common; each
     sees its prompt and itself, so the numbers are those of rows of their own (as in arXiv 2506.05433). None gives each
-    a row of its own. ``blocks`` as in ``Batch``.
+    a row of its own. ``end_to_end`` as in ``Batch``.
     """
     sizes_R = [1] * len(prompts) if sizes is None else list(sizes)
     first_R = np.cumsum([0, *sizes_R])[:-1].tolist()
@@ -116,8 +111,7 @@ def make_batch(
         mask_BT.to(device),
         sizes is not None,
         length_R,
-        [len(prompts[first]) - 1 for first in first_R],
-        blocks,
+        end_to_end,
     )
 
 

@@ -225,8 +225,10 @@ class Fused:
     def _stand(self, prompt_of: Any) -> None:
         """Rows of one prompt ask it together."""
         self.prompt_of, (keys, groups, *_) = prompt_of, self.shape
-        counts_P, sizes = np.bincount(prompt_of), [len(self.unseen_P1S)]
-        self.blocks = Blocks(counts_P, sizes, keys * groups, keys, self.policy.device, empty=0)
+        counts_P, rows = np.bincount(prompt_of)[:, None], len(prompt_of)
+        place = np.arange(counts_P.max())
+        row_PS = np.where(place < counts_P, np.cumsum(counts_P)[:, None] - counts_P + place, rows)
+        self.blocks = Blocks([row_PS], rows, keys * groups, keys, self.policy.device, zeros=False)
 
     def _turn(self, heads: Tensor, cis: Tensor) -> None:
         if heads.dtype == torch.bfloat16:  # there are no complex numbers of it

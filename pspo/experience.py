@@ -50,11 +50,11 @@ class Row:
 
 
 class Cut(NamedTuple):
-    """Rows, by index, that make one micro-batch; ``sizes`` and ``blocks`` as in ``make_batch``."""
+    """Rows, by index, that make one micro-batch; the rest as in ``make_batch``."""
 
     rows: list[int]
     sizes: list[int] | None
-    blocks: list[int] | None
+    end_to_end: bool
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def score(
 def batch_of(rows: Sequence[Row], policy: Policy, cut: Cut) -> Batch:
     """The tokens of the rows of a cut."""
     prompts, completions = [rows[i].prompt_ids for i in cut.rows], [rows[i].token_ids for i in cut.rows]
-    return make_batch(prompts, completions, policy.pad_id, policy.device, cut.sizes, cut.blocks)
+    return make_batch(prompts, completions, policy.pad_id, policy.device, cut.sizes, cut.end_to_end)
 
 
 def column(rows: Sequence[Row], name: str, like_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -216,60 +216,68 @@ def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Cut]:
     """Cut rows into micro-batches of at most ``max_tokens`` padded positions, or of one row of the decoder.
 
     Of all ways to cut the rows of the decoder, sorted by length, it takes the one with the fewest padded positions, a
-    part counting for some. Where only the attention is padded, parts are its blocks, and a micro-batch takes several.
+    part counting for some. Where tokens are run end to end, a part takes as many as there is room for.
     """
-    bundles = sorted(_bundles(rows, policy), key=lambda bundle: _length([rows[i] for i in bundle]))
+    end_to_end = fused.trains(policy.model.get_decoder(), policy.autocast, policy.gradient_checkpointing)
+    bundles = _bundles(rows, policy, max_tokens if end_to_end else None)
     lengths = [_length([rows[i] for i in bundle]) for bundle in bundles]
-    cost, start = [0.0], [0]  # of the first so many bundles, and where their last part starts
-    for end in range(1, len(bundles) + 1):
+    by_length = sorted(range(len(bundles)), key=lengths.__getitem__)
+    parts = (_filled if end_to_end else _least_padded)([lengths[i] for i in by_length], max_tokens, policy)
+    return [
+        Cut(
+            [i for n in by_length[part] for i in bundles[n]],
+            [len(bundles[n]) for n in by_length[part]] if policy.shares_prompts else None,
+            end_to_end,
+        )
+        for part in parts
+    ]
+
+
+def _filled(lengths: Sequence[int], max_tokens: int, _: Policy) -> list[slice]:
+    starts, room = [], 0
+    for n, length in enumerate(lengths):
+        if length > room:
+            starts.append(n)
+            room = max_tokens
+        room -= length
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+
+def _least_padded(lengths: Sequence[int], max_tokens: int, policy: Policy) -> list[slice]:
+    cost, start = [0.0], [0]  # of the first so many, and where their last part starts
+    for end in range(1, len(lengths) + 1):
         starts = [s for s in range(end) if (end - s) * lengths[end - 1] <= max_tokens or s == end - 1]
         start.append(min(starts, key=lambda s: cost[s] + (end - s) * lengths[end - 1]))
         cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + PART[policy.device.type])
     parts: list[slice] = []
-    end = len(bundles)
+    end = len(lengths)
     while end:
         parts.insert(0, slice(start[end], end))
         end = start[end]
-    end_to_end = fused.trains(policy.model.get_decoder(), policy.autocast, policy.gradient_checkpointing)
-    micro_batches: list[list[slice]] = []
-    room = 0
-    for part in parts:
-        padded = (part.stop - part.start) * lengths[part.stop - 1]
-        if not end_to_end or padded > room:
-            micro_batches.append([])
-            room = max_tokens
-        micro_batches[-1].append(part)
-        room -= padded
-    return [
-        Cut(
-            [i for part in micro for bundle in bundles[part] for i in bundle],
-            [len(bundle) for part in micro for bundle in bundles[part]] if policy.shares_prompts else None,
-            [len(bundles[part]) for part in micro] if end_to_end else None,
-        )
-        for micro in micro_batches
-    ]
+    return parts
 
 
-def _bundles(rows: Sequence[Row], policy: Policy) -> list[list[int]]:
-    """Rows, by index, that stand behind one copy of their prompt.
+def _bundles(rows: Sequence[Row], policy: Policy, room: int | None) -> list[list[int]]:
+    """Rows, by index, that stand behind one copy of their prompt: as many as there is room for, where it is given.
 
-    k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs a
-    layer about 6 d + S units: its products, and its attention to all S. Per completion that is least, (P + kC)(6 d + P
-    + kC) / k, where kC = √(P (6 d + P)).
+    Else k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs
+    a layer about 6 d + S units: its products, and its attention to all S. Per completion that is least,
+    (P + kC)(6 d + P + kC) / k, where kC = √(P (6 d + P)).
     """
     if not policy.shares_prompts:
         return [[i] for i in range(len(rows))]
     width = 6 * policy.model.config.get_text_config().hidden_size
     bundles: list[list[int]] = []
-    last: dict[tuple[int, ...], list[int]] = {}
+    last: dict[tuple[int, ...], tuple[list[int], int]] = {}  # of each prompt, its last bundle and that one's tokens
     for i, row in enumerate(rows):
-        prompt = tuple(row.prompt_ids)
-        most = (len(prompt) * (width + len(prompt))) ** 0.5
-        bundle = last.get(prompt)
-        if bundle is None or sum(len(rows[j].token_ids) for j in [*bundle, i]) > most:
-            bundle = last[prompt] = []
+        prompt, own = tuple(row.prompt_ids), len(row.token_ids) - 1
+        most = (len(prompt) * (width + len(prompt))) ** 0.5 if room is None else room - len(prompt)
+        bundle, tokens = last.get(prompt, ([], 0))
+        if not bundle or tokens + own > most:
+            bundle, tokens = [], 0
             bundles.append(bundle)
         bundle.append(i)
+        last[prompt] = bundle, tokens + own
     return bundles
 
 

@@ -6,6 +6,7 @@ positions are products of complex numbers. Shape suffixes: M tokens of a batch e
 size, D head width.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,26 +72,61 @@ def shape_of(decoder: Any) -> Shape:
 def weights(layer: Any) -> Weights:
     """A layer's weights as its products need them, with gradient."""
     attention, mlp, width = layer.self_attn, layer.mlp, layer.self_attn.head_dim
-    before, after = scale(layer.input_layernorm), scale(layer.post_attention_layernorm)
     query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
     biases: tuple[Tensor | None, Tensor | None] = None, None
     if query.bias is not None:
-        pair_bias = torch.cat([interleaved(key.bias, width), value.bias])
-        biases = interleaved(query.bias, width) * attention.scaling, pair_bias
-    return Weights(
-        interleaved(query.weight, width) * (before * attention.scaling),
-        biases[0],
-        torch.cat([interleaved(key.weight, width), value.weight]) * before,
-        biases[1],
-        attention.o_proj.weight,
-        torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * after,
-        mlp.down_proj.weight,
-    )
+        pair_bias = torch.cat([_in_pairs(key.bias, width).flatten(), value.bias])
+        biases = _in_pairs(query.bias, width).flatten() * attention.scaling, pair_bias
+    norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    raw = query.weight, key.weight, value.weight, mlp.gate_proj.weight, mlp.up_proj.weight
+    folded = _Folded.apply(attention.scaling, width, *norms, *raw)  # type: ignore[no-untyped-call]
+    return Weights(folded[0], biases[0], folded[1], biases[1], attention.o_proj.weight, folded[2], mlp.down_proj.weight)
 
 
-def interleaved(rows: Tensor, width: int) -> Tensor:
-    """Rows of a weight or bias, head by head: from two halves to pairs."""
-    return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+class _Folded(torch.autograd.Function):
+    """The weights of queries, of keys and values, of gate and up, each times those of the norm before it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scaling: float, width: int, before: Tensor, after: Tensor, *raw: Tensor
+    ) -> tuple[Tensor, ...]:
+        query, key, value, gate, up = raw
+        root, sizes = before.shape[0] ** 0.5, (len(query), len(key) + len(value), len(gate) + len(up))
+        factors = [before * (root * scaling), before * root, before * root, after * root, after * root]
+        folded = tuple(query.new_empty(size, before.shape[0]) for size in sizes)
+        for (to, one), factor in zip(_alike(folded, raw, width), factors, strict=True):
+            torch.mul(one, factor, out=to)
+        ctx.save_for_backward(*raw, *factors)
+        ctx.settings = scaling, width, root
+        return folded
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *by_folded: Tensor) -> tuple[Tensor | None, ...]:
+        (scaling, width, root), raw, factors = ctx.settings, ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        by_raw, by_factor = [torch.empty_like(one) for one in raw], []
+        for (by, to), (_, one), factor in zip(
+            _alike(by_folded, by_raw, width), _alike(by_folded, raw, width), factors, strict=True
+        ):
+            torch.mul(by, factor, out=to)
+            by_factor.append((by * one).flatten(0, -2).sum(0))
+        query, key, value, gate, up = by_factor
+        by_before = query.mul_(scaling).add_(key).add_(value).mul_(root)
+        return None, None, by_before, gate.add_(up).mul_(root), *by_raw
+
+
+def _alike(folded: Sequence[Tensor], raw: Sequence[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
+    """Views of what is folded, one for each raw weight and in the same shape as that."""
+    (by_query, pair, gate_up), (query, key, value, gate, up) = folded, raw
+    query, key = _in_pairs(query, width), _in_pairs(key, width)
+    by_key, by_value = pair[: -len(value)].view(key.shape), pair[-len(value) :]
+    by_gate, by_up = gate_up[: len(gate)], gate_up[len(gate) :]
+    return [(by_query.view(query.shape), query), (by_key, key), (by_value, value), (by_gate, gate), (by_up, up)]
+
+
+def _in_pairs(rows: Tensor, width: int) -> Tensor:
+    """Rows of a weight or bias, from each head's two halves to pairs: a view (heads, D / 2, 2, ...)."""
+    return rows.view(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2)
 
 
 def angles(decoder: Any, like: Tensor, position: Tensor) -> Tensor:
@@ -147,21 +183,21 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x_MH: Tensor, cis: Tensor, plan: Plan, wanted: Tensor | None, shape: Shape, *given: Tensor
     ) -> Tensor:
-        w, side = Weights(*given), plan.all_queries if wanted is None else plan.wanted_queries
+        w, readers = Weights(*given), plan.readers if wanted is None else plan.wanted_readers
         n, inverse = normed(x_MH, shape.eps)
         x_query, n_query, cis_query = (t if wanted is None else t[wanted] for t in (x_MH, n, cis))
         query, pair = product(n_query, w.query.T, w.query_bias), product(n, w.pair.T, w.pair_bias)
         turn(query[:-1], cis_query, shape.width)
         turn(pair[:-1, : shape.keys * shape.width], cis, shape.width)
-        q, kv = side.blocks.take(query, shape.width), plan.take_pair(pair, shape.width)
+        q, kv = readers.queries.take(query, shape.width), readers.take_pair(pair, shape.width)
         found, softmaxes = torch.empty_like(q), []
-        for mask, block, key_block in zip(side.masks, side.blocks, plan.keys, strict=True):
+        for mask, block, key_block in zip(readers.masks, readers.queries, readers.keys, strict=True):
             query_block, (key, value) = block(q), (key_block(half) for half in kv.chunk(2))
             score = query_block @ key.transpose(1, 2)
             score.view(len(mask), shape.keys, shape.groups, *mask.shape[1:]).add_(mask[:, None, None])
             softmaxes.append(score.softmax(-1))
             torch.bmm(softmaxes[-1], value, out=block(found))
-        found = side.blocks.give(found)
+        found = readers.queries.give(found)
         x_after = torch.addmm(x_query, found, w.out.T)
         n_after, inverse_after = normed(x_after, shape.eps)
         gate_up = n_after @ w.gate_up.T
@@ -183,7 +219,7 @@ class _Layer(torch.autograd.Function):
             Weights(*rest[:7]),
             rest[7:],
         )
-        side = plan.all_queries if wanted is None else plan.wanted_queries
+        readers = plan.readers if wanted is None else plan.wanted_readers
         # the feed-forward
         (gate, up), by_gate_up = gate_up.chunk(2, -1), torch.empty_like(gate_up)
         by_gate, by_up = by_gate_up.chunk(2, -1)
@@ -193,16 +229,16 @@ class _Layer(torch.autograd.Function):
         by_down = by_y.T @ (active * up)
         by_after = _through_norm(by_gate_up @ w.gate_up, n_after, inverse_after).add_(by_y)
         # the attention
-        by_found = side.blocks.take(product(by_after, w.out, None), shape.width)
+        by_found = readers.queries.take(product(by_after, w.out, None), shape.width)
         by_q, by_kv = torch.empty_like(q), torch.empty_like(kv)
-        for seen, block, key_block in zip(softmaxes, side.blocks, plan.keys, strict=True):
+        for seen, block, key_block in zip(softmaxes, readers.queries, readers.keys, strict=True):
             (key, value), (by_key, by_value) = ([key_block(half) for half in both.chunk(2)] for both in (kv, by_kv))
             torch.bmm(seen.transpose(1, 2), block(by_found), out=by_value)
             by_seen = block(by_found) @ value.transpose(1, 2)
             by_score = torch.ops.aten._softmax_backward_data(by_seen, seen, -1, seen.dtype)
             torch.bmm(by_score, key, out=block(by_q))
             torch.bmm(by_score.transpose(1, 2), block(q), out=by_key)
-        by_query, by_pair = side.blocks.give(by_q), plan.give_pair(by_kv)
+        by_query, by_pair = readers.queries.give(by_q), readers.give_pair(by_kv)
         cis = cis.conj().resolve_conj()
         turn(by_query, cis if wanted is None else cis[wanted], shape.width)
         turn(by_pair[:, : shape.keys * shape.width], cis, shape.width)

@@ -56,7 +56,7 @@ def token_logprobs(
 
 def predicting_states(decoder: Any, batch: Batch) -> Tensor:
     """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
-    if batch.blocks is not None:
+    if batch.end_to_end:
         return fused.predicting_states(decoder, batch)
     attention = batch.attention
     if attention.ndim == 2:

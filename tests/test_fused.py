@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo import fused, logprob
+from pspo import fused, layout, logprob
 from pspo.batch import make_batch
 from pspo.model import attention  # noqa: F401 - registers grouped
 
@@ -74,12 +74,12 @@ def told(model, **how):
     return hidden.detach(), {name: p.grad.clone() for name, p in model.get_decoder().named_parameters()}
 
 
-@pytest.mark.parametrize("how", [{"blocks": [6]}, {"blocks": [1, 2, 1, 2]}, {"blocks": [2, 2], "sizes": [1, 2, 1, 2]}])
+@pytest.mark.parametrize("how", [{}, {"sizes": [1, 2, 1, 2]}])
 @pytest.mark.parametrize("name", FAMILY)
 def test_states_and_gradients_are_the_librarys(name, how):
     model = made(FAMILY[name]())
     assert fused.trains(model.get_decoder(), autocast=False)
-    (expected, by_expected), (got, by_got) = told(model), told(model, **how)
+    (expected, by_expected), (got, by_got) = told(model), told(model, end_to_end=True, **how)
     torch.testing.assert_close(got, expected, atol=1e-11, rtol=1e-11)
     for parameter, gradient in by_expected.items():
         torch.testing.assert_close(by_got[parameter], gradient, atol=1e-11, rtol=1e-11)
@@ -88,34 +88,38 @@ def test_states_and_gradients_are_the_librarys(name, how):
 
 def test_in_float32_they_are_equal_to_rounding():
     model = made(FAMILY["qwen2"](), torch.float32)
-    (expected, by_expected), (got, by_got) = told(model), told(model, blocks=[3, 3])
+    (expected, by_expected), (got, by_got) = told(model), told(model, end_to_end=True)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     for parameter, gradient in by_expected.items():
         assert (by_got[parameter] - gradient).norm() < 1e-5 * gradient.norm(), parameter
 
 
-@given(sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=7), data=st.data())
-def test_how_rows_are_cut_into_blocks_changes_nothing(sizes, data):
-    model, cuts, left = QWEN2, [], len(sizes)
-    while left:
-        cuts.append(data.draw(st.integers(1, left)))
-        left -= cuts[-1]
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=7),
+    shared=st.booleans(),
+    block=st.sampled_from([0, 20, 10**9]),
+)
+def test_how_readers_are_cut_into_blocks_changes_nothing(sizes, shared, block):
+    if shared:
+        sizes = [(sizes[0][0], completion) for _, completion in sizes]
     tokens = torch.randint(64, (len(sizes), 20), generator=torch.Generator().manual_seed(0)).tolist()
     prompts = [row[:p] for row, (p, _) in zip(tokens, sizes, strict=True)]
     completions = [row[p : p + c] for row, (p, c) in zip(tokens, sizes, strict=True)]
-    with torch.no_grad():
-        whole, cut = (
-            logprob.predicting_states(model.get_decoder(), make_batch(prompts, completions, 0, CPU, blocks=blocks))
-            for blocks in ([len(sizes)], cuts)
+    prompts = [prompts[0]] * len(sizes) if shared else prompts
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "BLOCK", block)
+        padded, cut = (
+            logprob.predicting_states(QWEN2.get_decoder(), make_batch(prompts, completions, 0, CPU, some, ours))
+            for some, ours in ((None, False), ([len(sizes)] if shared else None, True))
         )
-    torch.testing.assert_close(cut, whole, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(cut, padded, atol=1e-11, rtol=1e-11)
 
 
 QWEN2 = made(FAMILY["qwen2"]())
 
 
 def test_second_derivatives_are_refused():
-    batch = make_batch(PROMPTS, COMPLETIONS, 0, CPU, blocks=[6])
+    batch = make_batch(PROMPTS, COMPLETIONS, 0, CPU, end_to_end=True)
     hidden = logprob.predicting_states(QWEN2.get_decoder(), batch)
     (first,) = torch.autograd.grad(hidden.square().sum(), QWEN2.get_input_embeddings().weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

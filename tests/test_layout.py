@@ -1,29 +1,37 @@
 """Where tokens stand: end to end, and in the blocks of the attention."""
 
+import itertools
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo import layout
 from pspo.batch import make_batch
-from pspo.layout import Blocks, Plan
+from pspo.layout import Blocks, Plan, _cut
 
 CPU = torch.device("cpu")
 
 
 def test_blocks_by_hand():
-    blocks = Blocks(np.array([2, 1, 1]), [2, 1], heads=2, keys=1, device=CPU)  # tokens 0 1 | 2 and 3
-    tokens = torch.tensor([[0, 10], [1, 11], [2, 12], [3, 13], [-1, -1]])  # two heads of width 1, and what comes after
-    laid = blocks.take(tokens, 1)
+    tokens = [np.array([[0, 1], [2, 4]]), np.array([[3]])]  # two blocks, and token 4 is none
+    blocks = Blocks(tokens, 4, heads=2, keys=1, device=CPU)
+    rows = torch.tensor([[0, 10], [1, 11], [2, 12], [3, 13], [-1, -1]])  # two heads of width 1, and what comes after
+    laid = blocks.take(rows, 1)
     first, second = (block(laid) for block in blocks)
     assert first.squeeze(-1).tolist() == [[0, 1, 10, 11], [2, -1, 12, -1]]
     assert second.squeeze(-1).tolist() == [[3, 13]]
-    assert torch.equal(blocks.give(laid), tokens[:-1])
+    assert torch.equal(blocks.give(laid), rows[:-1])
 
 
 def test_places_without_a_token_may_hold_any():
-    blocks = Blocks(np.array([2, 1]), [2], heads=1, keys=1, device=CPU, empty=0)
-    assert blocks.take(torch.tensor([[5], [6], [7]]), 1).flatten().tolist() == [5, 6, 7, 5]
+    blocks = Blocks([np.array([[0, 1], [2, 3]])], 3, heads=1, keys=1, device=CPU, zeros=False)
+    rows = torch.tensor([[5], [6], [7]])
+    laid = blocks.take(rows, 1)
+    assert laid.flatten().tolist()[:3] == [5, 6, 7]
+    assert torch.equal(blocks.give(laid), rows)
 
 
 @given(
@@ -34,43 +42,75 @@ def test_places_without_a_token_may_hold_any():
 )
 def test_what_is_taken_is_given_back(runs, keys, groups, width):
     counts = np.array([count for run in runs for count in run])
-    blocks = Blocks(counts, [len(run) for run in runs], keys * groups, keys, CPU)
-    tokens = torch.randn(int(counts.sum()) + 1, keys * groups * width)
-    tokens[-1] = 0
-    laid = blocks.take(tokens, width)
-    assert torch.equal(blocks.give(laid), tokens[:-1])
+    starts, num_tokens, tokens, row = np.cumsum(counts) - counts, int(counts.sum()), [], 0
+    for run in runs:
+        place, rows = np.arange(max(run)), slice(row, row + len(run))
+        tokens.append(np.where(place < counts[rows, None], starts[rows, None] + place, num_tokens))
+        row += len(run)
+    blocks = Blocks(tokens, num_tokens, keys * groups, keys, CPU)
+    states = torch.randn(num_tokens + 1, keys * groups * width)
+    states[-1] = 0
+    laid = blocks.take(states, width)
+    assert torch.equal(blocks.give(laid), states[:-1])
     shapes = [tuple(block(laid).shape) for block in blocks]
     assert shapes == [(len(run) * keys, groups * max(run), width) for run in runs]
-    assert laid.count_nonzero() == tokens.count_nonzero()  # a place without a token holds what comes after: zeros
+    assert laid.count_nonzero() == states.count_nonzero()  # a place without a token holds what comes after: zeros
 
 
-def test_a_plan_by_hand():
-    batch = make_batch([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], pad_id=0, device=CPU, blocks=[2])
-    plan = Plan(batch, keys=1, groups=2, dtype=torch.float64)  # rows 5 6 7 1 and 8 3 4
-    assert plan.tokens.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert plan.wanted.tolist() == [2, 3, 4, 5, 6]
-    assert plan.source.tolist() == [0, 1, 2, 3, 4]
-    all_queries, wanted = plan.all_queries, plan.wanted_queries
-    assert (all_queries.masks[0] == 0).int().tolist() == [
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]],
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]],  # the last is no token's
-    ]
-    assert (wanted.masks[0] == 0).int().tolist() == [
-        [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]],
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]],
-    ]
-    pair = torch.arange(16.0).view(8, 2)  # a key and a value for each token, and what comes after
-    laid = plan.take_pair(pair, 1).flatten().tolist()
-    assert laid == [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15]
-    assert torch.equal(plan.give_pair(torch.tensor(laid)[:, None]), pair[:7])
+def seen(readers):
+    return [(mask == 0).int().tolist() for mask in readers.masks]
 
 
-def test_the_source_of_completions_that_share_a_prompt():
+def test_a_plan_by_hand(monkeypatch):
+    """Prompts 5 6 and 8, behind the first completions 1 2 and 3 4 9, behind the other 7: tokens 5 6 1 3 4 8."""
+    monkeypatch.setattr(layout, "BLOCK", 0)
     prompts, completions = [[5, 6], [5, 6], [8]], [[1, 2], [3, 4, 9], [7]]
-    batch = make_batch(prompts, completions, pad_id=0, device=CPU, sizes=[2, 1], blocks=[1, 1])
-    plan = Plan(batch, keys=1, groups=1, dtype=torch.float32)  # rows 5 6 1 3 4 and 8
+    batch = make_batch(prompts, completions, pad_id=0, device=CPU, sizes=[2, 1], end_to_end=True)
+    plan = Plan(batch, keys=1, groups=2, dtype=torch.float64)
+    assert plan.tokens.tolist() == [0, 1, 2, 3, 4, 5]
     assert plan.wanted.tolist() == [1, 2, 3, 4, 5]
     assert plan.source.tolist() == [0, 1, 0, 2, 3, 4]
-    assert [tuple(mask.shape) for side in (plan.all_queries, plan.wanted_queries) for mask in side.masks] == [
-        (1, 5, 5), (1, 1, 1), (1, 4, 5), (1, 1, 1),
-    ]  # fmt: skip
+    one, two = plan.readers.queries.spans
+    assert seen(plan.readers) == [
+        [[[1, 0, 0]], [[1, 1, 1]]],
+        [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]],
+    ]
+    assert plan.readers.keys.to.tolist() == [5, 6, 6, 0, 1, 2, 0, 1, 6, 6, 0, 1, 3, 4]  # 6 is none
+    assert plan.readers.queries.to.tolist() == [10, 11, 4, 5, 0, 2, 1, 3, 6, 8, 7, 9]  # two heads of each
+    assert ([one[1], two[1]], one[0].stop) == ([2, 2], two[0].start)
+    asked = plan.wanted_readers  # one query each of 6, 8 and 1; two of 3 4
+    assert seen(asked) == [[[[1, 0, 0]], [[1, 1, 0]], [[1, 1, 1]]], [[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    assert asked.queries.to.tolist() == [8, 9, 0, 1, 2, 3, 4, 6, 5, 7]
+    assert asked.keys.to.tolist() == [5, 6, 6, 0, 1, 6, 0, 1, 2, 0, 1, 3, 4]
+
+
+def test_keys_and_values_get_back_the_sum_over_their_places():
+    batch = make_batch([[5, 6], [5, 6]], [[1, 2], [3, 4, 9]], pad_id=0, device=CPU, sizes=[2], end_to_end=True)
+    readers = Plan(batch, keys=2, groups=1, dtype=torch.float64).readers  # of 5 6, of 1 and of 3 4
+    pair = torch.randn(6, 4, dtype=torch.float64)  # keys of two heads, then their values
+    pair[-1] = 0
+    laid = readers.take_pair(pair, 1)
+    assert len(laid) == 2 * readers.keys.num_places
+    times = torch.tensor([3, 3, 1, 1, 1], dtype=torch.float64)[:, None]  # the prompt is read by itself and by two more
+    torch.testing.assert_close(readers.give_pair(laid), times * pair[:-1])
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12), st.sampled_from([0, 7, 40]))
+def test_blocks_of_readers_are_those_that_cost_least(sizes, block):
+    count, total = np.array([c for c, _ in sizes]), np.array([c + before for c, before in sizes])
+
+    def cost(blocks):
+        return sum(len(chosen) * count[chosen].max() * total[chosen].max() + block for chosen in blocks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "BLOCK", block)
+        found = _cut(count, total)
+    order = np.concatenate(found)
+    assert sorted(order) == list(range(len(sizes)))
+    assert (np.diff(count[order]) >= 0).all()
+    steps = np.flatnonzero(np.diff(count[order])) + 1
+    every = (
+        np.split(order, [s for s, taken in zip(steps, choice, strict=True) if taken])
+        for choice in itertools.product([False, True], repeat=len(steps))
+    )
+    assert cost(found) == min(map(cost, every))

@@ -142,8 +142,7 @@ def test_pack_takes_every_row_once_and_keeps_to_its_budget(one_policy, lengths, 
         assert cut.rows
         assert cut.sizes is None or (shares and sum(cut.sizes) == len(cut.rows))
         batch = batch_of(rows, policy, cut)  # which takes the prompt of the first of a bundle
-        assert (cut.blocks is not None) == end_to_end
-        assert cut.blocks is None or sum(cut.blocks) == len(batch.input_ids_RS)
+        assert cut.end_to_end == batch.end_to_end == end_to_end
         assert len(batch.input_ids_RS) == 1 or batch.num_padded <= max_tokens
         assert batch.num_tokens <= sum(lengths[i][0] + lengths[i][1] - 1 for i in cut.rows)
 
@@ -161,6 +160,16 @@ def test_pack_cuts_where_that_saves_more_padding_than_it_costs(one_policy, monke
     assert [len(cut.rows) for cut in pack(rows, 10_000, one_policy)] == [10, 2]
     monkeypatch.setitem(experience.PART, "cpu", 1000)
     assert [len(cut.rows) for cut in pack(rows, 10_000, one_policy)] == [12]
+
+
+def test_end_to_end_a_micro_batch_takes_what_there_is_room_for(tiny_policy):
+    policy = tiny_policy(attention="grouped")
+    rows = [blank([9], length) for length in [3] * 10 + [30] * 2] + [blank([8] * 5, 3)] * 4  # 90 positions and 4 x 7
+    assert [len(cut.rows) for cut in pack(rows, 118, policy)] == [16]
+    assert [len(cut.rows) for cut in pack(rows, 60, policy)] == [14, 2]
+    shared = pack(rows, 60, replace(policy, shares_prompts=True))
+    assert [cut.sizes for cut in shared] == [[4, 1], [11]]  # 13 and 30 positions, and 50
+    assert [cut.sizes for cut in pack(rows, 35, replace(policy, shares_prompts=True))] == [[4, 10], [1], [1]]
 
 
 def test_completions_share_their_prompt_up_to_the_length_that_costs_least(one_policy):
@@ -243,8 +252,8 @@ def test_loss_and_gradient_do_not_depend_on_padding(tiny_policy, monkeypatch, ob
     policy, rows = tiny_policy(**options), make()
     loss, plain, result = accumulated(policy, objective, rows, 10_000)
 
-    def wider(prompts, completions, pad_id, device, sizes, blocks):
-        batch = make_batch(prompts, completions, pad_id, device, sizes, blocks)
+    def wider(*given):
+        pad_id, batch = given[2], make_batch(*given)
         pad, width = torch.nn.functional.pad, batch.input_ids_RS.shape[1]
         return replace(
             batch,

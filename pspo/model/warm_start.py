@@ -106,7 +106,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
         [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
-    blocks = [settings.batch_size] if fused.trains(model.get_decoder(), config.autocast) else None
+    ours = fused.trains(model.get_decoder(), config.autocast)
     model.train()
     batches = _batches(settings, seed, len(problems))
     for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
@@ -115,7 +115,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
         targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
         asked = [prompts[i] for i, _ in batch]
-        tensors = make_batch(asked, targets, tokenizer.pad_token_id, torch.device("cpu"), blocks=blocks)
+        tensors = make_batch(asked, targets, tokenizer.pad_token_id, torch.device("cpu"), end_to_end=ours)
         logprob_BT = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast).logprob_BT
         loss = -logprob_BT.sum() / tensors.mask_BT.sum()
         optimizer.zero_grad(set_to_none=True)
