@@ -142,15 +142,18 @@ class Fused:
 
     def read(self, prompts: Sequence[list[int]]) -> Tensor:
         """Keep the prompts' keys and values, (P · key heads, S, D) of each layer; the logits (P, V) that follow."""
-        device, length = self.policy.device, max(map(len, prompts))
+        device, length, count = self.policy.device, max(map(len, prompts)), len(prompts)
         ids_PS = torch.tensor([p + [self.policy.pad_id] * (length - len(p)) for p in prompts], device=device)
         self.prompts: list[tuple[Tensor, Tensor]] = []
-        x, cis = self.embed[ids_PS.flatten()], self.cis_SD[:length].repeat(len(prompts), 1, 1)
+        x, cis = self.embed[ids_PS.flatten()], self.cis_SD[:length].repeat(count, 1, 1)
+        last_P = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        seen_PS, last = torch.arange(length, device=device) <= last_P[:, None], self.layers[-1]
         with sdpa_kernel(BACKENDS):
-            for w in self.layers:
-                x = self._layer(w, x, cis, partial(self._read, len(prompts)))
-        last_P = torch.tensor([n * length + len(prompt) - 1 for n, prompt in enumerate(prompts)], device=device)
-        return self._logits(x[last_P])
+            for w in self.layers[:-1]:
+                x = self._layer(w, x, cis, partial(self._read, count, None))
+            wanted_P = last_P + torch.arange(0, count * length, length, device=device)
+            x = self._layer(last, x, cis, partial(self._read, count, seen_PS[:, None, None]), wanted_P)
+        return self._logits(x)
 
     def step(self, token_B: Tensor) -> Tensor:
         x, cis = self.embed[token_B], self.cis_SD[self.place_B]
@@ -159,13 +162,23 @@ class Fused:
         self.place_B, self.filled = self.place_B + 1, self.filled + 1
         return self._logits(x)
 
-    def _layer(self, w: Weights, x: Tensor, cis: Tensor, attend: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """One layer of tokens end to end; ``attend`` finds what their queries see, given their keys and values."""
+    def _layer(
+        self,
+        w: Weights,
+        x: Tensor,
+        cis: Tensor,
+        attend: Callable[[Tensor, Tensor], Tensor],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """One layer, of tokens end to end or of those wanted; ``attend`` finds what queries see, given all keys."""
         keys, _, width, eps = self.shape
         n = fused.normed(x, eps)[0].to(self.dtype)
-        query, pair = F.linear(n, w.query, w.query_bias), F.linear(n, w.pair, w.pair_bias)
-        self._turn(query, cis)
+        pair = F.linear(n, w.pair, w.pair_bias)
         self._turn(pair[:, : keys * width], cis)
+        if wanted is not None:
+            n, x, cis = n[wanted], x[wanted], cis[wanted]
+        query = F.linear(n, w.query, w.query_bias)
+        self._turn(query, cis)
         x = self._onto(x, attend(query, pair), w.out)
         gate, up = F.linear(fused.normed(x, eps)[0].to(self.dtype), w.gate_up).chunk(2, -1)
         return self._onto(x, F.silu(gate).mul_(up), w.down)
@@ -173,14 +186,15 @@ class Fused:
     def _onto(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         return torch.addmm(x, y, weight.T) if x.dtype == y.dtype else x + F.linear(y, weight)
 
-    def _read(self, count: int, query: Tensor, pair: Tensor) -> Tensor:
-        """The attention of prompts' tokens, whose padding comes after them; keeps their keys and values."""
+    def _read(self, count: int, seen: Tensor | None, query: Tensor, pair: Tensor) -> Tensor:
+        """The attention of prompts' tokens to what is before them, or to what is seen; keeps their keys and values."""
         keys, groups, width, _ = self.shape
         heads = query.view(count, -1, keys * groups, width).transpose(1, 2)
         key, value = pair.view(count, -1, 2, keys, width).permute(2, 0, 3, 1, 4).contiguous()
         self.prompts.append((key.flatten(0, 1), value.flatten(0, 1)))
-        found = F.scaled_dot_product_attention(heads, key, value, is_causal=True, scale=1.0, enable_gqa=True)
-        return found.transpose(1, 2).reshape(len(pair), -1)
+        how: dict[str, Any] = {"is_causal": True} if seen is None else {"attn_mask": seen}
+        found = F.scaled_dot_product_attention(heads, key, value, **how, scale=1.0, enable_gqa=True)
+        return found.transpose(1, 2).reshape(len(query), -1)
 
     def _ask(self, layer: int, query: Tensor, pair: Tensor) -> Tensor:
         """The attention of one token a row, to its prompt together with all rows of it, and to the row's own tokens."""

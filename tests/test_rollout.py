@@ -179,10 +179,10 @@ def watched(policy, monkeypatch):
     step, read = Fused.step, Fused._read
     monkeypatch.setattr(Fused, "step", lambda self, ids: (shapes.append((len(ids), 1)), step(self, ids))[1])
 
-    def watched_read(self, count, query, pair):
+    def watched_read(self, count, seen, query, pair):
         if not self.prompts:  # the first layer
-            shapes.append((count, len(query) // count))
-        return read(self, count, query, pair)
+            shapes.append((count, len(pair) // count))
+        return read(self, count, seen, query, pair)
 
     monkeypatch.setattr(Fused, "_read", watched_read)
     return shapes
