@@ -183,21 +183,21 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x_MH: Tensor, cis: Tensor, plan: Plan, wanted: Tensor | None, shape: Shape, *given: Tensor
     ) -> Tensor:
-        w, readers = Weights(*given), plan.readers if wanted is None else plan.wanted_readers
+        w, side = Weights(*given), plan.all_queries if wanted is None else plan.wanted_queries
         n, inverse = normed(x_MH, shape.eps)
         x_query, n_query, cis_query = (t if wanted is None else t[wanted] for t in (x_MH, n, cis))
         query, pair = product(n_query, w.query.T, w.query_bias), product(n, w.pair.T, w.pair_bias)
         turn(query[:-1], cis_query, shape.width)
         turn(pair[:-1, : shape.keys * shape.width], cis, shape.width)
-        q, kv = readers.queries.take(query, shape.width), readers.take_pair(pair, shape.width)
+        q, kv = side.blocks.take(query, shape.width), plan.take_pair(pair, shape.width)
         found, softmaxes = torch.empty_like(q), []
-        for mask, block, key_block in zip(readers.masks, readers.queries, readers.keys, strict=True):
+        for mask, block, key_block in zip(side.masks, side.blocks, plan.keys, strict=True):
             query_block, (key, value) = block(q), (key_block(half) for half in kv.chunk(2))
             score = query_block @ key.transpose(1, 2)
             score.view(len(mask), shape.keys, shape.groups, *mask.shape[1:]).add_(mask[:, None, None])
             softmaxes.append(score.softmax(-1))
             torch.bmm(softmaxes[-1], value, out=block(found))
-        found = readers.queries.give(found)
+        found = side.blocks.give(found)
         x_after = torch.addmm(x_query, found, w.out.T)
         n_after, inverse_after = normed(x_after, shape.eps)
         gate_up = n_after @ w.gate_up.T
@@ -219,7 +219,7 @@ class _Layer(torch.autograd.Function):
             Weights(*rest[:7]),
             rest[7:],
         )
-        readers = plan.readers if wanted is None else plan.wanted_readers
+        side = plan.all_queries if wanted is None else plan.wanted_queries
         # the feed-forward
         (gate, up), by_gate_up = gate_up.chunk(2, -1), torch.empty_like(gate_up)
         by_gate, by_up = by_gate_up.chunk(2, -1)
@@ -229,16 +229,16 @@ class _Layer(torch.autograd.Function):
         by_down = by_y.T @ (active * up)
         by_after = _through_norm(by_gate_up @ w.gate_up, n_after, inverse_after).add_(by_y)
         # the attention
-        by_found = readers.queries.take(product(by_after, w.out, None), shape.width)
+        by_found = side.blocks.take(product(by_after, w.out, None), shape.width)
         by_q, by_kv = torch.empty_like(q), torch.empty_like(kv)
-        for seen, block, key_block in zip(softmaxes, readers.queries, readers.keys, strict=True):
+        for seen, block, key_block in zip(softmaxes, side.blocks, plan.keys, strict=True):
             (key, value), (by_key, by_value) = ([key_block(half) for half in both.chunk(2)] for both in (kv, by_kv))
             torch.bmm(seen.transpose(1, 2), block(by_found), out=by_value)
             by_seen = block(by_found) @ value.transpose(1, 2)
             by_score = torch.ops.aten._softmax_backward_data(by_seen, seen, -1, seen.dtype)
             torch.bmm(by_score, key, out=block(by_q))
             torch.bmm(by_score.transpose(1, 2), block(q), out=by_key)
-        by_query, by_pair = readers.queries.give(by_q), readers.give_pair(by_kv)
+        by_query, by_pair = side.blocks.give(by_q), plan.give_pair(by_kv)
         cis = cis.conj().resolve_conj()
         turn(by_query, cis if wanted is None else cis[wanted], shape.width)
         turn(by_pair[:, : shape.keys * shape.width], cis, shape.width)

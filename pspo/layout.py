@@ -1,11 +1,11 @@
 """Where a batch's tokens stand: end to end for products, without padding; in blocks of like length for the attention.
 
-Shape suffixes: R rows of S positions, Q queries of a reader, M tokens end to end, D head width.
+Shape suffixes: R rows of S positions, Q queries of a reader, which reads S, M tokens end to end, D head width.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,38 +54,66 @@ class Blocks:
         return laid.index_select(0, self.back).view(-1, self.heads * laid.shape[-1])
 
 
-class Readers:
-    """Runs of tokens, each of which looks at what is before it, at those of its run before it, and at itself.
+class Readers(NamedTuple):
+    """Runs of tokens: each reads ``before`` tokens from ``first`` on, then its own, ``length`` from ``start`` on."""
+
+    first: Array
+    before: Array
+    start: Array
+    length: Array
+
+
+class Queries(NamedTuple):
+    """Where queries stand, and for each block what is added to their scores, (readers, Q, S)."""
+
+    blocks: Blocks
+    masks: list[Tensor]
+
+
+class Plan:
+    """How the tokens of a batch stand in its attention.
+
+    A prompt is a reader, and so is every completion, which reads its prompt first and then itself.
 
     Attributes:
-        queries: where their queries stand.
-        keys: where the keys stand that they look at; the values stand alike.
-        masks: for each block what is added to its scores, (readers, Q, S): 0, or the lowest number.
+        tokens: where in R·S they are.
+        wanted: which of them the last layer is asked for: the last of each prompt, and all of the completions.
+        source: which of those predicts each completion token.
+        keys: where the keys stand that are read, a prompt's once for each of its readers; the values stand alike.
+        all_queries: where queries stand.
+        wanted_queries: where those of the wanted tokens stand, by themselves.
     """
 
-    def __init__(self, first: Array, before: Array, start: Array, count: Array, asked_M: Array, **kind: Any) -> None:
-        """Reader i looks at ``before[i]`` tokens from ``first[i]`` on, then at its own: ``count[i]`` from ``start[i]``.
-
-        ``asked_M`` is where each token stands among those that ask.
-        """
-        keys, groups, dtype, device = kind["keys"], kind["groups"], kind["dtype"], kind["device"]
-        queries, looked_at, self.masks = [], [], []
-        num_tokens, num_asked = len(asked_M), int(count.sum())
-        for chosen in _cut(count, before + count):
-            b, c, q = before[chosen, None], count[chosen, None], np.arange(count[chosen].max())
-            s = np.arange((b + c).max())
-            own = np.where(s < b + c, start[chosen, None] + s - b, num_tokens)
-            queries.append(np.where(q < c, asked_M[start[chosen]][:, None] + q, num_asked))
-            looked_at.append(np.where(s < b, first[chosen, None] + s, own))
-            unseen = torch.from_numpy(s > (b + q)[..., None]).to(device)
-            self.masks.append(torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, torch.finfo(dtype).min))
-        self.queries = Blocks(queries, num_asked, keys * groups, keys, device)
-        self.keys = Blocks(looked_at, num_tokens, keys, keys, device)
+    def __init__(self, batch: Batch, keys: int, groups: int, dtype: torch.dtype) -> None:
+        device, owner_RS = batch.input_ids_RS.device, batch.owner_RS.cpu().numpy()
+        there_RS = owner_RS >= 0
+        owner_M, row_M = owner_RS[there_RS], there_RS.nonzero()[0]
+        start = np.flatnonzero(np.diff(owner_M, prepend=-1) | np.diff(row_M, prepend=-1))
+        count, is_prompt = np.diff(start, append=len(owner_M)), owner_M[start] == 0
+        row, skipped = np.cumsum(is_prompt) - 1, np.where(is_prompt, count - 1, 0)
+        first, before = start[is_prompt][row], np.where(is_prompt, 0, count[is_prompt][row])
+        readers = Readers(first, before, start, count)
+        wanted = Readers(first, before + skipped, start + skipped, count - skipped)
+        kinds = np.flatnonzero(is_prompt), np.flatnonzero(~is_prompt)
+        blocks = [kind[chosen] for kind in kinds for chosen in _cut(count[kind], (before + count)[kind])]
+        wanted_M = owner_M > 0
+        wanted_M[wanted.start] = True
+        number_RS = np.zeros(owner_RS.shape, dtype=np.int64)
+        number_RS[there_RS] = number_M = np.cumsum(wanted_M) - 1
+        self.tokens, self.wanted, number = (
+            torch.from_numpy(found).to(device)
+            for found in (np.flatnonzero(there_RS), np.flatnonzero(wanted_M), number_RS.ravel())
+        )
+        self.source = number[batch.source_BT[batch.mask_BT]]
+        kind = keys * groups, keys, dtype, device
+        self.all_queries = _queries(readers, blocks, np.arange(len(owner_M)), *kind)
+        self.wanted_queries = _queries(wanted, blocks, number_M, *kind)
+        self.keys = Blocks(_read(readers, blocks, len(owner_M)), len(owner_M), keys, keys, device)
         token, head = self.keys.to // keys, self.keys.to % keys
         self._to = torch.cat([token * 2 * keys + head, token * 2 * keys + keys + head])
         to = self._to.cpu().numpy()
         places = np.argsort(to, kind="stable")
-        offsets = np.searchsorted(to[places], np.arange(num_tokens * 2 * keys + 1))
+        offsets = np.searchsorted(to[places], np.arange(len(owner_M) * 2 * keys + 1))
         self._places = torch.from_numpy(places[: offsets[-1]]).to(device)
         self._offsets = torch.from_numpy(offsets[:-1]).to(device)
 
@@ -95,43 +123,38 @@ class Readers:
 
     def give_pair(self, laid: Tensor) -> Tensor:
         """And back, (M, 2 · key heads · D): for each token the sum over its places."""
-        found = F.embedding_bag(self._places, laid, self._offsets, mode="sum")
-        return found.view(-1, 2 * self.keys.heads * laid.shape[-1])
+        return F.embedding_bag(self._places, laid, self._offsets, mode="sum").view(len(self.tokens), -1)
 
 
-class Plan:
-    """How the tokens of a batch stand in its attention.
+def _queries(
+    readers: Readers,
+    blocks: list[Array],
+    number_M: Array,
+    heads: int,
+    keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Queries:
+    """Queries of readers whose tokens have these numbers."""
+    tokens, masks, num_asked = [], [], int(readers.length.sum())
+    for chosen in blocks:
+        _, before, start, count = (of[chosen, None] for of in readers)
+        q, s = np.arange(count.max()), np.arange((before + count).max())
+        tokens.append(np.where(q < count, number_M[start] + q, num_asked))
+        unseen = torch.from_numpy(s > (before + q)[..., None]).to(device)
+        masks.append(torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, torch.finfo(dtype).min))
+    return Queries(Blocks(tokens, num_asked, heads, keys, device), masks)
 
-    A prompt is a reader, and so is every completion, which looks at its prompt first.
 
-    Attributes:
-        tokens: where in R·S they are.
-        wanted: which of them the last layer is asked for: the last of each prompt, and all of the completions.
-        source: which of those predicts each completion token.
-        readers: of all tokens.
-        wanted_readers: of the wanted ones by themselves.
-    """
-
-    def __init__(self, batch: Batch, keys: int, groups: int, dtype: torch.dtype) -> None:
-        device, owner_RS = batch.input_ids_RS.device, batch.owner_RS.cpu().numpy()
-        tokens = np.flatnonzero(owner_RS >= 0)
-        owner_M, row_M, number_M = owner_RS.ravel()[tokens], tokens // owner_RS.shape[1], np.arange(len(tokens))
-        start = np.flatnonzero((np.diff(row_M, prepend=-1) != 0) | (np.diff(owner_M, prepend=0) != 0))
-        count, is_prompt = np.diff(start, append=len(tokens)), owner_M[start] == 0
-        row = np.cumsum(is_prompt) - 1
-        first, before = start[is_prompt][row], np.where(is_prompt, 0, count[is_prompt][row])
-        wanted_M = owner_M > 0
-        wanted_M[(start + count - 1)[is_prompt]] = True
-        asked_M, kind = np.cumsum(wanted_M) - 1, {"keys": keys, "groups": groups, "dtype": dtype, "device": device}
-        self.readers = Readers(first, before, start, count, number_M, **kind)
-        skipped = np.where(is_prompt, count - 1, 0)
-        self.wanted_readers = Readers(first, before + skipped, start + skipped, count - skipped, asked_M, **kind)
-        asked_RS = np.zeros(owner_RS.size, dtype=np.int64)
-        asked_RS[tokens] = asked_M
-        self.tokens, self.wanted, asked = (
-            torch.from_numpy(found).to(device) for found in (tokens, np.flatnonzero(wanted_M), asked_RS)
-        )
-        self.source = asked[batch.source_BT[batch.mask_BT]]
+def _read(readers: Readers, blocks: list[Array], num_tokens: int) -> list[Array]:
+    """For each block the tokens that its readers read, (readers, S), and where there are no more ``num_tokens``."""
+    tokens = []
+    for chosen in blocks:
+        first, before, start, count = (of[chosen, None] for of in readers)
+        s = np.arange((before + count).max())
+        own = np.where(s < before + count, start + s - before, num_tokens)
+        tokens.append(np.where(s < before, first + s, own))
+    return tokens
 
 
 def _cut(count: Array, total: Array) -> list[Array]:

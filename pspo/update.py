@@ -202,10 +202,11 @@ def _part(
 ) -> tuple[Tensor, Statistics, InnerStep | None]:
     """Add the gradient of some rows of an optimizer batch of that size."""
     policy, critic, statistics, inner = learner.policy, learner.critic, Statistics(), InnerStep() if recorded else None
-    policy.model.train(policy.gradient_checkpointing)  # the library recomputes activations in training mode only
-    for module in policy.model.modules():
-        if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
-            module.eval()
+    if policy.gradient_checkpointing:
+        policy.model.train()  # the library recomputes activations in training mode only
+        for module in policy.model.modules():
+            if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
+                module.eval()
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for cut in pack(rows, learner.max_tokens, policy):
         micro, tokens = [rows[i] for i in cut.rows], batch_of(rows, policy, cut)
@@ -238,7 +239,8 @@ def _part(
             statistics.mean("policy/sampler_gap_mean", gap_BT, tokens.mask_BT)
         finite = (logprob_BT.isfinite() & batch.old_logprob_BT.isfinite()).all()
         total += torch.where(finite, loss.detach().double(), torch.nan)
-    policy.model.eval()
+    if policy.gradient_checkpointing:
+        policy.model.eval()
     return total, statistics, inner
 
 

@@ -57,42 +57,57 @@ def test_what_is_taken_is_given_back(runs, keys, groups, width):
     assert laid.count_nonzero() == states.count_nonzero()  # a place without a token holds what comes after: zeros
 
 
-def seen(readers):
-    return [(mask == 0).int().tolist() for mask in readers.masks]
+def seen(queries):
+    return [(mask == 0).int().tolist() for mask in queries.masks]
 
 
 def test_a_plan_by_hand(monkeypatch):
     """Prompts 5 6 and 8, behind the first completions 1 2 and 3 4 9, behind the other 7: tokens 5 6 1 3 4 8."""
-    monkeypatch.setattr(layout, "BLOCK", 0)
+    monkeypatch.setattr(layout, "BLOCK", 100)
     prompts, completions = [[5, 6], [5, 6], [8]], [[1, 2], [3, 4, 9], [7]]
     batch = make_batch(prompts, completions, pad_id=0, device=CPU, sizes=[2, 1], end_to_end=True)
     plan = Plan(batch, keys=1, groups=2, dtype=torch.float64)
     assert plan.tokens.tolist() == [0, 1, 2, 3, 4, 5]
     assert plan.wanted.tolist() == [1, 2, 3, 4, 5]
     assert plan.source.tolist() == [0, 1, 0, 2, 3, 4]
-    one, two = plan.readers.queries.spans
-    assert seen(plan.readers) == [
-        [[[1, 0, 0]], [[1, 1, 1]]],
-        [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]],
-    ]
-    assert plan.readers.keys.to.tolist() == [5, 6, 6, 0, 1, 2, 0, 1, 6, 6, 0, 1, 3, 4]  # 6 is none
-    assert plan.readers.queries.to.tolist() == [10, 11, 4, 5, 0, 2, 1, 3, 6, 8, 7, 9]  # two heads of each
-    assert ([one[1], two[1]], one[0].stop) == ([2, 2], two[0].start)
-    asked = plan.wanted_readers  # one query each of 6, 8 and 1; two of 3 4
-    assert seen(asked) == [[[[1, 0, 0]], [[1, 1, 0]], [[1, 1, 1]]], [[[1, 1, 1, 0], [1, 1, 1, 1]]]]
-    assert asked.queries.to.tolist() == [8, 9, 0, 1, 2, 3, 4, 6, 5, 7]
-    assert asked.keys.to.tolist() == [5, 6, 6, 0, 1, 6, 0, 1, 2, 0, 1, 3, 4]
+    # the prompts in one block, in the other the completions; of equal length the first; 6 is none
+    assert plan.keys.to.tolist() == [5, 6, 0, 1, *[0, 1, 2, 6], *[0, 1, 3, 4]]
+    assert plan.keys.spans == [(slice(0, 4), 2), (slice(4, 12), 2)]
+    queries, asked = plan.all_queries, plan.wanted_queries
+    assert seen(queries) == [[[[1, 0], [1, 1]]] * 2, [[[1, 1, 1, 0], [1, 1, 1, 1]]] * 2]
+    assert queries.blocks.to.tolist() == [
+        10,
+        12,
+        11,
+        13,
+        0,
+        2,
+        1,
+        3,
+        *[4, 12, 5, 13],
+        *[6, 8, 7, 9],
+    ]  # two heads of each
+    assert seen(asked) == [[[[1, 0]], [[1, 1]]], [[[1, 1, 1, 0], [1, 1, 1, 1]]] * 2]
+    assert asked.blocks.to.tolist() == [8, 9, 0, 1, *[2, 10, 3, 11], *[4, 6, 5, 7]]
 
 
 def test_keys_and_values_get_back_the_sum_over_their_places():
     batch = make_batch([[5, 6], [5, 6]], [[1, 2], [3, 4, 9]], pad_id=0, device=CPU, sizes=[2], end_to_end=True)
-    readers = Plan(batch, keys=2, groups=1, dtype=torch.float64).readers  # of 5 6, of 1 and of 3 4
+    plan = Plan(batch, keys=2, groups=1, dtype=torch.float64)  # of 5 6, of 1 and of 3 4
     pair = torch.randn(6, 4, dtype=torch.float64)  # keys of two heads, then their values
     pair[-1] = 0
-    laid = readers.take_pair(pair, 1)
-    assert len(laid) == 2 * readers.keys.num_places
+    laid = plan.take_pair(pair, 1)
+    assert len(laid) == 2 * plan.keys.num_places
     times = torch.tensor([3, 3, 1, 1, 1], dtype=torch.float64)[:, None]  # the prompt is read by itself and by two more
-    torch.testing.assert_close(readers.give_pair(laid), times * pair[:-1])
+    torch.testing.assert_close(plan.give_pair(laid), times * pair[:-1])
+
+
+def test_completions_of_one_token_read_nothing():
+    batch = make_batch([[5, 6], [8]], [[1], [2]], pad_id=0, device=CPU, end_to_end=True)
+    plan = Plan(batch, keys=1, groups=1, dtype=torch.float64)
+    assert plan.wanted.tolist() == [1, 2]
+    assert plan.source.tolist() == [0, 1]
+    assert len(plan.keys.spans) == 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=12), st.sampled_from([0, 7, 40]))
