@@ -195,9 +195,7 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     """Puts a policy where one is named."""
 
-    def __init__(self, file: IO[bytes], policy: Policy | None) -> None:
-        super().__init__(file)
-        self.policy = policy
+    policy: Policy | None
 
     def find_class(self, module: str, name: str) -> Any:
         return (lambda: self.policy) if name == _own_policy.__name__ else super().find_class(module, name)
@@ -210,7 +208,9 @@ def _say(pipe: Connection, message: Any, policy: Policy | None) -> None:
 
 
 def _hear(pipe: Connection, policy: Policy | None) -> Any:
-    return _Unpickler(io.BytesIO(pipe.recv_bytes()), policy).load()
+    unpickler = _Unpickler(io.BytesIO(pipe.recv_bytes()))
+    unpickler.policy = policy
+    return unpickler.load()
 
 
 def _memory(size: int) -> IO[bytes]:
