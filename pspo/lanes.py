@@ -182,9 +182,7 @@ def _own_policy() -> None:
 class _Pickler(pickle.Pickler):
     """Names the policy where it stands in a message; tensors go as arrays, a twentieth of their pickle's time."""
 
-    def __init__(self, file: IO[bytes], policy: Policy | None) -> None:
-        super().__init__(file)
-        self.policy = policy
+    policy: Policy | None
 
     def reducer_override(self, obj: Any) -> Any:
         if obj is self.policy:
@@ -202,8 +200,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _say(pipe: Connection, message: Any, policy: Policy | None) -> None:
-    text = io.BytesIO()
-    _Pickler(text, policy).dump(message)
+    pickler = _Pickler(text := io.BytesIO())
+    pickler.policy = policy
+    pickler.dump(message)
     pipe.send_bytes(text.getbuffer())
 
 
