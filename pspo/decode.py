@@ -28,6 +28,10 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 """Of the attention to prompts: not cuDNN's, which plans anew for every shape."""
 
 
+FEW = 6
+"""Tokens of its own up to which a row's values are summed one by one: for so few a batched product is slow."""
+
+
 class Decoder(Protocol):
     """What the sampler asks of a decoder, under inference mode."""
 
@@ -209,7 +213,9 @@ class Fused:
         weight = score.softmax(-1, torch.promote_types(self.dtype, torch.float32)).to(self.dtype)
         by_prompt = weight.view(-1, told + until)[:, :told].index_select(0, self.blocks.to)
         found = self.blocks.give((by_prompt.view(len(prompt_key), -1, told) @ prompt_value).view(-1, width))
-        return found.add_((weight[..., told:] @ value).view(rows, -1))
+        on_own = weight[..., told:]
+        own = on_own @ value if until > FEW else (on_own[..., None] * value[:, None]).sum(-2)
+        return found.add_(own.view(rows, -1))
 
     def _angles(self, length: int) -> Tensor:
         places = torch.arange(length, device=self.policy.device)
