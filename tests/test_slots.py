@@ -214,15 +214,45 @@ def test_equal_prompts_apart_from_each_other(policy):
     assert until_stop(policy, found) == until_stop(policy, in_step(policy, rows, numbers(), 1.0, 1.0, 24))
 
 
-def test_in_bfloat16_first_tokens_are_mostly_those_of_rows_in_step(tiny_policy):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bfloat16_first_tokens_are_mostly_those_of_rows_in_step(tiny_policy, device):
     policy = dataclasses.replace(tiny_policy(attention="grouped"), autocast=True)
-    rows, random = [PROMPTS[n % 4] for n in range(200)], numbers(200, 4)
+    policy.model.to(device)
+    rows, random = [PROMPTS[n % 4] for n in range(200)], numbers(200, 4).to(device)
     (ours, logprobs), (theirs, others) = (
         decode(policy, rows, random, 1.0, 1.0, 50) for decode in (slots.decode, in_step)
     )
     assert (ours[:, 0] == theirs[:, 0]).double().mean() > 0.97
     same = (ours == theirs).cumprod(1).bool()
     assert (logprobs - others)[same].abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_float32_999_of_1000_rows_are_those_of_rows_in_step(tiny_policy, device):
+    policy, rows = tiny_policy(attention="grouped"), [PROMPTS[n % 4] for n in range(2000)]
+    expected = in_step(policy, rows, numbers(2000, 8), 1.0, 1.0, 2000)
+    policy.model.to(device)
+    found = slots.decode(policy, rows, numbers(2000, 8).to(device), 1.0, 1.0, 500)
+    ours, theirs = (rollout._cut(policy, *(column.cpu() for column in columns)) for columns in (found, expected))
+    assert sum(a[0] == b[0] for a, b in zip(ours, theirs, strict=True)) >= 0.999 * len(rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.2])
+def test_completions_from_a_vocabulary_that_is_not_ranked_at_once(policy, monkeypatch, top_p, device):
+    monkeypatch.setitem(slots.SMALL, "cuda", 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy.model.resize_token_embeddings(3000, mean_resizing=False)
+        torch.nn.init.normal_(policy.model.get_output_embeddings().weight, std=0.1)
+    policy = dataclasses.replace(policy, stop_ids=list(range(2, 3000, 20)))
+    expected = in_step(policy, ROWS, numbers(), 1.0, top_p, 100)
+    policy.model.to(device)
+    found = slots.decode(policy, ROWS, numbers().to(device), 1.0, top_p, 8)
+    assert until_stop(policy, [column.cpu() for column in found]) == until_stop(policy, expected)
 
 
 def test_nothing_is_left_of_the_cache(policy, monkeypatch):
