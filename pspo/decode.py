@@ -28,8 +28,8 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 """Of the attention to prompts: not cuDNN's, which plans anew for every shape."""
 
 
-FEW = 6
-"""Tokens of its own up to which a row's values are summed one by one: for so few a batched product is slow."""
+FEW = 400
+"""Multiplications of one product of a batch below which PyTorch has a plain loop for it, on a CPU."""
 
 
 class Decoder(Protocol):
@@ -214,7 +214,8 @@ class Fused:
         by_prompt = weight.view(-1, told + until)[:, :told].index_select(0, self.blocks.to)
         found = self.blocks.give((by_prompt.view(len(prompt_key), -1, told) @ prompt_value).view(-1, width))
         on_own = weight[..., told:]
-        own = on_own @ value if until > FEW else (on_own[..., None] * value[:, None]).sum(-2)
+        few = groups * until * width < FEW
+        own = (on_own[..., None] * value[:, None]).sum(-2) if few else on_own @ value
         return found.add_(own.view(rows, -1))
 
     def _angles(self, length: int) -> Tensor:

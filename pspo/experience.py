@@ -26,6 +26,10 @@ PART = {"cpu": 128, "cuda": 4096}
 """What one more part costs beside its positions, in positions: a tiny policy's on a CPU, a guess on a GPU."""
 
 
+READERS = 16
+"""Completions behind one copy of a prompt, end to end: each has the prompt's keys laid out once more."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One completion as the update sees it; every list but the prompt has one number for each of its tokens.
@@ -219,36 +223,31 @@ def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Cut]:
     part counting for some. Where tokens are run end to end, a part takes as many as there is room for.
     """
     end_to_end = fused.trains(policy.model.get_decoder(), policy.autocast, policy.gradient_checkpointing)
-    bundles = _bundles(rows, policy, max_tokens if end_to_end else None)
+    made = _bundles(rows, policy, max_tokens if end_to_end else None)
+    bundles = sorted(made, key=lambda bundle: _length([rows[i] for i in bundle]))
     lengths = [_length([rows[i] for i in bundle]) for bundle in bundles]
-    by_length = sorted(range(len(bundles)), key=lengths.__getitem__)
-    parts = (_filled if end_to_end else _least_padded)([lengths[i] for i in by_length], max_tokens, policy)
-    return [
-        Cut(
-            [i for n in by_length[part] for i in bundles[n]],
-            [len(bundles[n]) for n in by_length[part]] if policy.shares_prompts else None,
-            end_to_end,
-        )
-        for part in parts
-    ]
+    cut = _filled(lengths, max_tokens) if end_to_end else _least_padded(lengths, max_tokens, policy.device.type)
+    parts = [bundles[part] for part in cut]
+    sizes = [[len(bundle) for bundle in part] if policy.shares_prompts else None for part in parts]
+    return [Cut([i for b in part for i in b], size, end_to_end) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _filled(lengths: Sequence[int], max_tokens: int, _: Policy) -> list[slice]:
+def _filled(lengths: Sequence[int], max_tokens: int) -> list[slice]:
     starts, room = [], 0
     for n, length in enumerate(lengths):
         if length > room:
             starts.append(n)
             room = max_tokens
         room -= length
-    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(lengths)], strict=False)]
 
 
-def _least_padded(lengths: Sequence[int], max_tokens: int, policy: Policy) -> list[slice]:
+def _least_padded(lengths: Sequence[int], max_tokens: int, device: str) -> list[slice]:
     cost, start = [0.0], [0]  # of the first so many, and where their last part starts
     for end in range(1, len(lengths) + 1):
         starts = [s for s in range(end) if (end - s) * lengths[end - 1] <= max_tokens or s == end - 1]
         start.append(min(starts, key=lambda s: cost[s] + (end - s) * lengths[end - 1]))
-        cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + PART[policy.device.type])
+        cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + PART[device])
     parts: list[slice] = []
     end = len(lengths)
     while end:
@@ -273,7 +272,7 @@ def _bundles(rows: Sequence[Row], policy: Policy, room: int | None) -> list[list
         prompt, own = tuple(row.prompt_ids), len(row.token_ids) - 1
         most = (len(prompt) * (width + len(prompt))) ** 0.5 if room is None else room - len(prompt)
         bundle, tokens = last.get(prompt, ([], 0))
-        if not bundle or tokens + own > most:
+        if not bundle or tokens + own > most or (room is not None and len(bundle) == READERS):
             bundle, tokens = [], 0
             bundles.append(bundle)
         bundle.append(i)

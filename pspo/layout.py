@@ -19,6 +19,9 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 BLOCK = 4096
 """What one more block of the attention costs, in scores."""
 
+ALIKE = 32
+"""Readers of as many queries are told apart by their keys in steps of so many."""
+
 
 class Blocks:
     """Heads of tokens as blocks (rows · key heads, heads of each · places, D), one for each matrix of tokens.
@@ -37,7 +40,7 @@ class Blocks:
         ]
         to, back = np.concatenate(places), np.empty((num_tokens + 1) * heads, dtype=np.int64)
         back[to] = np.arange(len(to))
-        self.num_places, self.heads = len(to), heads
+        self.heads = heads
         self.to = torch.from_numpy(to if zeros else to.clip(max=num_tokens * heads - 1)).to(device)
         self.back = torch.from_numpy(back[: num_tokens * heads]).to(device)
 
@@ -160,10 +163,11 @@ def _read(readers: Readers, blocks: list[Array], num_tokens: int) -> list[Array]
 def _cut(count: Array, total: Array) -> list[Array]:
     """Readers of so many queries and keys as blocks of like size: those that cost least, scores of padding included.
 
-    Blocks are runs of readers sorted by ``count``, cut nowhere between equal ones.
+    Blocks are runs of readers sorted by ``count`` and ``total``, cut nowhere between those that are alike but for
+    fewer than ``ALIKE`` keys.
     """
     order = np.lexsort((total, count))
-    begins = np.flatnonzero(np.diff(count[order], prepend=-1))
+    begins = np.flatnonzero(np.diff(count[order], prepend=-1) | np.diff(total[order] // ALIKE, prepend=-1))
     queries, keys, ends = count[order][begins], np.maximum.reduceat(total[order], begins), [*begins, len(order)]
     cost, cuts = np.zeros(len(ends)), [0]
     for end in range(1, len(ends)):

@@ -117,14 +117,15 @@ class State:
             self.graphs[until] = work if self.pool is None else Graph(work, self.pool)
         self.graphs[until]()
 
-    def look(self) -> list[tuple[bool, int]]:
-        """Of each slot, whether it has ended and how far its text goes, once those that stand still have drawn."""
+    def look(self) -> tuple[dict[int, int], int]:
+        """How far the text of each slot goes that is being written, and how many rows stood still until now."""
         ended, stands, place = torch.stack([self.ended_B.long(), self.stands_B.long(), self.place_B]).tolist()
-        if any(stands):
-            slot_B = torch.tensor([slot for slot, still in enumerate(stands) if still], device=self.row_B.device)
+        still = [slot for slot, stood in enumerate(stands) if stood]
+        if still:
+            slot_B = torch.tensor(still, device=self.row_B.device)
             self._draw(self.logits_BV[slot_B], slot_B)
-            return self.look()
-        return [(bool(has_ended), last + 1) for has_ended, last in zip(ended, place, strict=True)]
+            return self.look()[0], len(still)
+        return {slot: last + 1 for slot, last in enumerate(place) if not ended[slot]}, 0
 
     def keep(self, slot_B: Tensor) -> None:
         """Drop all slots but these, and with them all graphs; a pool ends with its last one."""
@@ -202,14 +203,14 @@ def decode(
 def _write(state: State, prompts: Sequence[list[int]]) -> None:
     device, room, waiting = state.row_B.device, len(state.decoder.places), deque(range(len(prompts)))
     while True:
-        seen = state.look()
-        ends = {slot: end for slot, (has_ended, end) in enumerate(seen) if not has_ended}  # of slots being written
+        (ends, stood), slots = state.look(), len(state.row_B)
+        steps = 1 if 2 * stood > len(ends) else min(LOOK, state.length_T - 1)  # flat ones are drawn from at looks alone
         if not waiting and not ends:
             return
-        if not waiting and len(seen) > SMALL[device.type] and len(ends) < SHRINK_BELOW * len(seen):
+        if not waiting and slots > SMALL[device.type] and len(ends) < SHRINK_BELOW * slots:
             state.keep(torch.tensor(list(ends), device=device))
             ends = dict(enumerate(ends.values()))
-        free = [slot for slot in range(len(seen)) if slot not in ends][: len(waiting)]
+        free = [slot for slot in range(slots) if slot not in ends][: len(waiting)]
         if free:
             taken = [waiting.popleft() for _ in free]
             slot_B, row_B = torch.tensor(free, device=device), torch.tensor(taken, device=device)
@@ -217,7 +218,7 @@ def _write(state: State, prompts: Sequence[list[int]]) -> None:
             unlike, prompt_of_B = once([prompts[row] for row in taken])
             state.begin(slot_B, row_B, length_B, state.decoder.fill(slot_B, unlike, prompt_of_B.to(device)))
             ends |= {slot: len(prompts[row]) + 1 for slot, row in zip(free, taken, strict=True)}
-        for _ in range(min(LOOK, state.length_T - 1)):
+        for _ in range(steps):
             interrupt.check()
             state.step(min(-(-max(ends.values()) // PLACES) * PLACES, room))
             ends = {slot: min(end + 1, room) for slot, end in ends.items()}

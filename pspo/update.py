@@ -30,7 +30,9 @@ class Update(Schema, block="update"):
 
     num_epochs: int = key("passes over a rollout", within="[1, inf)")
     num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
-    max_tokens: int = key("padded tokens of one micro-batch; bounds memory and changes nothing else", within="[1, inf)")
+    max_tokens: int = key(
+        "tokens of one micro-batch, padding included; bounds memory and changes nothing else", within="[1, inf)"
+    )
     old_logprobs: Literal["sampler", "recompute"] = key(
         "log π_old: as the sampler found it, or from one more pass, where the gap between the two is too wide"
     )

@@ -97,9 +97,14 @@ def test_keys_and_values_get_back_the_sum_over_their_places():
     pair = torch.randn(6, 4, dtype=torch.float64)  # keys of two heads, then their values
     pair[-1] = 0
     laid = plan.take_pair(pair, 1)
-    assert len(laid) == 2 * plan.keys.num_places
+    assert len(laid) == 2 * len(plan.keys.to)
     times = torch.tensor([3, 3, 1, 1, 1], dtype=torch.float64)[:, None]  # the prompt is read by itself and by two more
     torch.testing.assert_close(plan.give_pair(laid), times * pair[:-1])
+
+
+def test_one_long_prompt_widens_no_other_ones_block():
+    count, total = np.full(200, 32), np.array([60] * 199 + [2000])
+    assert [len(chosen) for chosen in _cut(count, total)] == [199, 1]
 
 
 def test_completions_of_one_token_read_nothing():
@@ -119,11 +124,12 @@ def test_blocks_of_readers_are_those_that_cost_least(sizes, block):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "BLOCK", block)
+        patch.setattr(layout, "ALIKE", 4)
         found = _cut(count, total)
     order = np.concatenate(found)
     assert sorted(order) == list(range(len(sizes)))
     assert (np.diff(count[order]) >= 0).all()
-    steps = np.flatnonzero(np.diff(count[order])) + 1
+    steps = np.flatnonzero(np.diff(count[order]) | np.diff(total[order] // 4)) + 1
     every = (
         np.split(order, [s for s, taken in zip(steps, choice, strict=True) if taken])
         for choice in itertools.product([False, True], repeat=len(steps))

@@ -194,6 +194,15 @@ def test_a_row_with_a_wide_nucleus_stands_still_until_the_next_look(policy, monk
     assert (sum(stood) > 0) == some_stand
 
 
+def test_where_most_rows_stand_still_each_step_is_followed_by_a_look(policy, monkeypatch):
+    steps, step = [], slots.State.step
+    monkeypatch.setattr(slots.State, "step", lambda self, until: (steps.append(until), step(self, until))[1])
+    monkeypatch.setattr(slots, "draw_ranked", partial(draw_ranked, ranked=1))
+    policy = dataclasses.replace(policy, stop_ids=[0])
+    slots.decode(policy, ROWS, numbers(), 1.0, 0.9999, 24)
+    assert len(steps) < 19 + 2 * slots.LOOK
+
+
 @pytest.mark.parametrize(("rows", "length"), [(1, 20), (24, 1), (24, 2), (1, 1)])
 def test_one_row_and_one_token(policy, rows, length):
     found = slots.decode(policy, ROWS[:rows], numbers(rows, length), 1.0, 1.0, 5)

@@ -170,6 +170,9 @@ def test_end_to_end_a_micro_batch_takes_what_there_is_room_for(tiny_policy):
     shared = pack(rows, 60, replace(policy, shares_prompts=True))
     assert [cut.sizes for cut in shared] == [[4, 1], [11]]  # 13 and 30 positions, and 50
     assert [cut.sizes for cut in pack(rows, 35, replace(policy, shares_prompts=True))] == [[4, 10], [1], [1]]
+    many = pack([blank([9], 3)] * 40, 1000, replace(policy, shares_prompts=True))
+    assert [sorted(cut.sizes) for cut in many] == [[8, 16, 16]]
+    assert pack([], 60, policy) == []
 
 
 def test_completions_share_their_prompt_up_to_the_length_that_costs_least(one_policy):

@@ -62,7 +62,7 @@ METRICS: dict[str, str] = {
     "critic/explained_variance": "1 − Var(R − V) / Var(R) before the updates: 1 is perfect, 0 a constant",
     "optimizer/grad_norm_mean": "norm of the gradient before clipping, mean over the step's updates",
     "optimizer/lr": "learning rate of the step's last update",
-    "update/padding_rate": "positions of the updates' micro-batches that hold no token, 0 to 1",
+    "update/padding_rate": "positions of the updates' micro-batches that hold no token; 0 where they run end to end",
     "budget/steps": "rollouts so far",
     "budget/prompts": "prompts sampled from so far",
     "budget/completion_tokens": "tokens sampled for training so far",
