@@ -27,9 +27,9 @@ from pspo.model import Policy
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of the attention to prompts: not cuDNN's, which plans anew for every shape."""
 
-
 FEW = 400
-"""Multiplications of one product of a batch below which PyTorch has a plain loop for it, on a CPU."""
+"""Multiplications of one product of a batch below which PyTorch has a plain loop for it on a CPU, as measured: up to
+2.5 times slower than a sum."""
 
 
 class Decoder(Protocol):

@@ -25,7 +25,6 @@ from pspo.stream import Stream
 PART = {"cpu": 128, "cuda": 4096}
 """What one more part costs beside its positions, in positions: a tiny policy's on a CPU, a guess on a GPU."""
 
-
 READERS = 16
 """Completions behind one copy of a prompt, end to end: each has the prompt's keys laid out once more."""
 
