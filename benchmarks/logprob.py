@@ -15,10 +15,10 @@ import torch
 
 from benchmarks import measure
 from benchmarks.preset import PRESETS, random_policy
-from pspo import environment
-from pspo.batch import make_batch
 from pspo.config import compose
-from pspo.logprob import token_logprobs
+from pspo.host import environment
+from pspo.model.batch import make_batch
+from pspo.model.logprob import token_logprobs
 
 ROWS, LENGTH = 32, 256
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pspo import environment
+from pspo.host import environment
 
 RESULTS = Path(__file__).parent / "results"
 FACTORS_AT = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0}

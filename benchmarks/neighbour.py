@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.preset import Steps, make_trainer
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 
 
 @contextlib.contextmanager

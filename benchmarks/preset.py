@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pspo import dataset, environment, lanes, model
+from pspo import dataset, lanes, model
 from pspo.config import Config, compose
 from pspo.dataset import embedded
+from pspo.host import environment
 from pspo.model import Policy, attention, tiny
 from pspo.reward import Reward, Score, make_reward
 from pspo.tracker import Tracker

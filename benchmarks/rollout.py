@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 
 from benchmarks import measure
 from benchmarks.preset import NEVER, make_trainer
+from pspo.base.schema import ConfigError
 from pspo.dataset import order
 from pspo.rollout import sample
-from pspo.schema import ConfigError
 from pspo.trainer import Trainer
 
 SIZES = ("rollout.prompts=32", "rollout.group_size=8", "rollout.max_new_tokens=34")

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.preset import PRESETS, make_trainer
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 from pspo.trainer import Trainer
 
 

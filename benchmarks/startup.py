@@ -18,14 +18,14 @@ from benchmarks import measure
 IMPORTS = "import torch, transformers, datasets, hydra; print('ready', flush=True)"
 CLASSES = f"from transformers import AutoTokenizer, Qwen2ForCausalLM; {IMPORTS}"
 RUN = """
-import pspo.run
+import pspo.run.__main__
 
 def ready(*_, **__):
     print("ready", flush=True)
     raise SystemExit
 
-pspo.run.answer = ready  # the test before training is what comes first
-pspo.run.cli()
+pspo.run.job.answer = ready  # the test before training is what comes first
+pspo.run.__main__.cli()
 """
 
 

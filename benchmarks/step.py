@@ -27,7 +27,7 @@ from benchmarks import measure
 from benchmarks.measure import row
 from benchmarks.preset import PRESETS, Steps, make_trainer
 from benchmarks.theirs import Turns, make_theirs
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 from pspo.trainer import Trainer
 
 DTYPES = ("float32", "bfloat16")

@@ -65,7 +65,7 @@ class Arms(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher. ``hydra.launcher.dry_run`` is a key of ours that Hydra's own gets as well."""
-        from pspo.schema import ConfigError
+        from pspo.base.schema import ConfigError
 
         self.loader, launcher, self.dry_run = hydra_context.config_loader, config.hydra.launcher, False
         if launcher._target_ == BASIC:

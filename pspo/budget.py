@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from pspo.schema import ConfigError, Schema, key
+from pspo.base.schema import ConfigError, Schema, key
 
 
 @dataclass

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from pspo import __version__
-from pspo.files import SaveError, new_directory, write_json
+from pspo.base.files import SaveError, new_directory, write_json
+from pspo.base.schema import ConfigError, Schema, key
 from pspo.model import Policy
-from pspo.schema import ConfigError, Schema, key
 
 log = logging.getLogger("pspo")
 

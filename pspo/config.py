@@ -15,18 +15,18 @@ import yaml
 
 from pspo import dataset, model
 from pspo.advantage import Advantage
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
 from pspo.diagnostics import Diagnostics
-from pspo.evaluation import Evaluation
+from pspo.evaluate import Evaluation
 from pspo.loss import Loss
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective
 from pspo.optimizer import Optimizer
 from pspo.reward import RewardConfig, make_reward
 from pspo.rollout import Rollout
-from pspo.schema import ConfigError, Schema, as_dict, build, key
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
 from pspo.update import Update

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pspo.base.schema import Schema, key, unknown
 from pspo.loss import Weighed
 from pspo.objective import OBJECTIVES, Objective
-from pspo.schema import Schema, key, unknown
 
 ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/before_k3")
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""

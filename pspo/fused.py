@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pspo.batch import Batch
 from pspo.layout import Plan
+from pspo.model.batch import Batch
 
 FAMILY = ("LlamaModel", "Qwen2Model")
 ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on how long the text is

@@ -26,8 +26,9 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
-from pspo import environment, fused, interrupt
-from pspo.console import log
+from pspo import fused
+from pspo.base.console import log
+from pspo.host import environment, interrupt
 from pspo.model import Policy
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pspo.batch import Batch
+from pspo.model.batch import Batch
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pspo.advantage import Advantage
-from pspo.logprob import LOG_RATIO_CLAMP, log_ratio
+from pspo.base.schema import ConfigError, Schema, key
+from pspo.base.statistics import Statistics
+from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
 from pspo.objective import Objective, ObjectiveInput
-from pspo.schema import ConfigError, Schema, key
-from pspo.statistics import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, cast
 
 import torch
 
-from pspo.schema import Schema, key, unknown
+from pspo.base.schema import Schema, key, unknown
 
 
 @dataclass(frozen=True, kw_only=True)

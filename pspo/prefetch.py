@@ -15,13 +15,14 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from pspo import dataset, environment, model
+from pspo import dataset, model
+from pspo.base.console import log, log_to_console
+from pspo.base.schema import ConfigError
 from pspo.config import Config, compose_all
-from pspo.console import log, log_to_console
+from pspo.host import environment
 from pspo.model import source
 from pspo.model.warm_start import cache_directory
-from pspo.run import EXPECTED
-from pspo.schema import ConfigError
+from pspo.run.__main__ import EXPECTED
 from pspo.sweep import expand
 
 VERIFY = "--verify"

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pspo import interrupt
-from pspo.decode import Fused, once
-from pspo.draw import draw, draw_ranked
+from pspo.host import interrupt
 from pspo.model import Policy
+from pspo.rollout.samplers.decode import Fused, once
+from pspo.rollout.samplers.draw import draw, draw_ranked
 
 LOOK = 8
 """Steps from one look at who has ended, or stands still, to the next."""

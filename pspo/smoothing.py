@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
-from pspo.schema import Schema, key, unknown
+from pspo.base.schema import Schema, key, unknown
 
 
 @dataclass(frozen=True, kw_only=True)

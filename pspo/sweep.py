@@ -22,10 +22,10 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pspo.base.files import write_json
+from pspo.base.schema import ConfigError, Schema, build, key, unknown
 from pspo.config import CONF
-from pspo.files import write_json
 from pspo.launcher import Planned, make_plan
-from pspo.schema import ConfigError, Schema, build, key, unknown
 
 SWEEPS = CONF.parent / "sweeps"
 """The files: beside ``conf/``, in a checkout and in an installed wheel."""
@@ -194,7 +194,7 @@ def find(name: str) -> Path:
 
 def cli() -> None:
     """``python -m pspo.sweep``: what ``python -m pspo.run -m`` does, with the arms of a file."""
-    from pspo import run
+    from pspo.run import __main__ as run
 
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         about = {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in names()}

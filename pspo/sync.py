@@ -12,8 +12,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from pspo.files import write_json
-from pspo.schema import ConfigError
+from pspo.base.files import write_json
+from pspo.base.schema import ConfigError
 from pspo.status import held
 
 COMMAND = [sys.executable, "-m", "wandb", "sync", "--include-synced"]  # which parts are new is decided here

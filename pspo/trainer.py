@@ -10,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pspo import checkpoint, interrupt
+from pspo import checkpoint
 from pspo.advantage import has_spread
+from pspo.advantage.critic import make_critic
+from pspo.base.console import log, progress_bar
+from pspo.base.files import JsonLines, SaveError
+from pspo.base.statistics import Statistics
+from pspo.base.stream import Stream, generator
 from pspo.budget import Progress
 from pspo.config import Config, default_objective, identity
-from pspo.console import log, progress_bar
-from pspo.critic import make_critic
 from pspo.dataset import Prompt
 from pspo.diagnostics import Record
-from pspo.evaluation import completion_row, validate
-from pspo.experience import collect, make_rows
-from pspo.files import JsonLines, SaveError
-from pspo.memory import peak_gib
+from pspo.evaluate import completion_row, validate
+from pspo.host import interrupt
+from pspo.host.memory import peak_gib
 from pspo.model import Policy
 from pspo.objective import Objective
 from pspo.reward import Reward
-from pspo.statistics import Statistics
-from pspo.stream import Stream, generator
+from pspo.rollout.experience import collect, make_rows
 from pspo.tracker import Tracker
 from pspo.update import Learner, update
 

@@ -12,7 +12,8 @@ from huggingface_hub import constants
 from training import composed
 
 from pspo import report
-from pspo.run import cli, run
+from pspo.run.__main__ import cli
+from pspo.run.job import run
 
 SMALL = [
     "model.warm_start.worked_steps=20",

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo.advantage import ADVANTAGES, GAE, Advantage, Group, LeaveOneOut, Mean, has_spread
+from pspo.base.schema import ConfigError, build
 from pspo.config import compose
-from pspo.schema import ConfigError, build
 
 
 def group(ddof, eps):

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 from training import configured
 
-from pspo.advice import advice
 from pspo.config import default_objective
 from pspo.objective import OBJECTIVES
+from pspo.run.advice import advice
 
 INERT = "one optimizer step per rollout: every ratio is 1 and the trust region is inert"
 RESCALING = "is a mere rescaling here: linear smoothing multiplies the gradient by 1 - alpha"

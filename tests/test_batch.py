@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pspo.batch import make_batch, pad_to
-from pspo.logprob import token_logprobs
+from pspo.model.batch import make_batch, pad_to
+from pspo.model.logprob import token_logprobs
 
 CPU = torch.device("cpu")
 PROMPTS = [[11, 12, 13, 14], [11, 12, 13, 14], [11, 12, 13, 14], [21], [31, 32], [31, 32]]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import measure, neighbour, table
-from pspo import environment
+from pspo.host import environment
 
 CPU = torch.device("cpu")
 

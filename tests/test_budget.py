@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pspo.base.schema import ConfigError, build
 from pspo.budget import UNITS, Budget, Progress
-from pspo.schema import ConfigError, build
 
 NONE = dict.fromkeys(UNITS)
 units = pytest.mark.parametrize("unit", UNITS)

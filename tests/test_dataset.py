@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pspo import dataset
+from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem
-from pspo.schema import ConfigError, build
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))

@@ -8,10 +8,10 @@ import transformers
 
 from pspo import rollout
 from pspo.dataset import Problem, Prompt
-from pspo.decode import Fused, Library, make_decoder
-from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
+from pspo.model.logprob import autocast_to_bfloat16
 from pspo.rollout import sample
+from pspo.rollout.samplers.decode import Fused, Library, make_decoder
 
 CPU = torch.device("cpu")
 PROMPTS = [[11, 12, 13, 14], [21], [31, 32, 33, 34, 35, 36, 37], [41, 42]]

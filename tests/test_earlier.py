@@ -6,9 +6,9 @@ from forked import TINY, ends, log_of, make, only_run, output_of
 from training import composed
 
 from pspo import checkpoint
+from pspo.base.schema import ConfigError
 from pspo.config import identity, run_directory
-from pspo.earlier import check
-from pspo.schema import ConfigError
+from pspo.run.earlier import check
 
 
 @pytest.fixture(scope="module")

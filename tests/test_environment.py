@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pspo
-from pspo import environment
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
+from pspo.host import environment
 
 PACKAGE = Path(pspo.__file__).parent
 

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from training import make_trainer, problems
 
 from pspo.advantage import GAE, Group, LeaveOneOut, Mean
-from pspo.batch import make_batch
-from pspo.critic import make_critic
+from pspo.advantage.critic import make_critic
+from pspo.base.stream import Stream
 from pspo.dataset import order
-from pspo.experience import Collected, Row, collect, make_rows, score
-from pspo.logprob import token_logprobs
+from pspo.model.batch import make_batch
+from pspo.model.logprob import token_logprobs
 from pspo.reward import Score
 from pspo.rollout import Completion, Rollout, sample
-from pspo.stream import Stream
+from pspo.rollout.experience import Collected, Row, collect, make_rows, score
 
 ROLLOUT = Rollout(
     prompts=3,
@@ -115,7 +115,7 @@ def test_a_step_draws_the_data_order_on_from_its_start_and_keeps_to_its_cap(spre
     """Against the rule itself, with a sampler that samples nothing."""
     rollout = replace(ROLLOUT, prompts=prompts, max_redraws=max_redraws)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pspo.experience.sample", nothing)
+        patch.setattr("pspo.rollout.experience.sample", nothing)
         found = collected(None, rollout, spread, start=start, total=40)
     ids = drawn(found)
     assert ids == asked(len(ids), start, total=40)

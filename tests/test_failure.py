@@ -6,10 +6,10 @@ import pytest
 import torch
 from forked import make, only_run
 
-from pspo import failure
-from pspo.files import SaveError
-from pspo.lock import Owner
-from pspo.schema import ConfigError
+from pspo.base.files import SaveError
+from pspo.base.schema import ConfigError
+from pspo.run import outcome as failure
+from pspo.run.lock import Owner
 from pspo.update import NonFiniteError
 
 OWNER = Owner("node", 1, "123_4", 0, 2, "2026-01-01T00:00:00+00:00")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo.files import JsonLines, new_directory, read_lines, write_json, write_text
+from pspo.base.files import JsonLines, new_directory, read_lines, write_json, write_text
 
 # What str.splitlines() breaks at, beside the newline: vertical tab, form feed, separators, NEL, U+2028 and U+2029.
 LINE_BREAKS = "\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"

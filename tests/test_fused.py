@@ -6,9 +6,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pspo import fused, layout, logprob
-from pspo.batch import make_batch
-from pspo.model import attention  # noqa: F401 - registers grouped
+from pspo import fused, layout
+from pspo.model import (
+    attention,  # noqa: F401 - registers grouped
+    logprob,
+)
+from pspo.model.batch import make_batch
 
 CPU = torch.device("cpu")
 BASE = {

@@ -14,8 +14,9 @@ from submitit.core.submission import process_job
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from training import composed
 
-from pspo import interrupt, rollout, trainer
-from pspo.run import run
+from pspo import rollout, trainer
+from pspo.host import interrupt
+from pspo.run.job import run
 
 RARELY = ["checkpoint.every=100"]
 """Nothing but a signal, the end of the job's time and the end of the run makes a checkpoint."""

@@ -17,14 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import make_trainer
 
-from pspo import interrupt, lanes
+from pspo import lanes
+from pspo.base.statistics import Statistics
 from pspo.config import default_objective
 from pspo.diagnostics import InnerStep
-from pspo.experience import Row
+from pspo.host import interrupt
 from pspo.loss import Loss
 from pspo.model import Policy, stop_ids
 from pspo.rollout import in_lanes, in_step, uniforms
-from pspo.statistics import Statistics
+from pspo.rollout.experience import Row
 from pspo.update import Learner, accumulate, deal
 
 PLAIN = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.1}

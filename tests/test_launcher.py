@@ -12,12 +12,12 @@ import pytest
 import submitit
 import yaml
 
+from pspo.base.schema import ConfigError
 from pspo.config import CONF, compose, run_directory
 from pspo.launcher import Job, RunsFailed, configure, make_plan, result
 from pspo.launcher.local import Local
 from pspo.launcher.plan import Planned
 from pspo.launcher.slurm import Slurm
-from pspo.schema import ConfigError
 
 
 def preset(kind, **values):

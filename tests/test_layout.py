@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo import layout
-from pspo.batch import make_batch
 from pspo.layout import Blocks, Plan, _cut
+from pspo.model.batch import make_batch
 
 CPU = torch.device("cpu")
 

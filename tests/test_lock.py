@@ -7,9 +7,9 @@ import time
 import filelock
 import pytest
 
-from pspo import lock
-from pspo.lock import Owner, hold, owner
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
+from pspo.run import lock
+from pspo.run.lock import Owner, hold, owner
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pspo import logprob
-from pspo.batch import make_batch
-from pspo.logprob import LOG_RATIO_CLAMP, log_ratio, token_logprobs
+from pspo.model import logprob
+from pspo.model.batch import make_batch
+from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio, token_logprobs
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 7], [8], [11, 12, 13, 14, 15], [20, 21]]

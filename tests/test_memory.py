@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pspo.memory import NoRoomError, halving, is_out_of_memory, peak_gib
+from pspo.host.memory import NoRoomError, halving, is_out_of_memory, peak_gib
 
 
 def limited(most, error, tried):

@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pspo import hub, model
-from pspo.batch import make_batch
+from pspo import model
+from pspo.base.schema import ConfigError
 from pspo.dataset import Problem, Prompt, render
-from pspo.logprob import token_logprobs
+from pspo.host import hub
 from pspo.model import source, tiny, warm_start
 from pspo.model.attention import can_share
+from pspo.model.batch import make_batch
+from pspo.model.logprob import token_logprobs
 from pspo.model.policy import Lora
 from pspo.rollout import sample
-from pspo.schema import ConfigError
 
 CPU = torch.device("cpu")
 ARCHITECTURE = tiny.Architecture(

@@ -12,10 +12,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pspo.logprob import LOG_RATIO_CLAMP, log_ratio
+from pspo.base.schema import ConfigError, as_dict, build
+from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
 from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
 from pspo.optimizer import SGD, AdamW
-from pspo.schema import ConfigError, as_dict, build
 
 LOGPROB = -2.0  # of every token of ``inputs``
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
+from pspo.base.schema import ConfigError, build
 from pspo.optimizer import OPTIMIZERS, SGD, AdamW, Optimizer
-from pspo.schema import ConfigError, build
 
 SHARED = {"lr": 0.5, "warmup_steps": 4, "decay": "linear", "max_grad_norm": 1.0}
 ADAMW = {"name": "adamw", **SHARED, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}

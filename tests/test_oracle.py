@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 
+from pspo.base.statistics import Statistics
 from pspo.config import compose
-from pspo.experience import Row, score
 from pspo.model import save
-from pspo.statistics import Statistics
+from pspo.rollout.experience import Row, score
 from pspo.update import Learner, accumulate
 
 pytestmark = [

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from forked import SMALL, command, make, output_of
 
+from pspo.base.schema import ConfigError
 from pspo.config import compose
 from pspo.model import tiny
 from pspo.prefetch import exports, fetch, verify
-from pspo.schema import ConfigError
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c" * 40

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pspo.base.statistics import wilson_interval
 from pspo.report import METRICS, difference, final_table, meaning, read_metrics, write_curves, write_report
 from pspo.report.curves import LABEL_SPACING, PANELS, _spread, panels_of
 from pspo.report.metrics import table
-from pspo.statistics import wilson_interval
 
 README = Path(__file__).parents[1] / "README.md"
 ATTACK = "18 * 5 = <script>alert(1)</script>&lt;\u2028\x1b[31m \u202e\n#### 90"

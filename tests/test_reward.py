@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from pspo.base.schema import ConfigError, build
 from pspo.dataset import Problem, sources
 from pspo.reward import RewardConfig, answer, asked, check_gold, extract, make_reward, normal, number, same
-from pspo.schema import ConfigError, build
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))

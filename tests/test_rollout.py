@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from pspo import rollout
 from pspo.dataset import Problem, Prompt, render
-from pspo.decode import Fused, Library
-from pspo.draw import draw
-from pspo.experience import Row, score
-from pspo.memory import NoRoomError
+from pspo.host.memory import NoRoomError
 from pspo.model import Policy
 from pspo.model.attention import can_share
 from pspo.rollout import sample, uniforms
+from pspo.rollout.experience import Row, score
+from pspo.rollout.samplers.decode import Fused, Library
+from pspo.rollout.samplers.draw import draw
 
 LAST = 1 - 2**-53  # the largest number that the generator gives
 QUESTIONS = ["1+1=", "How many apples?", "Tom has 3 apples and buys 4 more.", "12*5", "?", "Tom buys 60 apples 4 times"]

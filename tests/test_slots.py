@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pspo import rollout, slots
 from pspo.dataset import Problem, Prompt
-from pspo.draw import draw_ranked
-from pspo.interrupt import Interrupted
+from pspo.host.interrupt import Interrupted
 from pspo.rollout import in_step, sample, uniforms
+from pspo.rollout.samplers.draw import draw_ranked
 
 PROMPTS = [[11, 12, 13, 14], [21], [31, 32, 33, 34, 35, 36, 37], [41, 42]]
 ROWS = [prompt for prompt in PROMPTS for _ in range(6)]

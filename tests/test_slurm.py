@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pspo import slurm
+from pspo.base.schema import ConfigError
+from pspo.host import slurm
 from pspo.launcher import make_plan
 from pspo.launcher.settings import configure
-from pspo.schema import ConfigError
 from pspo.status import collect
 from pspo.status.__main__ import cancel, retry
 from tests.cluster import alive, cluster, wait_for  # noqa: F401

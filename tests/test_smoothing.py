@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import Killed, make_trainer
 
+from pspo.base.schema import ConfigError, build
 from pspo.config import compose
-from pspo.schema import ConfigError, build
 from pspo.smoothing import SMOOTHINGS, Adaptive, Constant, Linear, Smoothing
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 
-from pspo.statistics import Statistics, wilson_interval
+from pspo.base.statistics import Statistics, wilson_interval
 
 numbers = st.lists(st.tuples(st.floats(-100, 100), st.booleans()), min_size=1, max_size=30)
 

@@ -8,8 +8,8 @@ import filelock
 import pytest
 from rich.console import Console
 
-from pspo import slurm
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
+from pspo.host import slurm
 from pspo.status import collect, held
 from pspo.status.__main__ import cancel, retry, table
 from pspo.status.state import STATES

@@ -11,9 +11,9 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from pspo import sweep
+from pspo.base.schema import ConfigError
 from pspo.config import CONF, compose, groups, run_directory
 from pspo.launcher import make_plan
-from pspo.schema import ConfigError
 
 TWO_FACTORS = """
 common: [optimizer.lr=1e-5, rollout.prompts=8]

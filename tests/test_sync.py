@@ -11,7 +11,7 @@ import pytest
 import wandb
 
 from pspo import sync
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 from tests.test_tracker import WANDB, offline, open_tracker  # noqa: F401
 
 # Takes parts as `wandb sync` does: keeps a record of the order, leaves its mark, and fails for what is told to fail.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from forked import make, output_of
 
-from pspo.schema import ConfigError, build
+from pspo.base.schema import ConfigError, build
 from pspo.tracker import Tracker, TrackerConfig, WandbConfig
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_configuration_errors_name_the_choices():
 
 def test_jsonl_does_not_import_wandb(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from pspo.schema import build; from pspo.tracker import *\n"
+        "import sys; from pathlib import Path; from pspo.base.schema import build; from pspo.tracker import *\n"
         "t = Tracker(build(TrackerConfig, {'name': 'jsonl'}), Path(sys.argv[1]),"
         " run_name='r', group='g', job_type='train', resolved_config={})\n"
         "t.log({'a/b_mean': 1}, 1); t.commit(1); t.summarize({}); t.close(); assert 'wandb' not in sys.modules"

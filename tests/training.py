@@ -5,10 +5,10 @@ import math
 
 from omegaconf import OmegaConf
 
+from pspo.base.schema import as_dict
 from pspo.config import compose, resolve
 from pspo.dataset import Problem, Prompt
 from pspo.reward import Score
-from pspo.schema import as_dict
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
+from pspo.base.schema import ConfigError, Schema, key
+from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
-from pspo.schema import ConfigError, Schema, key
-from pspo.stream import Stream, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

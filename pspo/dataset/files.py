@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 
 # train.jsonl, train-00000-of-00001.parquet, but not train_socratic.jsonl
 SPLIT = re.compile(r"(train|validation|test)(-\d+-of-\d+.*)?")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pspo import hub
+from pspo.base.schema import ConfigError
 from pspo.dataset import files
 from pspo.dataset.files import Row
 from pspo.dataset.problem import Problem, worked
-from pspo.schema import ConfigError
+from pspo.host import hub
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 from pspo.config import open_keys
 from pspo.launcher.base import Launcher, RunsFailed
-from pspo.launcher.job import Job, result
+from pspo.launcher.job import Job
 from pspo.launcher.plan import Planned, counted, make_plan, show
 from pspo.launcher.settings import configure
 
@@ -18,6 +18,5 @@ __all__ = [
     "counted",
     "make_plan",
     "open_keys",
-    "result",
     "show",
 ]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pspo.console import log, log_to_console
-from pspo.files import write_json
-from pspo.launcher.job import failure, result
+from pspo.base.console import log, log_to_console
+from pspo.base.files import write_json
+from pspo.base.schema import Schema, as_dict, key
 from pspo.launcher.plan import Planned, counted, show, unique
-from pspo.schema import Schema, as_dict, key
+from pspo.run.outcome import failure, result
 
 
 class RunsFailed(RuntimeError):

@@ -13,11 +13,12 @@ from typing import Any
 import submitit
 import torch
 
-from pspo.console import log
+from pspo.base.console import log
+from pspo.base.schema import ConfigError, key
 from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
-from pspo.launcher.job import Job, failure
+from pspo.launcher.job import Job
 from pspo.launcher.plan import Planned, counted
-from pspo.schema import ConfigError, key
+from pspo.run.outcome import failure
 
 NO_LIMIT_MIN = 366 * 24 * 60
 POLL_S = 0.2

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pspo import earlier
+from pspo.base.schema import ConfigError, as_dict
 from pspo.config import check, compose_all, identity, run_directory
-from pspo.schema import ConfigError, as_dict
+from pspo.run import earlier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
+from pspo.base.schema import ConfigError, build
 from pspo.launcher.base import Launcher
 from pspo.launcher.local import Local
 from pspo.launcher.slurm import Slurm
-from pspo.schema import ConfigError, build
 
 
 def configure(kind: str, values: Mapping[str, Any], overrides: Sequence[str]) -> Launcher:

@@ -16,12 +16,12 @@ import submitit
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import _make_sbatch_string
 
-from pspo import slurm
-from pspo.console import log
+from pspo.base.console import log
+from pspo.base.schema import ConfigError, key
+from pspo.host import slurm
 from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
 from pspo.launcher.job import Job
 from pspo.launcher.plan import Planned, counted, with_queued
-from pspo.schema import ConfigError, key
 
 NO_LIMIT = 10**6
 """Requeues that submitit allows: a job that is preempted often must not use them up."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from pspo.batch import make_batch
-from pspo.logprob import autocast_to_bfloat16, predicting_states
+from pspo.model.batch import make_batch
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states
 
 
 def grouped(

@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pspo.files import SaveError, new_directory
-from pspo.logprob import autocast_to_bfloat16
+from pspo.base.files import SaveError, new_directory
+from pspo.base.schema import ConfigError, Schema, key
 from pspo.model import attention, source, warm_start
+from pspo.model.logprob import autocast_to_bfloat16
 from pspo.model.tiny import Architecture
 from pspo.model.warm_start import WarmStart
-from pspo.schema import ConfigError, Schema, key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pspo import hub
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
+from pspo.host import hub
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 """What a causal language model needs: configuration, weights, tokenizer. No pickles and no code."""

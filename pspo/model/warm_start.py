@@ -18,15 +18,16 @@ import filelock
 import torch
 import transformers
 
-from pspo import fused, interrupt
-from pspo.batch import make_batch
-from pspo.console import track
+from pspo import fused
+from pspo.base.console import track
+from pspo.base.files import new_directory
+from pspo.base.schema import ConfigError, Schema, as_dict, key
+from pspo.base.stream import Stream, generator
 from pspo.dataset import Problem, embedded, render
-from pspo.files import new_directory
-from pspo.logprob import token_logprobs
+from pspo.host import interrupt
 from pspo.model import tiny
-from pspo.schema import ConfigError, Schema, as_dict, key
-from pspo.stream import Stream, generator
+from pspo.model.batch import make_batch
+from pspo.model.logprob import token_logprobs
 
 if TYPE_CHECKING:
     from pspo.model.policy import Model
@@ -76,9 +77,8 @@ def cache_directory() -> Path:
 
 def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
     """A name for everything that influences the weights: settings, data, code, versions and thread count."""
-    source = Path(__file__).parent
-    above = [source.parent / f"{name}.py" for name in ("batch", "fused", "layout", "logprob")]
-    code = [source / "tiny.py", source / "warm_start.py", *above, Path(embedded.__file__)]
+    names = ("tiny", "warm_start", "batch", "logprob")
+    code = [*(Path(__file__).with_name(f"{name}.py") for name in names), Path(embedded.__file__)]
     content = {
         "model": as_dict(config),
         "seed": seed,

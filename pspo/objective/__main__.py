@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pspo.files import write_text
+from pspo.base.files import write_text
 from pspo.objective import picture
 
 

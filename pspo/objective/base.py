@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from pspo.schema import Schema, unknown
+from pspo.base.schema import Schema, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class ObjectiveInput:
         logprob_BT: log π_θ(a_t|s_t), with gradient.
         old_logprob_BT: log π_old(a_t|s_t), constant.
         log_ratio_BT: log of the importance ratio at the level of ``loss.importance``: of one token, log r_t = log π_θ −
-            log π_old, clamped once by ``pspo.logprob.log_ratio``, or of a completion.
+            log π_old, clamped once by ``pspo.model.logprob.log_ratio``, or of a completion.
         advantage_BT: A, constant; the same at all tokens of a completion, unless it is estimated per token (GAE).
         mask_BT: which positions count.
     """

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pspo.base.schema import key
 from pspo.objective.base import Objective, ObjectiveInput
-from pspo.schema import key
 
 WHY = "at 1 nothing of the new policy is left to learn, and below 0 it is pushed away from the old one, not toward it"
 

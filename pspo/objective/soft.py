@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pspo.base.schema import key
 from pspo.objective.base import Objective, ObjectiveInput
-from pspo.schema import key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pspo.files import read_lines
+from pspo.base.files import read_lines
 
 METRICS: dict[str, str] = {
     "step": "rollouts so far; row 0 is the validation before training",

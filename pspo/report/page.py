@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pspo.files import read_lines, write_text
+from pspo.base.files import read_lines, write_text
 from pspo.report.curves import panel_images
 from pspo.report.metrics import METRICS, meaning, read_metrics, read_summary
 from pspo.report.table import DIFFERENCE_NOTE, objective, percent, points

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Self, cast
 
+from pspo.base.schema import ConfigError, Schema, key
 from pspo.dataset import Problem
 from pspo.reward.answer import asked, extract, normal, number, same
-from pspo.schema import ConfigError, Schema, key
 
 __all__ = [
     "Reward",

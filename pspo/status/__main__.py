@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from pspo import slurm
-from pspo.schema import ConfigError, build
+from pspo.base.schema import ConfigError, build
+from pspo.host import slurm
 from pspo.status.state import RETRIED, STATES, Group, Row, collect
 
 WATCH_S = 5.0

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from pspo import slurm
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
+from pspo.host import slurm
 
 STATES = {
     "done": "green",

@@ -18,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from pspo import fused
-from pspo.console import log
+from pspo.base.console import log
 from pspo.fused import Weights
 from pspo.layout import Blocks
-from pspo.logprob import autocast_to_bfloat16
 from pspo.model import Policy
+from pspo.model.logprob import autocast_to_bfloat16
 
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of the attention to prompts: not cuDNN's, which plans anew for every shape."""

@@ -10,7 +10,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     LocalEntryNotFoundError,
 )
 
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 
 
 def locate(

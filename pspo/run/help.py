@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
+from pspo.base.schema import Schema
 from pspo.config import Config, compose, groups
-from pspo.schema import Schema
 
 MOST_USED = (
     "seed",

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pspo import interrupt, slots
+from pspo import slots
+from pspo.base.schema import Schema, key
+from pspo.base.stream import generator
 from pspo.dataset import Problem, Prompt
-from pspo.decode import Fused, make_decoder, once
-from pspo.draw import draw
-from pspo.memory import halving
+from pspo.host import interrupt
+from pspo.host.memory import halving
 from pspo.model import Policy
-from pspo.schema import Schema, key
-from pspo.stream import generator
+from pspo.rollout.samplers.decode import Fused, make_decoder, once
+from pspo.rollout.samplers.draw import draw
 
 LOOK = {"cpu": 1, "cuda": slots.LOOK}
 """Tokens from one look at which rows are finished to the next; each waits for the GPU."""

@@ -17,9 +17,9 @@ from typing import Any
 
 import filelock
 
-from pspo.environment import slurm_job, squeue
-from pspo.files import write_json
-from pspo.schema import ConfigError
+from pspo.base.files import write_json
+from pspo.base.schema import ConfigError
+from pspo.host.environment import slurm_job, squeue
 
 log = logging.getLogger("pspo")
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from pspo import fused
 from pspo.advantage import GAE, Advantage, has_spread
-from pspo.batch import Batch, make_batch, pad_to
-from pspo.critic import Critic
+from pspo.advantage.critic import Critic
+from pspo.base.stream import Stream
 from pspo.dataset import Prompt, order
-from pspo.logprob import token_logprobs
 from pspo.model import Policy
+from pspo.model.batch import Batch, make_batch, pad_to
+from pspo.model.logprob import token_logprobs
 from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
-from pspo.stream import Stream
 
 PART = {"cpu": 128, "cuda": 4096}
 """What one more part costs beside its positions, in positions: a tiny policy's on a CPU, a guess on a GPU."""

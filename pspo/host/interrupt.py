@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from types import FrameType
 
-from pspo.environment import slurm_job, squeue
+from pspo.host.environment import slurm_job, squeue
 
 log = logging.getLogger("pspo")
 

@@ -2,15 +2,16 @@
 
 import contextlib
 import errno
+import json
 import logging
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from pspo.files import SaveError, write_json
-from pspo.lock import Owner
-from pspo.memory import NoRoomError, is_out_of_memory
-from pspo.schema import ConfigError
+from pspo.base.files import SaveError, read_lines, write_json
+from pspo.base.schema import ConfigError
+from pspo.host.memory import NoRoomError, is_out_of_memory
+from pspo.run.lock import Owner
 from pspo.update import NonFiniteError
 
 log = logging.getLogger("pspo")
@@ -55,3 +56,19 @@ def _told(error: Exception, directory: Path) -> Exception:
         f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, "
         "then run the same command again to resume from the last checkpoint"
     )
+
+
+def result(directory: Path) -> float | None:
+    """What a sweeper may maximise: the last validation reward, or None. Never a number from a test set."""
+    rewards = [row.get("validation/sampled_reward_mean") for row in read_lines(directory / "metrics.jsonl")]
+    return next((reward for reward in reversed(rewards) if reward is not None), None)
+
+
+def failure(directory: Path) -> str | None:
+    """In one line why a run's last attempt failed, or None."""
+    path = directory / "FAILED"
+    if not path.is_file():
+        return None
+    told = json.loads(path.read_text())
+    lines = str(told.get("error", "")).strip().splitlines()
+    return f"{told.get('kind', 'failed')}: {lines[-1]}" if lines else str(told.get("kind", "failed"))

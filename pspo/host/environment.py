@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pspo.schema import ConfigError
+from pspo.base.schema import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "transformers", "wandb")
@@ -85,7 +85,7 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
 
 def code_digest(*others: Path) -> str:
     """A digest of the package's source, whether or not it is a git checkout, and of other files."""
-    source = Path(__file__).parent
+    source = Path(__file__).parents[1]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in others))
     for path in sorted(source.rglob("*.py")):
         digest.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())

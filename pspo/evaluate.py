@@ -5,15 +5,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pspo.base.console import log, track
+from pspo.base.schema import Schema, key
+from pspo.base.statistics import wilson_interval
+from pspo.base.stream import Stream
 from pspo.checkpoint import random_state_kept
-from pspo.console import log, track
 from pspo.dataset import Prompt
 from pspo.model import Policy
 from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
-from pspo.schema import Schema, key
-from pspo.statistics import wilson_interval
-from pspo.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

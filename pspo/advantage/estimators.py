@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor
 
-from pspo.schema import Schema, key, unknown
+from pspo.base.schema import Schema, key, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class GAE(Advantage):
     """Generalised advantage estimation from a value model, per token (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     δ_t = r_t + γ V_{t+1} − V_t; A_t = Σ_k (γλ)^k δ_{t+k}; returns A_t + V_t. The reward stands at the last token, after
-    which V = 0, also where the completion was cut off: it is judged as it stands. ``pspo.critic`` has the value model.
+    which V = 0, also where the completion was cut off: it is judged as it stands. ``pspo.advantage.critic`` has the value model.
     """
 
     per_token: ClassVar[bool] = True

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pspo.critic import Critic
+from pspo.advantage.critic import Critic
+from pspo.base.schema import Schema, key
+from pspo.base.statistics import Statistics
 from pspo.diagnostics import PROBE, Distance, InnerStep, Record, compare, kl_after
-from pspo.experience import Row, batch_of, column, pack, score
-from pspo.logprob import token_logprobs
+from pspo.host.memory import halving
 from pspo.loss import Batch, Loss, Size, batch_loss
-from pspo.memory import halving
 from pspo.model import Policy
+from pspo.model.logprob import token_logprobs
 from pspo.objective import Objective
-from pspo.schema import Schema, key
-from pspo.statistics import Statistics
+from pspo.rollout.experience import Row, batch_of, column, pack, score
 
 ROOM = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 

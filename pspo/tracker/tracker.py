@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from pspo.files import JsonLines, write_json
-from pspo.schema import Schema, key
+from pspo.base.files import JsonLines, write_json
+from pspo.base.schema import Schema, key
 
 log = logging.getLogger("pspo")
 

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pspo import checkpoint, environment
+from pspo import checkpoint
+from pspo.base.console import log
+from pspo.base.files import new_directory, read_lines, write_text
 from pspo.budget import Progress
 from pspo.config import Config, identity, read, science
-from pspo.console import log
-from pspo.files import new_directory, read_lines, write_text
-from pspo.lock import hold
+from pspo.host import environment
 from pspo.reward import source_files
+from pspo.run.lock import hold
 
 
 def is_done(config: Config, directory: Path) -> bool:

@@ -1,75 +1,30 @@
-"""The main job: compose, validate, load, evaluate, train, evaluate, report.
-
-python -m pspo.run objective=pspo model=qwen1_5b
-"""
+"""One run: validate, load, evaluate, train, evaluate, report."""
 
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import hydra
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from pspo import checkpoint, dataset, earlier, environment, failure, interrupt, lanes, lock, model
-from pspo.advice import advice
-from pspo.config import CONF, Config, check, open_keys, resolve, run_directory
-from pspo.console import log, log_to_console, log_to_file, track
+from pspo import checkpoint, dataset, lanes, model
+from pspo.base.console import log, log_to_console, log_to_file, track
+from pspo.base.files import JsonLines, read_lines, write_json, write_text
+from pspo.base.schema import as_dict
+from pspo.base.stream import Stream
+from pspo.config import Config, check, run_directory
 from pspo.dataset import Prompt
-from pspo.evaluation import answer, summarize
-from pspo.files import JsonLines, SaveError, read_lines, write_json, write_text
-from pspo.help import help_text
-from pspo.launcher import RunsFailed, result
-from pspo.memory import NoRoomError
+from pspo.evaluate import answer, summarize
+from pspo.host import environment, interrupt
 from pspo.reward import Reward, check_gold, make_reward
-from pspo.schema import ConfigError, as_dict, unknown
-from pspo.stream import Stream
+from pspo.run import earlier, lock, outcome
+from pspo.run.advice import advice
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
-from pspo.update import NonFiniteError
-
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, NoRoomError, SaveError, RunsFailed)
-"""Errors that are told in one sentence; any other is a bug and shows its traceback."""
-
-
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def main(composed: DictConfig) -> float | None:
-    """One run, or one job of a multirun; returns what a sweeper may maximise."""
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
-    overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
-    try:
-        return result(run(resolve({str(name): value for name, value in values.items()}), overrides))
-    except EXPECTED as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end
-            raise error.with_traceback(None) from None  # whose frames would keep this job's weights until then
-        _leave(error)
-
-
-def cli() -> None:
-    """``python -m pspo.run``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.stdout.write(help_text())
-        return
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
-    sys.argv[1:] = open_keys(sys.argv[1:])
-    try:
-        main()
-    except EXPECTED as error:
-        _leave(error)
-    except KeyboardInterrupt:
-        sys.exit("\npspo: stopped; the same command resumes from the last checkpoint")
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
@@ -91,7 +46,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     with (
         lock.hold(directory) as owner,
         log_to_file(directory / "run.log"),
-        failure.recorded(directory, owner),
+        outcome.recorded(directory, owner),
         interrupt.caught(),
     ):
         check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])  # a user's code: may raise
@@ -139,7 +94,7 @@ class _Run:
         tracker.summarize(summary)
         tracker.close()
         write_json(self.directory / "summary.json", summary)
-        from pspo import report  # matplotlib, which the first step need not wait for
+        from pspo import report
 
         report.write_curves(self.directory)
         report.write_report(self.directory)
@@ -231,16 +186,3 @@ class _Run:
             beside.sync()
             beside.path.replace(path)
         return summarize(read_lines(path))
-
-
-def _leave(error: Exception) -> NoReturn:
-    """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        error = unknown(option, error.options, group)
-    sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | NoRoomError | RunsFailed) else 2)
-
-
-if __name__ == "__main__":
-    cli()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pspo import fused
-from pspo.batch import Batch, scatter
+from pspo.model.batch import Batch, scatter
 
 LOG_RATIO_CLAMP = 20.0
 """Log-ratios are clamped to ±20 before any objective sees them; claims of exactness hold inside."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pspo.advantage import GAE, Advantage
-from pspo.batch import Batch, scatter
-from pspo.logprob import autocast_to_bfloat16, predicting_states
 from pspo.model import Policy
+from pspo.model.batch import Batch, scatter
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states
 
 
 class Critic(torch.nn.Module):

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from pspo.console import log
+from pspo.base.console import log
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""What the machine and the cluster say: the environment, signals, memory, SLURM, the hub."""

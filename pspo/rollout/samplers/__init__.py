@@ -1,0 +1,1 @@
+"""Ways to write completions, each behind the interface ``Sampler``."""

@@ -1,0 +1,1 @@
+"""One run: ``python -m pspo.run``, from its checks to its report."""
