@@ -19,17 +19,17 @@ from pspo.base.schema import ConfigError, Schema, as_dict, build, key
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
-from pspo.diagnostics import Diagnostics
+from pspo.diagnostics import DiagnosticsConfig
 from pspo.evaluate import Evaluation
-from pspo.loss import Loss
+from pspo.loss import LossConfig
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective
 from pspo.optimizer import Optimizer
 from pspo.reward import RewardConfig, make_reward
-from pspo.rollout import Rollout
+from pspo.rollout import RolloutConfig
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
-from pspo.update import Update
+from pspo.update import UpdateConfig
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -44,10 +44,7 @@ class Config(Schema):
     output_dir: str = key("where run directories are made")
     seed: int = key("of the warm start, the data order, the samples and the minibatches", within="[0, 4294967295]")
     device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
-    threads: int | None = key(
-        "CPU threads, or processes for a small policy; null takes the processors that this one may use",
-        within="[1, inf)",
-    )
+    threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
     rerun: Literal["never", "changed", "all"] = key(
         "move a finished run aside and make it anew: never, if the code has changed since, or in any case"
@@ -59,13 +56,13 @@ class Config(Schema):
     objective: Objective
     smoothing: Smoothing
     advantage: Advantage
-    loss: Loss
-    rollout: Rollout
-    update: Update
+    loss: LossConfig
+    rollout: RolloutConfig
+    update: UpdateConfig
     optimizer: Optimizer
     budget: Budget
     evaluation: Evaluation
-    diagnostics: Diagnostics
+    diagnostics: DiagnosticsConfig
     checkpoint: Checkpoint
     tracker: TrackerConfig
 

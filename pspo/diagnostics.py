@@ -14,22 +14,29 @@ import torch
 from torch import Tensor
 
 from pspo.base.schema import Schema, key, unknown
-from pspo.loss import Weighed
-from pspo.objective import OBJECTIVES, Objective
+from pspo.model.logprob import log_ratio
+from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
 
 ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/before_k3")
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-PROBE = 64
-"""KL after an optimizer step is that before the next one, on its minibatch; after a rollout's last step there is none,
-so one of so many rows of the rollout is looked at once more."""
-EQUAL = 1e-5
+ROWS_PER_PROBE_ROW = 64
+"""KL after optimizer step i is measured before step i + 1, on the minibatch of step i + 1. After the last optimizer
+step of a rollout one of this many rows is scored once more."""
+
+EQUAL_SHARE = 1e-5
 """Weights nearer to noclip's than this share of them are neither damped nor amplified: float32 rounding."""
+
+STRIDE = 53
+"""‖Δθ‖ is estimated from every 53rd coordinate, 1.9 % of them; a prime, which no width of a layer is a multiple of."""
+
+EXACT_UP_TO_PARAMETERS = 2**20
+"""A policy of up to this many parameters has its ‖Δθ‖ measured on all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnostics(Schema, block="diagnostics"):
+class DiagnosticsConfig(Schema, block="diagnostics"):
     """How often a run looks at what its objective does; this changes nothing in what it learns."""
 
     every: int = key("steps from one record of all inner steps to the next; 0 for none", within="[0, inf)")
@@ -45,48 +52,34 @@ class Diagnostics(Schema, block="diagnostics"):
             raise self.refuse("counterfactual_every", "needs diagnostics.counterfactual=[noclip,clip,...]")
 
 
-class InnerStep:
-    """One optimizer step's tokens, collected over micro-batches; ``result`` tells of all of them at once."""
+def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
+    """Metrics of one inner step from its tokens, each micro-batch's (5, N) as ``Record.add`` stacks them.
 
-    def __init__(self) -> None:
-        self._tokens: list[Tensor] = []
-
-    def join(self, other: "InnerStep") -> None:
-        """Add all micro-batches of another."""
-        self._tokens += other._tokens
-
-    def add(self, weighed: Weighed, advantage_BT: Tensor, entropy_BT: Tensor, mask_BT: Tensor) -> None:
-        """Add one micro-batch."""
-        columns = (weighed.log_ratio_BT, weighed.token_log_ratio_BT, weighed.gradient_BT, advantage_BT, entropy_BT)
-        self._tokens.append(torch.stack([values.detach()[mask_BT].double() for values in columns]))
-
-    def result(self) -> dict[str, float]:
-        """The metrics; without a token of one sign its quantiles are left out, without any the weights as well."""
-        log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = (
-            torch.cat(self._tokens, dim=1).cpu().numpy()
-        )
-        ratio_N, token_ratio_N = np.exp(log_ratio_N), np.exp(token_log_ratio_N)
-        taught_N = advantage_N != 0
-        found = {
-            "ratio/ess": ratio_N.sum() ** 2 / np.square(ratio_N).sum() / len(ratio_N),
-            "ratio/tv": np.abs(token_ratio_N - 1).mean() / 2,
-            "kl/before_k1": -token_log_ratio_N.mean(),
-            "kl/before_k3": (token_ratio_N - 1 - token_log_ratio_N).mean(),
-            "policy/entropy": entropy_N.mean(),
+    Without a token of one sign of A that sign's quantiles are left out, without any A ≠ 0 the weights as well.
+    """
+    log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = torch.cat(list(tokens), dim=1).cpu().numpy()
+    ratio_N, token_ratio_N = np.exp(log_ratio_N), np.exp(token_log_ratio_N)
+    taught_N = advantage_N != 0
+    found = {
+        "ratio/ess": ratio_N.sum() ** 2 / np.square(ratio_N).sum() / len(ratio_N),
+        "ratio/tv": np.abs(token_ratio_N - 1).mean() / 2,
+        "kl/before_k1": -token_log_ratio_N.mean(),
+        "kl/before_k3": (token_ratio_N - 1 - token_log_ratio_N).mean(),
+        "policy/entropy": entropy_N.mean(),
+    }
+    if taught_N.any():
+        weight_N, noclip_N = -gradient_N[taught_N] / advantage_N[taught_N], ratio_N[taught_N]
+        found |= {
+            "weight/zero_rate": (weight_N == 0).mean(),
+            "weight/damped_rate": ((weight_N > 0) & (weight_N < noclip_N * (1 - EQUAL_SHARE))).mean(),
+            "weight/amplified_rate": (weight_N > noclip_N * (1 + EQUAL_SHARE)).mean(),
+            "weight/reversed_rate": (weight_N < 0).mean(),
+            "weight/mass_kept": np.abs(gradient_N).sum() / np.abs(ratio_N * advantage_N).sum(),
         }
-        if taught_N.any():
-            weight_N, noclip_N = -gradient_N[taught_N] / advantage_N[taught_N], ratio_N[taught_N]
-            found |= {
-                "weight/zero_rate": (weight_N == 0).mean(),
-                "weight/damped_rate": ((weight_N > 0) & (weight_N < noclip_N * (1 - EQUAL))).mean(),
-                "weight/amplified_rate": (weight_N > noclip_N * (1 + EQUAL)).mean(),
-                "weight/reversed_rate": (weight_N < 0).mean(),
-                "weight/mass_kept": np.abs(gradient_N).sum() / np.abs(ratio_N * advantage_N).sum(),
-            }
-        for name, chosen_N in (("positive", advantage_N > 0), ("negative", advantage_N < 0)):
-            if chosen_N.any():
-                found |= _quantiles(f"ratio/{name}", np.sort(ratio_N[chosen_N]))
-        return {name: float(value) for name, value in found.items()}
+    for name, chosen_N in (("positive", advantage_N > 0), ("negative", advantage_N < 0)):
+        if chosen_N.any():
+            found |= _quantiles(f"ratio/{name}", np.sort(ratio_N[chosen_N]))
+    return {name: float(value) for name, value in found.items()}
 
 
 def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -99,21 +92,19 @@ def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequenc
     }
 
 
-class Distance:
-    """‖Δθ‖ from one optimizer step to the next, over all parameters."""
+def sample_coordinates(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of a fixed sample of the parameters' coordinates: every ``STRIDE``-th, or all of a tiny policy."""
+    stride = STRIDE if sum(p.numel() for p in parameters) > EXACT_UP_TO_PARAMETERS else 1
+    return [p.detach().flatten()[::stride].clone() for p in parameters]
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._before = self._flat()
 
-    def result(self) -> float:
-        """How far the parameters are from where they were at the last call, or at first."""
-        before, self._before = self._before, self._flat()
-        parts = torch.split(before.sub_(self._before), 2**24)  # in float64, but not all at one time
-        return float(torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).norm())
-
-    def _flat(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self._parameters])
+def update_norm(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
+    """‖Δθ‖ since ``before = sample_coordinates(parameters)``: √(coordinates / sampled ones) · ‖Δ of the sample‖."""
+    moved = [
+        (new - old).double().square().sum() for new, old in zip(sample_coordinates(parameters), before, strict=True)
+    ]
+    share = sum(p.numel() for p in parameters) / sum(old.numel() for old in before)
+    return math.sqrt(share * float(torch.stack(moved).sum()))
 
 
 def compare(
@@ -139,11 +130,27 @@ class Record:
         others: objectives for a counterfactual probe at the last inner step; none is due where it is empty.
         rows: one for each inner step.
         probe: the outcome of the counterfactual probe.
+        tokens: of the inner step at work, (5, N) for each micro-batch.
     """
 
     others: list[Objective] = field(default_factory=list)
     rows: list[dict[str, float]] = field(default_factory=list)
     probe: dict[str, float] = field(default_factory=dict)
+    tokens: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: ObjectiveInput, gradient_BT: Tensor, entropy_BT: Tensor) -> None:
+        """Add one micro-batch: what the objective saw, and its gradient by the log-probabilities."""
+        token_log_ratio_BT = log_ratio(x.logprob_BT, x.old_logprob_BT)
+        columns = (x.log_ratio_BT, token_log_ratio_BT, gradient_BT, x.advantage_BT, entropy_BT)
+        self.tokens.append(torch.stack([values.detach()[x.mask_BT].double() for values in columns]))
+
+    def end_inner_step(self, epoch: int, minibatch: int, optimizer: dict[str, float]) -> None:
+        """Turn the tokens into a row; KL after the last optimizer step is KL before this one, on this minibatch."""
+        metrics = inner_metrics(self.tokens)
+        self.tokens.clear()
+        if self.rows:
+            self.rows[-1] |= {f"kl/after_{k}": metrics[f"kl/before_{k}"] for k in ("k1", "k3")}
+        self.rows.append({"epoch": epoch, "minibatch": minibatch} | metrics | optimizer)
 
     def summary(self) -> dict[str, float]:
         """The mean of every metric over the inner steps, the largest of maxima; not what is logged over all tokens."""

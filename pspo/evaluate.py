@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pspo.base.console import log, track
@@ -11,9 +11,8 @@ from pspo.base.statistics import wilson_interval
 from pspo.base.stream import Stream
 from pspo.checkpoint import random_state_kept
 from pspo.dataset import Prompt
-from pspo.model import Policy
-from pspo.reward import Reward, Score
-from pspo.rollout import Completion, Rollout, sample
+from pspo.reward import Reward
+from pspo.rollout import Completion, RolloutConfig, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +23,10 @@ class Evaluation(Schema, block="evaluation"):
 
 
 def answer(
-    policy: Policy,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     reward: Reward,
-    rollout: Rollout,
+    rollout: RolloutConfig,
     *,
     seed: Sequence[int],
     greedy: bool,
@@ -37,21 +36,13 @@ def answer(
     They are sampled as in training unless ``greedy``.
     """
     for start in range(0, len(prompts), rollout.max_rows):
-        completions = sample(
-            policy,
-            prompts[start : start + rollout.max_rows],
-            seed=seed,
-            group_size=1,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=0.0 if greedy else rollout.temperature,
-            top_p=1.0 if greedy else rollout.top_p,
-            max_rows=rollout.max_rows,
-        )
-        yield [completion_row(c, reward(c.text, c.prompt.problem)) for c in completions]
+        completions = sampler.sample(prompts[start : start + rollout.max_rows], 1, seed, greedy=greedy)
+        scores = reward(completions)
+        yield [completion_row(replace(c, score=score)) for c, score in zip(completions, scores, strict=True)]
 
 
 def validate(
-    policy: Policy, prompts: Sequence[Prompt], reward: Reward, rollout: Rollout, *, seed: int, step: int
+    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, rollout: RolloutConfig, *, seed: int, step: int
 ) -> dict[str, float]:
     """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
     begun = time.perf_counter()
@@ -60,7 +51,7 @@ def validate(
         greedy, sampled = (
             summarize([row for chunk in track(chunks, "validation", len(prompts)) for row in chunk])
             for chunks in (
-                answer(policy, prompts, reward, rollout, seed=seeds, greedy=greedy) for greedy in (True, False)
+                answer(sampler, prompts, reward, rollout, seed=seeds, greedy=greedy) for greedy in (True, False)
             )
         )
     log.info(
@@ -80,9 +71,10 @@ def validate(
     }
 
 
-def completion_row(completion: Completion, score: Score) -> dict[str, Any]:
-    """A completion and its score as one line of a file."""
-    problem = completion.prompt.problem
+def completion_row(completion: Completion) -> dict[str, Any]:
+    """A scored completion as one line of a file."""
+    problem, score = completion.problem, completion.score
+    assert score is not None
     return {
         "problem": problem.id,
         "question": problem.question,

@@ -3,6 +3,7 @@
 Shape suffixes: B completions, T token positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ from pspo.objective import Objective, ObjectiveInput
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(Schema, block="loss"):
+class LossConfig(Schema, block="loss"):
     """Importance level, aggregation, and the terms beside the objective, each a choice of its own."""
 
     importance: Literal["token", "sequence", "sequence_token"] = key(
@@ -56,76 +57,50 @@ class Loss(Schema, block="loss"):
         return self.kl != "none"
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What the loss sees of a micro-batch, all of shape (B, T); ``reference_BT`` where there is a KL penalty."""
-
-    old_logprob_BT: Tensor
-    advantage_BT: Tensor
-    mask_BT: Tensor
-    reference_BT: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the loss of a micro-batch is divided by: counts of the whole optimizer batch, and the longest completion."""
-
-    num_tokens: int
-    num_rows: int
-    max_length: int
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """The loss of a micro-batch, and the weights that stand behind its gradient.
-
-    Attributes:
-        loss: its share of the optimizer batch's loss, with gradient.
-        log_ratio_BT: log r at the level of ``importance``.
-        token_log_ratio_BT: log r of each token.
-        gradient_BT: ∂(Σ objective)/∂logprob before aggregation, so the weight is w = −gradient / A.
-    """
-
-    loss: Tensor
-    log_ratio_BT: Tensor
-    token_log_ratio_BT: Tensor
-    gradient_BT: Tensor
-
-
 def batch_loss(
-    config: Loss, objective: Objective, logprob_BT: Tensor, entropy_BT: Tensor, batch: Batch, size: Size,
+    config: LossConfig,
+    objective: Objective,
+    logprob_BT: Tensor,
+    entropy_BT: Tensor,
+    *,
+    old_logprob_BT: Tensor,
+    advantage_BT: Tensor,
+    mask_BT: Tensor,
+    reference_BT: Tensor | None,
+    coefficient_B1: Tensor,
     statistics: Statistics,
-) -> Weighed:  # fmt: skip
+) -> tuple[Tensor, ObjectiveInput, Tensor]:
     """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
 
-    ``size`` counts all micro-batches that make one optimizer step, so their gradients add up to that of one large
-    batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the log-probabilities
+    The coefficients count all micro-batches that make one optimizer step, so their gradients add up to that of one
+    large batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the log-probabilities
     once, here, and the result passed on to the model: what the diagnostics read is the gradient itself. KL(old‖new)
     is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (Schulman, "Approximating KL divergence", 2020).
+
+    Returns the micro-batch's share of the optimizer batch's loss, with gradient; what the objective saw; and
+    ∂(Σ objective)/∂logprob (B, T) before aggregation, so that a token's gradient weight is w = −gradient / A.
     """
-    mask_BT = batch.mask_BT
     leaf_BT = logprob_BT.detach().requires_grad_()
-    old_logprob_BT = torch.where(mask_BT, batch.old_logprob_BT, leaf_BT.detach())
-    token_log_ratio_BT = log_ratio(leaf_BT, old_logprob_BT)
-    x = ObjectiveInput(
-        logprob_BT=leaf_BT,
-        old_logprob_BT=old_logprob_BT,
-        log_ratio_BT=token_log_ratio_BT,
-        advantage_BT=batch.advantage_BT.to(leaf_BT.dtype),
-        mask_BT=mask_BT,
+    x = at_level(
+        config.importance,
+        ObjectiveInput(
+            logprob_BT=leaf_BT,
+            old_logprob_BT=(old_BT := torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())),
+            log_ratio_BT=(token_log_ratio_BT := log_ratio(leaf_BT, old_BT)),
+            advantage_BT=advantage_BT.to(leaf_BT.dtype),
+            mask_BT=mask_BT,
+        ),
     )
-    x = at_level(config.importance, x)
     objective_BT = objective(x)
     (gradient_BT,) = torch.autograd.grad(torch.where(mask_BT, objective_BT, 0.0).sum(), leaf_BT)
-    coefficient_BT = coefficients(config.aggregation, mask_BT, size).to(leaf_BT.dtype)
     total_BT = _with_gradient(objective_BT.detach(), gradient_BT, logprob_BT)
-    if batch.reference_BT is not None:
-        kl_BT = kl(config.kl, logprob_BT, torch.where(mask_BT, batch.reference_BT, leaf_BT.detach()))
+    if reference_BT is not None:
+        kl_BT = kl(config.kl, logprob_BT, torch.where(mask_BT, reference_BT, leaf_BT.detach()))
         statistics.mean("policy/kl_reference", kl_BT, mask_BT)
         total_BT = total_BT + config.kl_weight * kl_BT
     if config.entropy_weight:
         total_BT = total_BT - config.entropy_weight * entropy_BT
-    loss = torch.where(mask_BT, coefficient_BT * total_BT, 0.0).sum()
+    loss = torch.where(mask_BT, coefficient_B1.to(leaf_BT.dtype) * total_BT, 0.0).sum()
     with torch.no_grad():
         ratio_BT, log_ratio_BT = token_log_ratio_BT.exp(), token_log_ratio_BT.detach()
         statistics.mean("loss/mean", objective_BT, mask_BT)
@@ -133,7 +108,7 @@ def batch_loss(
         statistics.mean("policy/kl_old_new_k3", ratio_BT - 1 - log_ratio_BT, mask_BT)
         statistics.max("policy/ratio_max", ratio_BT, mask_BT)
         statistics.mean("policy/ratio_clamped_rate", (log_ratio_BT.abs() >= LOG_RATIO_CLAMP).double(), mask_BT)
-    return Weighed(loss, x.log_ratio_BT.detach(), log_ratio_BT, gradient_BT)
+    return loss, x, gradient_BT
 
 
 def at_level(importance: str, x: ObjectiveInput) -> ObjectiveInput:
@@ -150,20 +125,15 @@ def at_level(importance: str, x: ObjectiveInput) -> ObjectiveInput:
     return ObjectiveInput(**{**vars(x), "log_ratio_BT": mean_BT})
 
 
-def coefficients(aggregation: str, mask_BT: Tensor, size: Size) -> Tensor:
-    """c_i, the factor (B, 1) on the losses of completion i's L_i tokens.
+def coefficients(aggregation: str, lengths: Sequence[int], max_length: int) -> list[float]:
+    """c_i, the factor on the losses of completion i's L_i tokens, for the completions of one optimizer batch.
 
     ``token``: 1 / tokens; ``sequence``: 1 / (L_i · rows); ``sequence_sum``: 1 / rows; ``constant``: 1 / (rows ·
     max_length), Dr. GRPO's (arXiv 2503.20783). Tokens and rows are those of the optimizer batch that train.
     """
-    length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1).double()
-    divisor_B1 = {
-        "token": torch.full_like(length_B1, size.num_tokens),
-        "sequence": length_B1 * size.num_rows,
-        "sequence_sum": torch.full_like(length_B1, size.num_rows),
-        "constant": torch.full_like(length_B1, size.num_rows * size.max_length),
-    }[aggregation]
-    return 1 / divisor_B1
+    num_tokens, num_rows = sum(lengths), len(lengths)
+    constant = {"token": num_tokens, "sequence_sum": num_rows, "constant": num_rows * max_length}
+    return [1 / constant.get(aggregation, max(length, 1) * num_rows) for length in lengths]
 
 
 def kl(estimator: str, logprob_BT: Tensor, reference_BT: Tensor) -> Tensor:

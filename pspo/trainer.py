@@ -27,9 +27,9 @@ from pspo.host.memory import peak_gib
 from pspo.model import Policy
 from pspo.objective import Objective
 from pspo.reward import Reward
-from pspo.rollout.experience import collect, make_rows
+from pspo.rollout import Completion, OwnSampler, Sampler, collect, rewards, rollout_metrics, training
 from pspo.tracker import Tracker
-from pspo.update import Learner, update
+from pspo.update import Learner, check_gap, make_rows, update
 
 NO_SPREAD_STEPS = 5
 """After so many steps in a row in which every group has equal rewards, the run says that it learns nothing."""
@@ -67,6 +67,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config, rollout = self.config, self.config.rollout
+        self.sampler: Sampler = OwnSampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
         self.reference = self.policy.frozen() if config.loss.has_reference else None
         self.learner = Learner(
@@ -117,19 +118,37 @@ class Trainer:
         return self.state
 
     def _step(self) -> dict[str, float]:
-        """One rollout with all its updates."""
+        """One rollout with all its updates. A signal stops it before anything has changed, or after all has."""
         config, progress, statistics = self.config, self.state.progress, Statistics()
         begun = time.perf_counter()
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         number, fraction = progress.steps + 1, config.budget.fraction(progress)
-        asked = (self.policy, self.train, self.reward, config.rollout)
-        collected = collect(*asked, seed=config.seed, step=number, start=progress.prompts)
+        self.sampler.refresh(self.policy)
+        completions = collect(
+            self.sampler, self.train, self.reward, config.rollout, seed=config.seed, step=number, start=progress.prompts
+        )
         rollout_s = time.perf_counter() - begun
-        completions, reward_PG = collected.training()
+        with interrupt.deferred():
+            metrics = self._learn(completions, number, fraction, statistics)
+        step_s, num_tokens = time.perf_counter() - begun, sum(len(c.token_ids) for c in completions)
+        return metrics | {
+            "time/step_s": step_s,
+            "time/rollout_s": rollout_s,
+            "time/update_s": step_s - rollout_s,
+            "time/tokens_per_s": num_tokens / step_s,
+            "memory/peak_gib": peak_gib(self.policy.device),
+        }
+
+    def _learn(
+        self, completions: list[Completion], number: int, fraction: float, statistics: Statistics
+    ) -> dict[str, float]:
+        """The updates of step ``number``, and its metrics; ``fraction`` of the budget was spent before it."""
+        config, progress = self.config, self.state.progress
+        used, reward_PG = training(config.rollout, completions), rewards(config.rollout, completions)
         rows, row_metrics = make_rows(
-            completions,
-            reward_PG,
+            used,
+            rewards(config.rollout, used),
             config.advantage,
             self.policy,
             reference=self.reference,
@@ -139,10 +158,10 @@ class Trainer:
             mask_truncated=config.loss.mask_truncated,
             recompute=config.update.old_logprobs == "recompute",
         )
-        num_tokens = sum(len(c.token_ids) for c in collected.completions)
-        progress.steps, progress.prompts = number, progress.prompts + len(collected.reward_PG)
-        progress.prompts_used += len(reward_PG)
-        progress.completion_tokens += num_tokens
+        check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
+        progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
+        progress.prompts_used += len(used) // config.rollout.group_size
+        progress.completion_tokens += sum(len(c.token_ids) for c in completions)
         record = self._record(number)
         progress.optimizer_steps += update(
             replace(self.learner, objective=self._objective()),
@@ -155,28 +174,20 @@ class Trainer:
             record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )
-        self._warn_without_spread(collected.reward_PG)
+        self._warn_without_spread(reward_PG)
         self.check_owner()
-        for completion, score in zip(
-            collected.completions[: config.rollout.group_size], collected.scores, strict=False
-        ):
-            self.completions.append({"step": number} | completion_row(completion, score))
+        for completion in completions[: config.rollout.group_size]:
+            self.completions.append({"step": number} | completion_row(completion))
         for row in record.rows if record else []:
             self.diagnostics.append({"step": number} | row)
-        step_s = time.perf_counter() - begun
         return {
-            **collected.metrics(),
+            **rollout_metrics(config.rollout, completions),
             **statistics.result(),
             **row_metrics,
             **(record.summary() if record else {}),
             **self._next_alpha(record),
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],
             **progress.metrics(),
-            "time/step_s": step_s,
-            "time/rollout_s": rollout_s,
-            "time/update_s": step_s - rollout_s,
-            "time/tokens_per_s": num_tokens / step_s,
-            "memory/peak_gib": peak_gib(self.policy.device),
         }
 
     def _objective(self) -> Objective:
@@ -224,7 +235,7 @@ class Trainer:
         if not self.validation:
             return {}
         config, step = self.config, self.state.progress.steps
-        metrics = validate(self.policy, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
+        metrics = validate(self.sampler, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
         best, reward = self.state.best_reward, metrics["validation/sampled_reward_mean"]
         if config.selection == "best" and (best is None or reward > best):
             self.state.best_reward, self.state.best_step = reward, step

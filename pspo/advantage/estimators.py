@@ -13,16 +13,20 @@ from torch import Tensor
 
 from pspo.base.schema import Schema, key, unknown
 
+Rows = list[list[float]]
+"""One list for each completion, one number for each of its tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage(Schema, ABC, block="advantage"):
-    """Base of all estimators; ``advantage(reward_PG)`` is one number for each completion, in float64.
+    """Base of all estimators: ``estimate`` turns the rewards of a step into advantages of its tokens.
 
     A group whose rewards are all equal has advantage exactly 0 under every group-relative estimator.
     """
 
     name: str
     per_token: ClassVar[bool] = False
+    """Whether the estimate differs between the tokens of a completion, and needs a value model."""
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -32,12 +36,28 @@ class Advantage(Schema, ABC, block="advantage"):
         return cast(type[Self], ADVANTAGES[values["name"]])
 
     @abstractmethod
+    def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
+        """Rewards (P, G) -> advantages of every completion's tokens, and the returns that a value model is fitted to.
+
+        ``lengths`` are the P·G completions' tokens, ``values`` V of each token where ``per_token``. Group-relative
+        estimators give every token of a completion one advantage, and no returns.
+        """
+
+
+class GroupRelative(Advantage):
+    """One advantage for a whole completion, relative to the other completions of its prompt."""
+
+    def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
+        advantages = self(reward_PG).flatten().tolist()
+        return [[a] * length for a, length in zip(advantages, lengths, strict=True)], []
+
+    @abstractmethod
     def __call__(self, reward_PG: Tensor) -> Tensor:
         """Rewards (P, G) -> advantages (P, G), in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group(Advantage):
+class Group(GroupRelative):
     """A_pg = (R_pg − mean_g R_p) / (std_g R_p + eps) (GRPO, arXiv 2402.03300, section 4.1)."""
 
     ddof: int = key("degrees of freedom taken off the standard deviation: PSPO's paper has 1", within="[0, 1]")
@@ -50,7 +70,7 @@ class Group(Advantage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean(Advantage):
+class Mean(GroupRelative):
     """A_pg = R_pg − mean_g R_p: without the division that weighs easy and hard problems up (Dr. GRPO, 2503.20783)."""
 
     def __call__(self, reward_PG: Tensor) -> Tensor:
@@ -58,7 +78,7 @@ class Mean(Advantage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeaveOneOut(Advantage):
+class LeaveOneOut(GroupRelative):
     """A_pg = R_pg − mean over the others of the group = G / (G − 1) · (R_pg − mean_g R_p) (RLOO, arXiv 2402.14740)."""
 
     def __call__(self, reward_PG: Tensor) -> Tensor:
@@ -70,12 +90,13 @@ class GAE(Advantage):
     """Generalised advantage estimation from a value model, per token (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     δ_t = r_t + γ V_{t+1} − V_t; A_t = Σ_k (γλ)^k δ_{t+k}; returns A_t + V_t. The reward stands at the last token, after
-    which V = 0, also where the completion was cut off: it is judged as it stands. ``pspo.advantage.critic`` has the value model.
+    which V = 0, also where the completion was truncated: it is judged as it stands. ``pspo.advantage.critic`` has the
+    value model.
     """
 
     per_token: ClassVar[bool] = True
     gamma: float = key("γ: discount of a token", within="[0, 1]")
-    lam: float = key("λ: 1 is the return less the value, 0 the error of one token", within="[0, 1]")
+    lam: float = key("GAE's λ: 1 is the Monte Carlo return minus the value, 0 the one-step TD error", within="[0, 1]")
     normalize: bool = key("advantages of a step are brought to mean 0 and standard deviation 1")
     critic: Literal["trunk", "separate"] = key("a value head on the policy's trunk, or a model of its own")
     value_lr: float = key("highest learning rate of the value model's own weights", within="(0, inf)")
@@ -84,15 +105,10 @@ class GAE(Advantage):
         "how far a value may move in one step's updates; null for no bound", within="(0, inf)"
     )
 
-    def __call__(self, reward_PG: Tensor) -> Tensor:
-        raise TypeError("GAE is estimated per token; call estimate(rewards, values)")
-
-    def estimate(
-        self, rewards: Sequence[float], values: Sequence[Sequence[float]]
-    ) -> tuple[list[list[float]], list[list[float]]]:
-        """Rewards of completions and values of their tokens -> advantages and returns of their tokens."""
+    def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
+        assert values is not None
         advantages = []
-        for reward, value in zip(rewards, values, strict=True):
+        for reward, value in zip(reward_PG.flatten().tolist(), values, strict=True):
             ahead, advantage = 0.0, []
             for t in reversed(range(len(value))):
                 following = reward if t + 1 == len(value) else self.gamma * value[t + 1]

@@ -69,10 +69,11 @@ class EmbeddedConfig(DatasetConfig):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem and its rendered question."""
+    """A problem, its rendered question, and in training its place in the data order."""
 
     problem: Problem
     token_ids: list[int]
+    place: int = 0
 
 
 def check(config: DatasetConfig) -> None:

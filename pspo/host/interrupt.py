@@ -28,6 +28,7 @@ MARGIN = 1.5
 """A checkpoint is due when the job has less time left than this many times its longest step and save."""
 
 _received: signal.Signals | None = None
+_deferred = False
 
 
 class Interrupted(BaseException):
@@ -40,8 +41,19 @@ class Interrupted(BaseException):
 
 def check() -> None:
     """Raise ``Interrupted`` if a signal came. Call it where stopping is safe; it costs nothing."""
-    if _received is not None:
+    if _received is not None and not _deferred:
         raise Interrupted(_received)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """While the block runs ``check`` raises nothing: what the block changes is changed as a whole."""
+    global _deferred  # noqa: PLW0603  as the signals, it belongs to the process
+    _deferred = True
+    try:
+        yield
+    finally:
+        _deferred = False
 
 
 @contextlib.contextmanager

@@ -4,14 +4,12 @@ Shape suffixes: B completions, T completion positions, N completion tokens laid 
 """
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pspo import fused
 from pspo.model.batch import Batch, scatter
 
 LOG_RATIO_CLAMP = 20.0
@@ -21,47 +19,37 @@ CHUNK_LOGITS = 2**24
 """Logits that exist at one time: 64 MiB in float32, 110 positions of a 152k vocabulary; on a GPU 16 times as many."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What a policy says of a batch's completion tokens; masked positions are 0.
-
-    Attributes:
-        logprob_BT: log-probabilities, with gradient.
-        entropy_BT: entropies in nats, with gradient where asked for.
-        hidden_NH: the hidden states that predicted the tokens.
-    """
-
-    logprob_BT: Tensor
-    entropy_BT: Tensor
-    hidden_NH: Tensor
-
-
 def token_logprobs(
-    model: Any, batch: Batch, temperature: float, autocast: bool = False, entropy_gradient: bool = False
-) -> Scored:
-    """Log-probabilities and entropies of the completion tokens.
+    model: Any,
+    batch: Batch,
+    hidden_NH: Tensor,
+    temperature: float,
+    autocast: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T) and entropies (B, T), in nats, of the completion tokens; 0 where masked.
 
-    They are those of the temperature-scaled, untruncated policy: log softmax(logits / temperature)[token]. Only the
-    hidden states that predict completion tokens reach the language-model head, in chunks whose logits are recomputed
-    in the backward pass, so that no tensor of logits of the whole batch ever exists.
+    ``hidden_NH`` are the ``predicting_states`` of the batch. The log-probabilities are those of the temperature-scaled,
+    untruncated policy: log softmax(logits / temperature)[token]. Only the hidden states that predict completion tokens
+    reach the language-model head, in chunks whose logits are recomputed in the backward pass, so that no tensor of
+    logits of the whole batch ever exists. Entropies have a gradient where ``entropy_gradient`` asks for it.
     """
-    head, tokens = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
+    head, token_N = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
+    vocab_size = model.config.get_text_config().vocab_size
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
-        hidden_NH = predicting_states(model.get_decoder(), batch)
-        logprob_N, entropy_N = _chunked(
-            head, hidden_NH, tokens, model.config.get_text_config().vocab_size, temperature, autocast, entropy_gradient
-        )
-    return Scored(scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N), hidden_NH)
+        logprob_N, entropy_N = _chunked(head, hidden_NH, token_N, vocab_size, temperature, autocast, entropy_gradient)
+    return scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N)
 
 
 def predicting_states(decoder: Any, batch: Batch) -> Tensor:
-    """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
-    if batch.end_to_end:
-        return fused.predicting_states(decoder, batch)
+    """The last hidden states (N, H) at the positions that predict the completion tokens, row by row.
+
+    Call it under ``autocast_to_bfloat16`` where the policy asks for it.
+    """
     attention = batch.attention
     if attention.ndim == 2:
         attention = attention.long()
-    elif decoder.config._attn_implementation != "sdpa":  # an addition is cheaper than a choice
+    elif decoder.config._attn_implementation != "sdpa":  # the library adds other masks to the scores
         lowest = torch.finfo(decoder.dtype).min
         attention = torch.zeros_like(attention, dtype=decoder.dtype).masked_fill_(~attention, lowest)
     states = decoder(

@@ -1,7 +1,9 @@
 """The policy and the ways to get one: from a local directory, from the hub, or made here and warm-started."""
 
+import contextlib
 import copy
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -44,9 +46,7 @@ class Model(Schema, block="model"):
     path: str | None = key("a local directory in its place: safetensors weights, tokenizer and chat template")
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
-    attention: Literal["grouped", "eager", "sdpa", "flash_attention_2"] = key(
-        "grouped: pspo's plain products and, for Llama and Qwen2, layers, fast on a CPU; else transformers' own"
-    )
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = key("transformers' attention")
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
     lora: Lora
     architecture: Architecture | None
@@ -80,8 +80,6 @@ class Policy:
     gradient_checkpointing: bool
     shares_prompts: bool = False
     """Whether completions may stand behind one copy of their prompt, as ``attention.can_share`` found."""
-    lanes: Any = None
-    """Processes that share the work on it (``pspo.lanes``), where there are any."""
 
     @property
     def device(self) -> torch.device:
@@ -98,9 +96,20 @@ class Policy:
         """The parameters that the optimizer changes, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """The mode of a pass with gradient: the library recomputes activations in training mode only."""
+        if self.gradient_checkpointing:
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
+                    module.eval()
+        yield
+        self.model.eval()
+
     def frozen(self) -> "Policy":
         """A copy that nothing trains: the reference of a KL penalty."""
-        return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval(), lanes=None)
+        return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval())
 
 
 def check(config: Model) -> None:

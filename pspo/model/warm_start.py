@@ -18,7 +18,6 @@ import filelock
 import torch
 import transformers
 
-from pspo import fused
 from pspo.base.console import track
 from pspo.base.files import new_directory
 from pspo.base.schema import ConfigError, Schema, as_dict, key
@@ -27,7 +26,7 @@ from pspo.dataset import Problem, embedded, render
 from pspo.host import interrupt
 from pspo.model import tiny
 from pspo.model.batch import make_batch
-from pspo.model.logprob import token_logprobs
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
 
 if TYPE_CHECKING:
     from pspo.model.policy import Model
@@ -106,8 +105,8 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
         [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
-    ours = fused.trains(model.get_decoder(), config.autocast)
     model.train()
+    pad_id = tokenizer.pad_token_id
     batches = _batches(settings, seed, len(problems))
     for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
         interrupt.check()
@@ -115,9 +114,11 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
         targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
         asked = [prompts[i] for i, _ in batch]
-        tensors = make_batch(asked, targets, tokenizer.pad_token_id, torch.device("cpu"), end_to_end=ours)
-        logprob_BT = token_logprobs(model, tensors, temperature=1.0, autocast=config.autocast).logprob_BT
-        loss = -logprob_BT.sum() / tensors.mask_BT.sum()
+        batch_tensors = make_batch([(p, [t]) for p, t in zip(asked, targets, strict=True)], pad_id, torch.device("cpu"))
+        with autocast_to_bfloat16(model.device, config.autocast):
+            hidden_NH = predicting_states(model.get_decoder(), batch_tensors)
+        logprob_BT, _ = token_logprobs(model, batch_tensors, hidden_NH, temperature=1.0, autocast=config.autocast)
+        loss = -logprob_BT.sum() / batch_tensors.mask_BT.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

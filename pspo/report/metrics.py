@@ -29,7 +29,7 @@ METRICS: dict[str, str] = {
     "policy/kl_reference": "loss.kl's estimate of KL(policy‖reference), the policy before training, nats per token",
     "objective/alpha": "alpha of the step, where the objective has one",
     "ratio/positive_q01": "1 % quantile of the ratio on tokens with A > 0, at the level of loss.importance; mean over "
-    "the step's inner steps, as all keys down to optimizer/update_norm (diagnostics.jsonl has each inner step)",
+    "the step's inner steps, as all keys down to optimizer/update_norm_estimate (each one: diagnostics.jsonl)",
     **{
         f"ratio/{sign}_{quantile}": f"{told} of the ratio on tokens with A {'>' if sign == 'positive' else '<'} 0"
         for sign in ("positive", "negative")
@@ -54,7 +54,7 @@ METRICS: dict[str, str] = {
     "kl/after_k1": "the same after it: on the minibatch that follows, after the last on one of 64 rows of the rollout",
     "kl/after_k3": "KL(old‖new), k3 estimate, after it, on the same rows",
     "optimizer/grad_norm_clipped": "norm of the policy's gradient after clipping",
-    "optimizer/update_norm": "‖Δθ‖ of the policy's weights in one optimizer step",
+    "optimizer/update_norm_estimate": "‖Δθ‖ of the policy in one optimizer step, from every 53rd weight and scaled up (all weights up to 2^20)",
     "counterfactual/active_norm": "norm of the active objective's gradient on the probe's batch, the last minibatch",
     "counterfactual/<objective>_norm": "norm of another objective's gradient on the same batch and policy",
     "counterfactual/<objective>_cosine": "its cosine with the active objective's",

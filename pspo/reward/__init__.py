@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, Self, cast
 
 from pspo.base.schema import ConfigError, Schema, key
@@ -48,7 +48,7 @@ class Score:
     parsed: bool
 
 
-Reward = Callable[[str, Problem], Score]
+Reward = Callable[[Sequence[Any]], list[Score]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,11 @@ class CustomConfig(RewardConfig):
 def make_reward(config: RewardConfig) -> Reward:
     """The reward that the configuration names. Raises ConfigError where a custom function cannot be had."""
     if isinstance(config, PlainConfig):
-        return lambda completion, problem: plain(completion, problem, config.format_bonus)
+        return lambda cs: [plain(c.text, c.problem, config.format_bonus) for c in cs]
     if isinstance(config, CustomConfig):
         function = _find(config)
-        return lambda completion, problem: _custom(function, config.function, completion, problem)
-    return paper
+        return lambda cs: [_custom(function, config.function, c.text, c.problem) for c in cs]
+    return lambda cs: [paper(c.text, c.problem) for c in cs]
 
 
 def source_files(config: RewardConfig) -> list[Path]:
@@ -122,7 +122,7 @@ def check_gold(reward: Reward, config: RewardConfig, problems: Sequence[Problem]
     A custom reward may be about something else than the gold answer, so it is told in a warning only.
     """
     for problem in problems[:CUSTOM_SAMPLE] if isinstance(config, CustomConfig) else problems:
-        if not reward(f"#### {problem.answer}", problem).correct:
+        if not reward([SimpleNamespace(text=f"#### {problem.answer}", problem=problem)])[0].correct:
             told = f"problem {problem.id}: the gold answer {problem.answer!r} is not correct under reward={config.name}"
             if not isinstance(config, CustomConfig):
                 raise ConfigError(f"{told}; mend the data or give a reward of your own (reward=custom)")

@@ -23,9 +23,9 @@ from pspo.launcher import RunsFailed
 from pspo.run.help import help_text
 from pspo.run.job import run
 from pspo.run.outcome import result
-from pspo.update import NonFiniteError
+from pspo.update import UpdateError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, NoRoomError, SaveError, RunsFailed)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, UpdateError, NoRoomError, SaveError, RunsFailed)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
@@ -65,7 +65,7 @@ def _leave(error: Exception) -> NoReturn:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         error = unknown(option, error.options, group)
     sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | NoRoomError | RunsFailed) else 2)
+    sys.exit(1 if isinstance(error, SaveError | UpdateError | NoRoomError | RunsFailed) else 2)
 
 
 if __name__ == "__main__":

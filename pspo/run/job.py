@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from pspo import checkpoint, dataset, lanes, model
+from pspo import checkpoint, dataset, model
 from pspo.base.console import log, log_to_console, log_to_file, track
 from pspo.base.files import JsonLines, read_lines, write_json, write_text
 from pspo.base.schema import as_dict
@@ -21,6 +21,7 @@ from pspo.dataset import Prompt
 from pspo.evaluate import answer, summarize
 from pspo.host import environment, interrupt
 from pspo.reward import Reward, check_gold, make_reward
+from pspo.rollout import Sampler
 from pspo.run import earlier, lock, outcome
 from pspo.run.advice import advice
 from pspo.tracker import Tracker
@@ -86,8 +87,7 @@ class _Run:
             resolved_config=as_dict(self.config),
         )
         try:
-            with lanes.beside(policy, threads):
-                summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
+            summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
         except BaseException as error:
             tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
             raise
@@ -113,13 +113,13 @@ class _Run:
             config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker, started,
             check_owner=lambda: lock.check(self.directory, self.owner),
         )  # fmt: skip
-        before = {name: self._evaluate(policy, name, prompts[name], "before") for name in tests}
+        before = {name: self._evaluate(trainer.sampler, name, prompts[name], "before") for name in tests}
         trainer.resume()
         if self.owner.restart:
             steps = trainer.state.progress.steps
             log.info("restart %d: %s, resumed from step %d", self.owner.restart, self.owner, steps)
         state = trainer.run()
-        after = {name: self._evaluate(policy, name, prompts[name], "after") for name in tests}
+        after = {name: self._evaluate(trainer.sampler, name, prompts[name], "after") for name in tests}
         model.save(policy, self.directory / "model")
         return {
             "status": "done",
@@ -170,7 +170,7 @@ class _Run:
             raise self.config.rollout.refuse("prompts", f"there are only {len(prompts['train'])} training problems")
         return prompts, notes
 
-    def _evaluate(self, policy: model.Policy, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
+    def _evaluate(self, sampler: Sampler, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
         """Greedy accuracy on a test set; every answer is kept in ``evaluation/``, and read again after a resume."""
         path = self.directory / "evaluation" / f"{name}_{when}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -178,7 +178,7 @@ class _Run:
             beside = JsonLines(path.with_name(f".{path.name}"))
             beside.cut(0)
             seed = [self.config.seed, Stream.TEST]
-            chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
+            chunks = answer(sampler, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
             with checkpoint.random_state_kept():  # those of a user's reward
                 for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
                     for row in rows:

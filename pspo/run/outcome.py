@@ -12,7 +12,7 @@ from pspo.base.files import SaveError, read_lines, write_json
 from pspo.base.schema import ConfigError
 from pspo.host.memory import NoRoomError, is_out_of_memory
 from pspo.run.lock import Owner
-from pspo.update import NonFiniteError
+from pspo.update import NonFiniteError, SamplerGapError
 
 log = logging.getLogger("pspo")
 
@@ -44,7 +44,12 @@ def kind(error: BaseException) -> str:
     """In one or two words: out of memory, non-finite, cannot save, configuration, or error."""
     if isinstance(error, NoRoomError) or is_out_of_memory(error):
         return "out of memory"
-    kinds = {NonFiniteError: "non-finite", SaveError: "cannot save", ConfigError: "configuration"}
+    kinds = {
+        NonFiniteError: "non-finite",
+        SamplerGapError: "sampler gap",
+        SaveError: "cannot save",
+        ConfigError: "configuration",
+    }
     return next((name for cls, name in kinds.items() if isinstance(error, cls)), "error")
 
 

@@ -1,5 +1,18 @@
 """How a policy learns from completions: rows, micro-batches, optimizer steps."""
 
-from pspo.update.step import Learner, NonFiniteError, Update, accumulate, update
+from pspo.update.config import UpdateConfig
+from pspo.update.rows import Row, make_rows
+from pspo.update.step import Learner, NonFiniteError, SamplerGapError, UpdateError, accumulate, check_gap, update
 
-__all__ = ["Learner", "NonFiniteError", "Update", "accumulate", "update"]
+__all__ = [
+    "Learner",
+    "NonFiniteError",
+    "Row",
+    "SamplerGapError",
+    "UpdateConfig",
+    "UpdateError",
+    "accumulate",
+    "check_gap",
+    "make_rows",
+    "update",
+]

@@ -4,47 +4,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pspo.advantage.critic import Critic
-from pspo.base.schema import Schema, key
 from pspo.base.statistics import Statistics
-from pspo.diagnostics import PROBE, Distance, InnerStep, Record, compare, kl_after
+from pspo.diagnostics import ROWS_PER_PROBE_ROW, Record, compare, kl_after, sample_coordinates, update_norm
 from pspo.host.memory import halving
-from pspo.loss import Batch, Loss, Size, batch_loss
+from pspo.loss import LossConfig, batch_loss, coefficients
 from pspo.model import Policy
 from pspo.model.logprob import token_logprobs
 from pspo.objective import Objective
-from pspo.rollout.experience import Row, batch_of, column, pack, score
+from pspo.update.config import UpdateConfig
+from pspo.update.pack import Bundles, pack
+from pspo.update.rows import Row, batch_of, column, score, states
 
-ROOM = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
+MEMORY_ADVICE = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Update(Schema, block="update"):
-    """How often and in what pieces a rollout is learned from; updates per rollout = epochs x minibatches."""
-
-    num_epochs: int = key("passes over a rollout", within="[1, inf)")
-    num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
-    max_tokens: int = key(
-        "tokens of one micro-batch, padding included; bounds memory and changes nothing else", within="[1, inf)"
-    )
-    old_logprobs: Literal["sampler", "recompute"] = key(
-        "log π_old: as the sampler found it, or from one more pass, where the gap between the two is too wide"
-    )
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of one rollout."""
-        return self.num_epochs * self.num_minibatches
+MAX_GAP_NATS = {False: 1e-3, True: 0.15}
+"""Largest mean |log π_trainer − log π_sampler| of fresh rows, without and with bfloat16 products (``autocast``)."""
 
 
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or log-probability is NaN or infinite; the step was not taken."""
+class UpdateError(RuntimeError):
+    """An optimizer step cannot be trusted."""
+
+
+class NonFiniteError(UpdateError):
+    """A loss, gradient, log-probability or weight is NaN or infinite."""
+
+
+class SamplerGapError(UpdateError):
+    """Sampler and trainer disagree about the log-probabilities of fresh completions."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +47,24 @@ class Learner:
         policy: the model that is trained.
         critic: its value model, where the advantage needs one.
         objective: the trust region.
-        loss: what is orthogonal to it.
+        loss: what is orthogonal to the objective.
         temperature: that of the sampling.
         max_length: the longest completion, in tokens.
-        max_tokens: of one micro-batch, padded.
+        max_tokens: padded positions of one micro-batch.
         max_grad_norm: gradients are scaled down to it, the policy's and the value model's each by themselves.
     """
 
     policy: Policy
     critic: Critic | None
     objective: Objective
-    loss: Loss
+    loss: LossConfig
     temperature: float
     max_length: int
     max_tokens: int
     max_grad_norm: float
 
     def parameters(self) -> list[list[torch.nn.Parameter]]:
-        """The policy's, then the value model's own."""
+        """The policy's trained parameters, then the value model's own."""
         own = [] if self.critic is None else [list(self.critic.parameters())]
         return [list(self.policy.trainable().values()), *own]
 
@@ -82,7 +74,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     rows: Sequence[Row],
     *,
-    config: Update,
+    config: UpdateConfig,
     learning_rates: Sequence[float],
     random: np.random.Generator,
     statistics: Statistics,
@@ -92,158 +84,150 @@ def update(
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
     ``learning_rates`` has one for each optimizer step of this rollout. Returns how many were taken: none for a
-    minibatch without rows. Raises NonFiniteError, after saving the offending minibatch at ``failure``, before a step is
-    taken that cannot be trusted.
+    minibatch without rows. Raises SamplerGapError, and NonFiniteError after saving the offending minibatch at
+    ``failure``: before an optimizer step that cannot be trusted, and after one that left weights that are not finite.
     """
     number, taken, parameters = 0, 0, learner.parameters()
-    distance = Distance(parameters[0]) if record is not None else None
     for epoch in range(config.num_epochs):
         for place, chosen in enumerate(np.array_split(random.permutation(len(rows)), config.num_minibatches)):
             number += 1
             if len(chosen) == 0:
                 continue
             minibatch = [rows[i] for i in chosen]
-            attempt = partial(_attempt, learner, minibatch, optimizer, record is not None, number == 1)
-            (loss, seen, inner), max_tokens = halving("update.max_tokens", learner.max_tokens, ROOM, attempt)
+            attempt = partial(_attempt, learner, minibatch, optimizer, record, taken == 0)
+            (loss, seen), max_tokens = halving("update.max_tokens", learner.max_tokens, MEMORY_ADVICE, attempt)
             learner = replace(learner, max_tokens=max_tokens)
-            statistics.add(seen)
             norms = [torch.nn.utils.clip_grad_norm_(group, learner.max_grad_norm) for group in parameters]
             if not (loss.isfinite() and all(norm.isfinite() for norm in norms)):
-                torch.save([vars(row) for row in minibatch], failure)
-                raise NonFiniteError(
-                    f"loss {loss.item()}, gradient norm {norms[0].item()}: the optimizer step was not taken and the "
-                    f"weights are as before; its batch is saved in {failure} (torch.load)"
-                )
+                told = f"loss {loss.item()}, gradient norm {norms[0].item()}: the optimizer step was not taken"
+                raise _non_finite(told, minibatch, failure)
+            if taken == 0:
+                check_gap(seen.result().get(GAP, 0.0), learner.policy.autocast)
+            statistics.add(seen)
             one = torch.ones((), dtype=torch.bool, device=loss.device)
             statistics.mean("optimizer/grad_norm_mean", norms[0], one)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rates[number - 1] * group.get("lr_factor", 1.0)
             if record is not None and record.others and number == config.steps:
                 record.probe = compare(partial(_gradient, learner, minibatch), learner.objective, record.others)
+            before = sample_coordinates(parameters[0]) if record is not None else []
             optimizer.step()
             taken += 1
-            if record is not None and inner is not None and distance is not None:
-                norm, told = norms[0].item(), inner.result()
-                if record.rows:
-                    record.rows[-1] |= {f"kl/after_{k}": told[f"kl/before_{k}"] for k in ("k1", "k3")}
-                record.rows.append(
-                    {"epoch": epoch, "minibatch": place}
-                    | told
-                    | {
-                        "optimizer/grad_norm": norm,
-                        "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
-                        "optimizer/update_norm": distance.result(),
-                    }
-                )
+            if not all(torch.nn.utils.get_total_norm(group).isfinite() for group in parameters):
+                told = f"learning rate {optimizer.param_groups[0]['lr']:g} made weights that are not finite"
+                raise _non_finite(told, minibatch, failure)
+            if record is not None:
+                norm = norms[0].item()
+                columns = {
+                    "optimizer/grad_norm": norm,
+                    "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
+                    "optimizer/update_norm_estimate": update_norm(before, parameters[0]),
+                }
+                record.end_inner_step(epoch, place, columns)
     if record is not None and record.rows:
-        probe = rows[::PROBE]
+        probe = rows[::ROWS_PER_PROBE_ROW]
         logprobs, _ = score(learner.policy, probe, learner.temperature, learner.max_tokens, None)
         record.rows[-1] |= kl_after(logprobs, [row.old_logprobs for row in probe])
     optimizer.zero_grad(set_to_none=True)
     return taken
 
 
+GAP = "policy/sampler_gap_mean"
+
+
+def check_gap(gap: float, autocast: bool) -> None:
+    """Refuse a mean |log π_trainer − log π_sampler|, in nats, beyond rounding. Raises SamplerGapError."""
+    if gap > MAX_GAP_NATS[autocast]:
+        raise SamplerGapError(
+            f"the trainer's log-probabilities of fresh completions differ from the sampler's by {gap:.2g} nats on "
+            f"average, more than the {MAX_GAP_NATS[autocast]:g} of rounding in {'bfloat16' if autocast else 'float32'}: "
+            "they do not run the same policy, so every ratio would be wrong; nothing was learned; try "
+            "model.attention=eager, model.lora.rank=0 or model.autocast=false"
+        )
+
+
+def accumulate(
+    learner: Learner, rows: Sequence[Row], statistics: Statistics, record: Record | None = None, *, fresh: bool = False
+) -> Tensor:
+    """Add the gradient of one optimizer batch to the parameters; its loss, NaN if a log-probability is not finite.
+
+    Neither depends on ``max_tokens`` beyond rounding: every micro-batch divides by the whole batch's counts. ``fresh``
+    says that the weights are still those that sampled the rows: then the difference of log-probabilities is the
+    numerical gap between sampler and trainer.
+    """
+    policy = learner.policy
+    lengths = [len(row.token_ids) for row in rows]
+    coefficient_N = coefficients(learner.loss.aggregation, lengths, learner.max_length)
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
+    with policy.recomputing():
+        packed = pack([(row.prompt_ids, len(row.token_ids)) for row in rows], learner.max_tokens, policy)
+        for bundles in packed:
+            total += _micro_batch(learner, rows, bundles, coefficient_N, statistics, record, fresh)
+    return total
+
+
+def _micro_batch(
+    learner: Learner,
+    rows: Sequence[Row],
+    bundles: Bundles,
+    coefficient_N: Sequence[float],
+    statistics: Statistics,
+    record: Record | None,
+    fresh: bool,
+) -> Tensor:
+    """Add the gradient of one micro-batch of an optimizer batch; returns its share of the loss."""
+    policy, critic, config = learner.policy, learner.critic, learner.loss
+    places = [i for bundle in bundles for i in bundle]
+    micro, batch = [rows[i] for i in places], batch_of(rows, policy, bundles)
+    mask_BT, hidden_NH = batch.mask_BT, states(policy, batch)
+    logprob_BT, entropy_BT = token_logprobs(
+        policy.model, batch, hidden_NH, learner.temperature, policy.autocast, config.entropy_weight > 0
+    )
+    old_logprob_BT = column(micro, "old_logprobs", logprob_BT)
+    coefficient_B = torch.tensor([coefficient_N[i] for i in places], dtype=torch.float64, device=policy.device)
+    loss, x, gradient_BT = batch_loss(
+        config,
+        learner.objective,
+        logprob_BT,
+        entropy_BT,
+        old_logprob_BT=old_logprob_BT,
+        advantage_BT=column(micro, "advantages", logprob_BT, torch.float64),
+        mask_BT=mask_BT,
+        reference_BT=column(micro, "reference_logprobs", logprob_BT) if config.has_reference else None,
+        coefficient_B1=coefficient_B[:, None],
+        statistics=statistics,
+    )
+    if critic is not None:
+        value_BT = critic(batch, hidden_NH, policy.autocast)
+        old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
+        error_BT = critic.loss(value_BT, old_value_BT, return_BT)
+        statistics.mean("critic/loss_mean", error_BT, mask_BT)
+        loss = loss + torch.where(mask_BT, error_BT, 0.0).sum() / sum(len(row.token_ids) for row in rows)
+    loss.backward()  # type: ignore[no-untyped-call]
+    padding_RS = batch.owner_RS < 0
+    statistics.mean("update/padding_rate", padding_RS.double(), torch.ones_like(padding_RS))
+    if record is not None:
+        record.add(x, gradient_BT, entropy_BT)
+    if fresh:
+        statistics.mean(GAP, (logprob_BT - old_logprob_BT).abs(), mask_BT)
+    finite = (logprob_BT.isfinite() & old_logprob_BT.isfinite()).all()
+    return torch.where(finite, loss.detach().double(), torch.nan)
+
+
 def _attempt(
     learner: Learner,
     minibatch: Sequence[Row],
     optimizer: torch.optim.Optimizer,
-    recorded: bool,
-    first: bool,
+    record: Record | None,
+    fresh: bool,
     max_tokens: int,
-) -> tuple[Tensor, Statistics, InnerStep | None]:
-    statistics, inner = Statistics(), InnerStep() if recorded else None
+) -> tuple[Tensor, Statistics]:
+    """The gradient of a minibatch, from nothing: an attempt that ran out of memory leaves a part of one."""
+    statistics = Statistics()
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate(replace(learner, max_tokens=max_tokens), minibatch, statistics, inner, first)
-    return loss, statistics, inner
-
-
-def accumulate(
-    learner: Learner,
-    rows: Sequence[Row],
-    statistics: Statistics,
-    inner: InnerStep | None = None,
-    first: bool = False,
-) -> Tensor:
-    """Add the gradient of one optimizer batch to the parameters; its loss, NaN if a log-probability is not finite.
-
-    Neither depends on ``max_tokens`` beyond rounding: every micro-batch divides by the whole batch's counts. ``first``
-    says that the weights are still those that sampled the rows: then the difference of log-probabilities is the
-    numerical gap between sampler and trainer.
-    """
-    policy, size = learner.policy, Size(sum(len(row.token_ids) for row in rows), len(rows), learner.max_length)
-    total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    if policy.lanes is None or learner.critic is not None:
-        found = [_part(learner, rows, size, inner is not None, first)]
-    else:
-        dealt = deal(rows, policy.lanes.count)
-        smaller = replace(learner, max_tokens=-(-learner.max_tokens // len(dealt)))
-        found = policy.lanes.each(_part, [(smaller, part, size, inner is not None, first) for part in dealt])
-    for loss, seen, told in found:
-        total += loss
-        statistics.add(seen)
-        if inner is not None and told is not None:
-            inner.join(told)
-    return total
-
-
-def deal(rows: Sequence[Row], count: int) -> list[list[Row]]:
-    """At most ``count`` parts of about as many tokens; rows of one prompt stay together, but where two parts meet."""
-    first: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        first.setdefault(tuple(row.prompt_ids), len(first))
-    rows = sorted(rows, key=lambda row: first[tuple(row.prompt_ids)])
-    new = [n == 0 or row.prompt_ids != rows[n - 1].prompt_ids for n, row in enumerate(rows)]
-    cost = np.array([len(row.token_ids) + len(row.prompt_ids) * begins for row, begins in zip(rows, new, strict=True)])
-    middle = np.cumsum(cost) - cost / 2
-    part = (middle * count // cost.sum()).tolist()
-    return [[row for row, p in zip(rows, part, strict=True) if p == number] for number in sorted(set(part))]
-
-
-def _part(
-    learner: Learner, rows: Sequence[Row], size: Size, recorded: bool, first: bool
-) -> tuple[Tensor, Statistics, InnerStep | None]:
-    """Add the gradient of some rows of an optimizer batch of that size."""
-    policy, critic, statistics, inner = learner.policy, learner.critic, Statistics(), InnerStep() if recorded else None
-    if policy.gradient_checkpointing:
-        policy.model.train()  # the library recomputes activations in training mode only
-        for module in policy.model.modules():
-            if isinstance(module, torch.nn.Dropout):  # noise would make the ratio of fresh weights differ from 1
-                module.eval()
-    total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    for cut in pack(rows, learner.max_tokens, policy):
-        micro, tokens = [rows[i] for i in cut.rows], batch_of(rows, policy, cut)
-        scored = token_logprobs(
-            policy.model, tokens, learner.temperature, policy.autocast, learner.loss.entropy_weight > 0
-        )
-        logprob_BT = scored.logprob_BT
-        batch = Batch(
-            old_logprob_BT=column(micro, "old_logprobs", logprob_BT),
-            advantage_BT=column(micro, "advantages", logprob_BT, torch.float64),
-            mask_BT=tokens.mask_BT,
-            reference_BT=column(micro, "reference_logprobs", logprob_BT) if learner.loss.has_reference else None,
-        )
-        weighed = batch_loss(learner.loss, learner.objective, logprob_BT, scored.entropy_BT, batch, size, statistics)
-        loss = weighed.loss
-        if critic is not None:
-            value_BT = critic(tokens, scored.hidden_NH, policy.autocast)
-            old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
-            error_BT = critic.loss(value_BT, old_value_BT, return_BT)
-            statistics.mean("critic/loss_mean", error_BT, tokens.mask_BT)
-            loss = loss + torch.where(tokens.mask_BT, error_BT, 0.0).sum() / size.num_tokens
-        loss.backward()  # type: ignore[no-untyped-call]
-        positions = torch.zeros(tokens.num_padded, dtype=torch.float64)
-        positions[tokens.num_tokens :] = 1
-        statistics.mean("update/padding_rate", positions, torch.ones_like(positions, dtype=torch.bool))
-        if inner is not None:
-            inner.add(weighed, batch.advantage_BT, scored.entropy_BT, tokens.mask_BT)
-        if first:
-            gap_BT = (logprob_BT - batch.old_logprob_BT).abs()
-            statistics.mean("policy/sampler_gap_mean", gap_BT, tokens.mask_BT)
-        finite = (logprob_BT.isfinite() & batch.old_logprob_BT.isfinite()).all()
-        total += torch.where(finite, loss.detach().double(), torch.nan)
-    if policy.gradient_checkpointing:
-        policy.model.eval()
-    return total, statistics, inner
+    if record is not None:
+        record.tokens.clear()
+    return accumulate(replace(learner, max_tokens=max_tokens), minibatch, statistics, record, fresh=fresh), statistics
 
 
 def _gradient(learner: Learner, rows: Sequence[Row], objective: Objective) -> Tensor:
@@ -258,3 +242,11 @@ def _gradient(learner: Learner, rows: Sequence[Row], objective: Objective) -> Te
     for parameter, gradient in zip(parameters, kept, strict=True):
         parameter.grad = gradient
     return torch.cat([gradient.flatten() for gradient in found])
+
+
+def _non_finite(told: str, minibatch: Sequence[Row], failure: Path) -> NonFiniteError:
+    torch.save([vars(row) for row in minibatch], failure)
+    return NonFiniteError(
+        f"{told}; nothing of this step is saved, so that the last checkpoint is good; lower optimizer.lr or "
+        f"optimizer.max_grad_norm; the minibatch is in {failure} (torch.load)"
+    )
