@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pspo import dataset, model
 from pspo.advantage import Advantage
+from pspo.base.files import CONF
 from pspo.base.schema import ConfigError, Schema, as_dict, build, key
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
@@ -23,17 +22,13 @@ from pspo.diagnostics import DiagnosticsConfig
 from pspo.evaluate import Evaluation
 from pspo.loss import LossConfig
 from pspo.model import Model
-from pspo.objective import OBJECTIVES, Objective
+from pspo.objective import OBJECTIVES, Objective, default_objective
 from pspo.optimizer import Optimizer
 from pspo.reward import RewardConfig, make_reward
 from pspo.rollout import RolloutConfig
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
 from pspo.update import UpdateConfig
-
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""The YAML files: inside an installed wheel, else beside the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +123,6 @@ def no_alpha(smoothing: str, objective: str) -> ConfigError:
         f"smoothing={smoothing} sets objective.alpha, which objective={objective} does not have"
         f"; objectives with alpha: {takes} (or leave smoothing=none)"
     )
-
-
-def default_objective(name: str) -> Objective:
-    """An objective with the values of its option under ``conf/objective``."""
-    values = yaml.safe_load((CONF / "objective" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return build(Objective, values)  # type: ignore[type-abstract]
 
 
 def science(config: Config) -> dict[str, Any]:

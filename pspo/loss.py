@@ -73,9 +73,10 @@ def batch_loss(
     """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
 
     The coefficients count all micro-batches that make one optimizer step, so their gradients add up to that of one
-    large batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the log-probabilities
-    once, here, and the result passed on to the model: what the diagnostics read is the gradient itself. KL(old‖new)
-    is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (Schulman, "Approximating KL divergence", 2020).
+    large batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the
+    log-probabilities once, here, and the result passed on to the model: what the diagnostics read is the gradient
+    itself. KL(old‖new) is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (Schulman, "Approximating KL
+    divergence", 2020).
 
     Returns the micro-batch's share of the optimizer batch's loss, with gradient; what the objective saw; and
     ∂(Σ objective)/∂logprob (B, T) before aggregation, so that a token's gradient weight is w = −gradient / A.

@@ -42,6 +42,19 @@ class Optimizer(Schema, ABC, block="optimizer"):
             return self.lr * (step + 1) / self.warmup_steps
         return self.lr if self.decay == "constant" else self.lr * (1 - fraction) / max(1 - warmup_fraction, 1e-12)
 
+    def rates(
+        self, first: int, updates: int, start: float, end: float, warmup_fraction: float
+    ) -> tuple[list[float], float]:
+        """Learning rates of one rollout's optimizer steps, over which the spent share of the budget goes start -> end.
+
+        ``first`` is the number of the first of them. Returns the fraction at the end of the warm-up, too, which is
+        known once the warm-up has ended.
+        """
+        if first <= self.warmup_steps and self.decay != "constant":  # which needs no share of the budget
+            warmup_fraction = start + (end - start) * min(self.warmup_steps - first, updates) / updates
+        spent = [start + (end - start) * i / updates for i in range(updates)]
+        return [self.lr_at(first + i, spent[i], warmup_fraction) for i in range(updates)], warmup_fraction
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):

@@ -22,9 +22,8 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pspo.base.files import write_json
+from pspo.base.files import CONF, write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
-from pspo.config import CONF
 from pspo.launcher import Planned, make_plan
 
 SWEEPS = CONF.parent / "sweeps"

@@ -18,14 +18,14 @@ from pspo.base.files import JsonLines, SaveError
 from pspo.base.statistics import Statistics
 from pspo.base.stream import Stream, generator
 from pspo.budget import Progress
-from pspo.config import Config, default_objective, identity
+from pspo.config import Config, identity
 from pspo.dataset import Prompt
 from pspo.diagnostics import Record
 from pspo.evaluate import completion_row, validate
 from pspo.host import interrupt
 from pspo.host.memory import peak_gib
 from pspo.model import Policy
-from pspo.objective import Objective
+from pspo.objective import Objective, default_objective
 from pspo.reward import Reward
 from pspo.rollout import Completion, OwnSampler, Sampler, collect, rewards, rollout_metrics, training
 from pspo.tracker import Tracker
@@ -71,15 +71,10 @@ class Trainer:
         self.critic = make_critic(config.advantage, self.policy)
         self.reference = self.policy.frozen() if config.loss.has_reference else None
         self.learner = Learner(
-            self.policy,
-            self.critic,
-            config.objective,
-            config.loss,
-            temperature=rollout.temperature,
-            max_length=rollout.max_new_tokens,
-            max_tokens=config.update.max_tokens,
+            self.policy, self.critic, config.objective, config.loss, temperature=rollout.temperature,
+            max_length=rollout.max_new_tokens, max_tokens=config.update.max_tokens,
             max_grad_norm=config.optimizer.max_grad_norm,
-        )
+        )  # fmt: skip
         self.optimizer = config.optimizer.make(self._parameter_groups())
         self.state.alpha = getattr(config.objective, "alpha", None)
         self.completions = JsonLines(self.directory / "completions.jsonl")
@@ -162,13 +157,16 @@ class Trainer:
         progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
         progress.prompts_used += len(used) // config.rollout.group_size
         progress.completion_tokens += sum(len(c.token_ids) for c in completions)
-        record = self._record(number)
+        record, spent, state = self._record(number), config.budget.fraction(progress), self.state
+        learning_rates, state.warmup_fraction = config.optimizer.rates(
+            progress.optimizer_steps, config.update.steps, fraction, spent, state.warmup_fraction
+        )
         progress.optimizer_steps += update(
             replace(self.learner, objective=self._objective()),
             self.optimizer,
             rows,
             config=config.update,
-            learning_rates=self._learning_rates(fraction, config.budget.fraction(progress)),
+            learning_rates=learning_rates,
             random=generator(config.seed, Stream.MINIBATCH, number),
             statistics=statistics,
             record=record,
@@ -219,16 +217,6 @@ class Trainer:
         if self.critic is not None:
             groups[1]["lr_factor"] = self.critic.config.value_lr / self.config.optimizer.lr
         return groups
-
-    def _learning_rates(self, start: float, end: float) -> list[float]:
-        """Those of the optimizer steps of one rollout, over which the spent share of the budget goes start -> end."""
-        optimizer, first, updates = self.config.optimizer, self.state.progress.optimizer_steps, self.config.update.steps
-        if first <= optimizer.warmup_steps and optimizer.decay != "constant":  # which needs no share of the budget
-            self.state.warmup_fraction = start + (end - start) * min(optimizer.warmup_steps - first, updates) / updates
-        return [
-            optimizer.lr_at(first + i, start + (end - start) * i / updates, self.state.warmup_fraction)
-            for i in range(updates)
-        ]
 
     def _validate(self) -> dict[str, float]:
         """Answers to held-out training problems; keeps the best weights where they are asked for."""

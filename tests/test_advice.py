@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 from training import configured
 
-from pspo.config import default_objective
-from pspo.objective import OBJECTIVES
+from pspo.objective import OBJECTIVES, default_objective
 from pspo.run.advice import advice
 
 INERT = "one optimizer step per rollout: every ratio is 1 and the trust region is inert"

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from training import composed
 
+from pspo.base.files import CONF
 from pspo.base.schema import ConfigError, Schema, as_dict, build, fields_of, key
-from pspo.config import CONF, Config, compose, groups, identity, open_keys, resolve, run_directory
+from pspo.config import Config, compose, groups, identity, open_keys, resolve, run_directory
 from pspo.run.help import EXAMPLES, help_text
 
 KEYS = Path(__file__).with_name("keys.txt")

@@ -3,15 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pspo.rollout.experience import Row, batch_of, pack, score
 from training import Killed, make_trainer
 
 from pspo.advantage import GAE, Group
 from pspo.advantage.critic import make_critic
 from pspo.base.statistics import Statistics
-from pspo.config import default_objective
 from pspo.loss import Loss
 from pspo.model.logprob import token_logprobs
-from pspo.rollout.experience import Row, batch_of, pack, score
+from pspo.objective import default_objective
 from pspo.update import Learner, Update, accumulate, update
 
 LOSS = Loss(importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False)

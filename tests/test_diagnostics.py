@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pspo.rollout.experience import Row, score
 
 from pspo.advantage import GAE
 from pspo.advantage.critic import make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
-from pspo.config import compose, default_objective, identity
+from pspo.config import compose, identity
 from pspo.diagnostics import ELSEWHERE, PROBE, Diagnostics, Distance, InnerStep, Record, compare, kl_after
 from pspo.loss import Loss, Weighed
-from pspo.objective import OBJECTIVES
-from pspo.rollout.experience import Row, score
+from pspo.objective import OBJECTIVES, default_objective
 from pspo.update import Learner, Update, accumulate, update
 
 LOSS = Loss(importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False)

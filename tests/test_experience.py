@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pspo.rollout.experience import Collected, Row, collect, make_rows, score
 from training import make_trainer, problems
 
 from pspo.advantage import GAE, Group, LeaveOneOut, Mean
@@ -17,7 +18,6 @@ from pspo.model.batch import make_batch
 from pspo.model.logprob import token_logprobs
 from pspo.reward import Score
 from pspo.rollout import Completion, Rollout, sample
-from pspo.rollout.experience import Collected, Row, collect, make_rows, score
 
 ROLLOUT = Rollout(
     prompts=3,

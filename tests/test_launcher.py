@@ -12,8 +12,9 @@ import pytest
 import submitit
 import yaml
 
+from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
-from pspo.config import CONF, compose, run_directory
+from pspo.config import compose, run_directory
 from pspo.launcher import Job, RunsFailed, configure, make_plan, result
 from pspo.launcher.local import Local
 from pspo.launcher.plan import Planned

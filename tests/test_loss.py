@@ -8,10 +8,10 @@ from training import configured
 
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
-from pspo.config import compose, default_objective
+from pspo.config import compose
 from pspo.loss import Batch, Loss, Size, batch_loss, kl
 from pspo.model.logprob import LOG_RATIO_CLAMP
-from pspo.objective import OBJECTIVES, ObjectiveInput
+from pspo.objective import OBJECTIVES, ObjectiveInput, default_objective
 
 EVERY = [default_objective(name) for name in OBJECTIVES]
 NOCLIP, CLIP = default_objective("noclip"), default_objective("clip")

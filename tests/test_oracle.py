@@ -20,11 +20,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pspo.rollout.experience import Row, score
 
 from pspo.base.statistics import Statistics
 from pspo.config import compose
 from pspo.model import save
-from pspo.rollout.experience import Row, score
 from pspo.update import Learner, accumulate
 
 pytestmark = [

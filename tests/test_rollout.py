@@ -8,6 +8,8 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from pspo.rollout.experience import Row, score
+from pspo.rollout.samplers.decode import Fused, Library
 
 from pspo import rollout
 from pspo.dataset import Problem, Prompt, render
@@ -15,8 +17,6 @@ from pspo.host.memory import NoRoomError
 from pspo.model import Policy
 from pspo.model.attention import can_share
 from pspo.rollout import sample, uniforms
-from pspo.rollout.experience import Row, score
-from pspo.rollout.samplers.decode import Fused, Library
 from pspo.rollout.samplers.draw import draw
 
 LAST = 1 - 2**-53  # the largest number that the generator gives

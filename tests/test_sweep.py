@@ -11,8 +11,9 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from pspo import sweep
+from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
-from pspo.config import CONF, compose, groups, run_directory
+from pspo.config import compose, groups, run_directory
 from pspo.launcher import make_plan
 
 TWO_FACTORS = """

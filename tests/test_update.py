@@ -10,21 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pspo.rollout.experience import Row, batch_of, make_rows, pack
 
 from pspo import update as module
 from pspo.advantage import GAE, Group
 from pspo.advantage.critic import make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
-from pspo.config import default_objective
 from pspo.dataset import Problem, Prompt
 from pspo.host.memory import NoRoomError
 from pspo.loss import Loss
 from pspo.model import Policy, logprob, tiny
 from pspo.model.batch import make_batch
-from pspo.objective import OBJECTIVES, PSPO
+from pspo.objective import OBJECTIVES, PSPO, default_objective
 from pspo.rollout import experience, sample
-from pspo.rollout.experience import Row, batch_of, make_rows, pack
 from pspo.update import Learner, NonFiniteError, Update, accumulate, update
 
 ALL = [default_objective(name) for name in OBJECTIVES]

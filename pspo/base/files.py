@@ -8,6 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+"""The YAML files: inside an installed wheel, else beside the package."""
+
 
 class SaveError(RuntimeError):
     """A file could not be written; what was saved before is intact."""

@@ -1,5 +1,9 @@
 """Trust-region objectives: what stands where PPO and GRPO clip the importance ratio."""
 
+import yaml
+
+from pspo.base.files import CONF
+from pspo.base.schema import build
 from pspo.objective.base import Objective, ObjectiveInput
 from pspo.objective.clip import Clip, NoClip
 from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
@@ -23,6 +27,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "vespo": VESPO,
 }
 
+
+def default_objective(name: str) -> Objective:
+    """An objective with the values of its option under ``conf/objective``."""
+    values = yaml.safe_load((CONF / "objective" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return build(Objective, values)  # type: ignore[type-abstract]
+
+
 __all__ = [
     "CFPO",
     "CISPO",
@@ -40,4 +51,5 @@ __all__ = [
     "ObjectiveInput",
     "PSPOClip",
     "PSPOGeometric",
+    "default_objective",
 ]

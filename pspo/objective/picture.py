@@ -16,8 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pspo.config import default_objective
-from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
+from pspo.objective import OBJECTIVES, Objective, ObjectiveInput, default_objective
 from pspo.objective.toy import ARMS, drift
 
 OLD_PROBABILITY = 0.1

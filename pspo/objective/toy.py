@@ -7,8 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pspo.config import default_objective
-from pspo.objective.base import Objective, ObjectiveInput
+from pspo.objective import Objective, ObjectiveInput, default_objective
 
 NUM_STATES, NUM_ACTIONS, NUM_SAMPLES = 16, 8, 64
 NUM_ROLLOUTS, NUM_UPDATES = 25, 8

@@ -54,7 +54,7 @@ METRICS: dict[str, str] = {
     "kl/after_k1": "the same after it: on the minibatch that follows, after the last on one of 64 rows of the rollout",
     "kl/after_k3": "KL(old‖new), k3 estimate, after it, on the same rows",
     "optimizer/grad_norm_clipped": "norm of the policy's gradient after clipping",
-    "optimizer/update_norm_estimate": "‖Δθ‖ of the policy in one optimizer step, from every 53rd weight and scaled up (all weights up to 2^20)",
+    "optimizer/update_norm_estimate": "‖Δθ‖ of the policy in one optimizer step, estimated from every 53rd weight",
     "counterfactual/active_norm": "norm of the active objective's gradient on the probe's batch, the last minibatch",
     "counterfactual/<objective>_norm": "norm of another objective's gradient on the same batch and policy",
     "counterfactual/<objective>_cosine": "its cosine with the active objective's",

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pspo.base.console import log
-from pspo.base.files import SaveError
+from pspo.base.files import CONF, SaveError
 from pspo.base.schema import ConfigError, unknown
-from pspo.config import CONF, open_keys, resolve
+from pspo.config import open_keys, resolve
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed
 from pspo.run.help import help_text
