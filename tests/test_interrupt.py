@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import submitit
+import torch
 from forked import REWARD, TINY, at, ends, log_of, make, only_run
 from submitit.core.submission import process_job
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
-from training import composed
+from training import composed, make_trainer
 
-from pspo import rollout, trainer
+from pspo import trainer
 from pspo.host import interrupt
+from pspo.rollout.samplers import own
 from pspo.run.job import run
+from pspo.update import step
 
 RARELY = ["checkpoint.every=100"]
 """Nothing but a signal, the end of the job's time and the end of the run makes a checkpoint."""
@@ -24,12 +27,61 @@ RARELY = ["checkpoint.every=100"]
 
 # A run of TINY draws 8 tokens at a time: 8 for the test before, 16 for validation 0, 8 for a step, 16 after 2, 4, 5.
 INSTANTS = {
-    "the first validation": (rollout, "draw", 20, None),
-    "the first rollout": (rollout, "draw", 28, 0),
+    "the first validation": (own, "draw", 20, None),
+    "the first rollout": (own, "draw", 28, 0),
     "the first update": (trainer, "update", 1, 1),
-    "the second rollout": (rollout, "draw", 36, 1),
-    "the test after": (rollout, "draw", 116, 5),
+    "the second rollout": (own, "draw", 36, 1),
+    "the test after": (own, "draw", 116, 5),
 }
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_is_whole_or_was_never_begun(tiny_policy, tmp_path, monkeypatch, threads):
+    """A signal at each poll of a run in turn, also inside of an update: the end is that of an unbroken run."""
+    overrides = ["budget.steps=2", "checkpoint.every=100", "update.num_epochs=1", "rollout.prompts=2"]
+    polls, check, batch_of = [0, 0], interrupt.check, step.batch_of
+
+    def polled():
+        polls[0] += 1
+        if polls[0] == polls[1]:
+            interrupt._note(signal.SIGUSR2, None)
+        check()
+
+    def polling(*given):
+        interrupt.check()
+        return batch_of(*given)
+
+    monkeypatch.setattr(interrupt, "check", polled)
+    monkeypatch.setattr(step, "batch_of", polling)
+
+    def made(name, stop_at):
+        """Weights, steps and counters of a run that is stopped at one of its polls and begun again."""
+        polls[:] = 0, stop_at
+        for attempt in range(2):
+            policy = tiny_policy()
+            run = make_trainer(policy, tmp_path / name, *overrides)
+            try:
+                run.run()
+                break
+            except interrupt.Interrupted:
+                interrupt._received = None
+        assert attempt == (stop_at > 0)  # it did stop, and began again
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        steps = [(row["step"], row.get("budget/optimizer_steps")) for row in rows]
+        return torch.cat([p.detach().flatten() for p in policy.trainable().values()]), steps
+
+    torch.set_num_threads(threads)
+    try:
+        weights, steps = made("unbroken", 0)
+        assert steps == [(0, None), (1, 2), (2, 4)]
+        number = polls[0]
+        assert number > 12
+        for stop_at in range(1, number + 1):
+            stopped, told = made(f"stopped_{stop_at}", stop_at)
+            assert told == steps, stop_at
+            assert torch.equal(stopped, weights), stop_at  # a promise: on a CPU resume is exact
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("instant", INSTANTS)
