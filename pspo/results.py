@@ -52,12 +52,17 @@ def load(directory: str | Path) -> Results:
         for name, _, when in [path.stem.rpartition("_")]
         for row in read_lines(path)
     ]
+    metrics, diagnostics, completions = (
+        pd.DataFrame(read_lines(directory / f"{name}.jsonl")) for name in ("metrics", "diagnostics", "completions")
+    )
     return Results(
-        directory,
-        yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")),
-        json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
-        *(pd.DataFrame(read_lines(directory / f"{name}.jsonl")) for name in ("metrics", "diagnostics", "completions")),
-        pd.DataFrame(answers),
+        directory=directory,
+        config=yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")),
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        metrics=metrics,
+        diagnostics=diagnostics,
+        completions=completions,
+        answers=pd.DataFrame(answers),
     )
 
 
