@@ -5,16 +5,23 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test slow oracle slurm lint clean
+.PHONY: help run test capabilities slow oracle slurm lint clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 run: $(VENV)/.installed  ## set up, then train on the embedded task (ARGS="objective=clip seed=1" adds overrides)
 	$(BIN)/python -m pspo.run $(ARGS)
 
 test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# PyTorch's vector kernels differ in the last bits; avx512 only where the processor has it.
+NUMERICAL := advantage batch collect critic diagnostics logprob loss model objective optimizer rollout rows smoothing update
+CAPABILITIES := default avx2 $(shell grep -qm1 avx512f /proc/cpuinfo 2>/dev/null && echo avx512)
+capabilities: $(VENV)/.installed  ## the numerical tests under each of PyTorch's vector kernels
+	for kernels in $(CAPABILITIES); do echo "ATEN_CPU_CAPABILITY=$$kernels"; \
+		ATEN_CPU_CAPABILITY=$$kernels $(BIN)/python -m pytest -n 2 $(NUMERICAL:%=tests/test_%.py) $(ARGS) || exit 1; done
 
 slow: $(VENV)/.installed  ## the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
