@@ -1,16 +1,19 @@
 """Held-out problems: one answer each, and the interval that their accuracy carries."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pspo.base.console import log, track
+from pspo.base.files import JsonLines
 from pspo.base.schema import Schema, key
 from pspo.base.statistics import wilson_interval
-from pspo.base.stream import Stream
-from pspo.checkpoint import random_state_kept
-from pspo.dataset import Prompt
+from pspo.base.stream import Stream, generator
+from pspo.checkpoint import random_state_kept, seed_global_generators
+from pspo.dataset import Problem, Prompt
+from pspo.host import interrupt
 from pspo.model import Policy
 from pspo.reward import Reward, Score
 from pspo.rollout import Completion, Rollout, sample
@@ -50,6 +53,48 @@ def answer(
         yield [completion_row(c, reward(c.text, c.prompt.problem)) for c in completions]
 
 
+def answer_into(
+    path: Path,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    rollout: Rollout,
+    *,
+    seed: int,
+    title: str,
+    check_owner: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Greedy answers to a test set in a file, one line for each problem in their order; returns the lines.
+
+    ``max_rows`` answers at a time are flushed to the disk, where a later process finds them and goes on. Its batches
+    and its state of the global generators, from which a user's reward may draw, are those of an unbroken process, so
+    that the file has the same bytes.
+    """
+    lines, size = JsonLines(path), rollout.max_rows
+    kept = 0
+    for row, prompt in zip(lines.rows(), prompts, strict=False):
+        if {name: row.get(name) for name in asked_of(prompt.problem)} != asked_of(prompt.problem):
+            break  # the data is another
+        kept += 1
+    first = kept if kept == len(prompts) else kept - kept % size
+    lines.cut(first)
+    with random_state_kept():
+        parts = [prompts[start : start + size] for start in range(first, len(prompts), size)]
+        for part in track(parts, title, len(prompts) - first):
+            seed_global_generators(int(generator(seed, Stream.TEST, lines.num_rows()).integers(2**32)))
+            rows = [
+                row
+                for chunk in answer(policy, part, reward, rollout, seed=[seed, Stream.TEST], greedy=True)
+                for row in chunk
+            ]
+            check_owner()
+            for row in rows:
+                lines.append(row)
+            lines.sync()
+            interrupt.check()
+    return lines.rows()
+
+
 def validate(
     policy: Policy, prompts: Sequence[Prompt], reward: Reward, rollout: Rollout, *, seed: int, step: int
 ) -> dict[str, float]:
@@ -82,11 +127,8 @@ def validate(
 
 def completion_row(completion: Completion, score: Score) -> dict[str, Any]:
     """A completion and its score as one line of a file."""
-    problem = completion.prompt.problem
     return {
-        "problem": problem.id,
-        "question": problem.question,
-        "answer": problem.answer,
+        **asked_of(completion.prompt.problem),
         "completion": completion.text,
         "sample": completion.sample,
         "reward": score.reward,
@@ -96,6 +138,11 @@ def completion_row(completion: Completion, score: Score) -> dict[str, Any]:
         "tokens": len(completion.token_ids),
         "truncated": not completion.finished,
     }
+
+
+def asked_of(problem: Problem) -> dict[str, str]:
+    """The part of ``completion_row`` that names the problem."""
+    return {"problem": problem.id, "question": problem.question, "answer": problem.answer}
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
