@@ -50,8 +50,8 @@ class Config(Schema):
     )
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
     rerun: Literal["never", "changed", "all", "resume"] = key(
-        "earlier runs to move aside and make anew: never; changed: those whose code, data, reward or model has changed; "
-        "all: finished ones too; resume: none, and an unfinished one is resumed although its data, reward or model changed"
+        "earlier runs to move aside and make anew: never; changed: where code, data, reward or model has changed; all: "
+        "all finished ones too; resume: none, and unfinished ones go on although data, reward or model has changed"
     )
     continue_from: str | None = key(
         "directory of a finished run to continue with a longer budget, all other settings being that run's; or null"

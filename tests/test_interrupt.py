@@ -15,7 +15,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from training import composed
 
 from pspo import rollout, trainer
-from pspo.host import interrupt
+from pspo.host import interrupt, slurm
 from pspo.run.job import run
 
 RARELY = ["checkpoint.every=100"]
@@ -133,7 +133,14 @@ def test_a_handler_that_refuses_to_requeue_fails_the_run(cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "status"), [("echo RUNNING", 17), ("echo COMPLETING", 143), ("true", 143), ("exit 1", 143)]
+    ("answer", "status"),
+    [
+        ("echo '7|RUNNING|0|0|0|None'", 17),
+        ("echo '7|COMPLETING|0|0|0|None'", 143),
+        ("echo '7|CANCELLED by 0|0|0|0|None'", 143),
+        ("true", 143),
+        ("exit 1", 143),
+    ],
 )
 def test_sigterm_to_a_job_that_slurm_calls_running_is_a_preemption(monkeypatch, tmp_path, answer, status):
     (tmp_path / "squeue").write_text(f"#!/bin/sh\n{answer}\n")
@@ -211,7 +218,7 @@ def test_an_older_slurm_is_asked_when_the_job_ends(monkeypatch, tmp_path, answer
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    found = interrupt.job_end()
+    found = slurm.job_end()
     assert "--jobs=12_3" in (tmp_path / "asked").read_text()
     assert found == (None if expected is None else time.mktime(time.strptime(expected, "%Y-%m-%dT%H:%M:%S")))
 
@@ -219,7 +226,7 @@ def test_an_older_slurm_is_asked_when_the_job_ends(monkeypatch, tmp_path, answer
 def test_outside_of_slurm_there_is_no_end(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert interrupt.job_end() is None
+    assert slurm.job_end() is None
     assert interrupt.TimeLimit().near() is False
 
 
