@@ -51,8 +51,8 @@ def commanded(tmp_path_factory, cache):
 
 def test_a_run_leaves_everything_it_promises(commanded):
     directory, output = commanded
-    files = "config.yaml overrides.yaml environment.json inputs.json metrics.jsonl completions.jsonl summary.json curves.png"
-    for name in f"{files} report.html run.log DONE checkpoints model evaluation".split():
+    files = "config.yaml overrides.yaml inputs.json environment.json metrics.jsonl completions.jsonl summary.json"
+    for name in f"{files} curves.png report.html run.log DONE checkpoints model evaluation".split():
         assert (directory / name).exists(), name
     summary, rows = summary_of(directory), rows_of(directory)
     assert summary["status"] == "done"
