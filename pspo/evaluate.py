@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +72,18 @@ def answer_into(
     that the file has the same bytes.
     """
     lines, size = JsonLines(path), rollout.max_rows
-    kept = 0
-    for row, prompt in zip(lines.rows(), prompts, strict=False):
-        if {name: row.get(name) for name in asked_of(prompt.problem)} != asked_of(prompt.problem):
-            break  # the data is another
-        kept += 1
+    answered = zip(lines.rows(), prompts, strict=False)
+    same = takewhile(lambda pair: asked_of(pair[1].problem).items() <= pair[0].items(), answered)  # else of other data
+    kept = len(list(same))
     first = kept if kept == len(prompts) else kept - kept % size
     lines.cut(first)
     with random_state_kept():
         parts = [prompts[start : start + size] for start in range(first, len(prompts), size)]
         for part in track(parts, title, len(prompts) - first):
             seed_global_generators(int(generator(seed, Stream.TEST, lines.num_rows()).integers(2**32)))
-            rows = [
-                row
-                for chunk in answer(policy, part, reward, rollout, seed=[seed, Stream.TEST], greedy=True)
-                for row in chunk
-            ]
+            batches = list(answer(policy, part, reward, rollout, seed=[seed, Stream.TEST], greedy=True))
             check_owner()
-            for row in rows:
+            for row in chain(*batches):
                 lines.append(row)
             lines.sync()
             interrupt.check()
