@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pspo import dataset, model
 from pspo.advantage import Advantage
@@ -24,7 +24,7 @@ from pspo.loss import LossConfig
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective, default_objective
 from pspo.optimizer import Optimizer
-from pspo.reward import RewardConfig, make_reward
+from pspo.reward import Reward, RewardConfig, make_reward
 from pspo.rollout import RolloutConfig
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
@@ -41,10 +41,13 @@ class Config(Schema):
     device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
     threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
-    rerun: Literal["never", "changed", "all"] = key(
-        "move a finished run aside and make it anew: never, if the code has changed since, or in any case"
+    rerun: Literal["never", "changed", "all", "resume"] = key(
+        "earlier runs to move aside and make anew: never; changed: where code, data, reward or model has changed; all: "
+        "all finished ones too; resume: none, and unfinished ones go on although data, reward or model has changed"
     )
-    continue_from: str | None = key("finished run directory, equal but for its shorter budget, to begin from; or null")
+    continue_from: str | None = key(
+        "directory of a finished run to continue with a longer budget, all other settings being that run's; or null"
+    )
     model: Model
     dataset: DatasetConfig
     reward: RewardConfig
@@ -92,8 +95,9 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
 
 
-def resolve(values: Mapping[str, Any]) -> Config:
-    """The typed tree of a composed configuration. Raises ConfigError."""
+def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The typed tree of a configuration composed with ``overrides``, those of the command line. Raises ConfigError."""
+    values = _with_source(values, overrides)
     smoothing, objective = values.get("smoothing", {}), values.get("objective", {})
     cls = OBJECTIVES.get(objective.get("name"))
     if smoothing.get("alpha") is not None and cls is not None:
@@ -109,11 +113,28 @@ def resolve(values: Mapping[str, Any]) -> Config:
 
 def read(path: Path) -> Config:
     """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError."""
+    return build(Config, _load(path))
+
+
+def _load(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(values, dict)
-    return build(Config, {str(name): value for name, value in values.items()})
+    return dict(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
+
+
+def _with_source(values: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:
+    """Under ``continue_from`` the settings of that run, with those of ``values`` that an override has set."""
+    source = Path(values.get("continue_from") or "") / "config.yaml"
+    names = [override.lstrip("+~").partition("=")[0].split(".") for override in overrides]
+    if not values.get("continue_from") or not source.is_file() or any(name[0] not in values for name in names):
+        return values  # an experiment sets keys in many blocks: then all keys are compared with that run's
+    merged = _load(source)
+    for *blocks, last in [*names, ["continue_from"], ["rerun"]]:
+        from_block, to_block = values, merged
+        for block in blocks:
+            from_block, to_block = from_block[block], to_block[block]
+        to_block[last] = from_block[last]
+    return merged
 
 
 def no_alpha(smoothing: str, objective: str) -> ConfigError:
@@ -198,14 +219,15 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
             composed = hydra_compose("config", overrides=open_keys(overrides))
             values = OmegaConf.to_container(composed, resolve=True)
             assert isinstance(values, dict)
-            made.append(resolve({str(name): value for name, value in values.items()}))
+            made.append(resolve({str(name): value for name, value in values.items()}, overrides))
     return made
 
 
-def check(config: Config) -> None:
+def check(config: Config) -> Reward:
     """Refuse what can be seen before anything is loaded, written or submitted, on a login node too. No network.
 
-    Raises ConfigError: a directory that cannot be written, a data set, model or reward that is not there.
+    Returns the reward, its code imported. Raises ConfigError: a directory that cannot be written, a data set, model or
+    reward that is not there.
     """
     at = (Path(config.output_dir) / config.group).absolute()
     nearest = next(path for path in (at, *at.parents) if path.exists())
@@ -214,9 +236,10 @@ def check(config: Config) -> None:
     dataset.check(config.dataset)
     if config.budget.total and dataset.is_test_set(config.dataset):
         raise dataset.refuse_training(config.dataset)
-    make_reward(config.reward)
+    reward = make_reward(config.reward)
     if config.model.path is not None:  # one of the hub's may lie in a cache that the jobs alone see
         model.check(config.model)
+    return reward
 
 
 def _sets_value(argument: str) -> bool:

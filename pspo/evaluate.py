@@ -1,16 +1,20 @@
 """Held-out problems: one answer each, and the interval that their accuracy carries."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, takewhile
+from pathlib import Path
 from typing import Any
 
 from pspo.base.console import log, track
+from pspo.base.files import JsonLines
 from pspo.base.schema import Schema, key
 from pspo.base.statistics import wilson_interval
-from pspo.base.stream import Stream
-from pspo.checkpoint import random_state_kept
-from pspo.dataset import Prompt
+from pspo.base.stream import Stream, generator
+from pspo.checkpoint import random_state_kept, seed_global_generators
+from pspo.dataset import Problem, Prompt
+from pspo.host import interrupt
 from pspo.reward import Reward
 from pspo.rollout import Completion, RolloutConfig, Sampler
 
@@ -39,6 +43,42 @@ def answer(
         completions = sampler.sample(prompts[start : start + rollout.max_rows], 1, seed, greedy=greedy)
         scores = reward(completions)
         yield [completion_row(replace(c, score=score)) for c, score in zip(completions, scores, strict=True)]
+
+
+def answer_into(
+    path: Path,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    rollout: RolloutConfig,
+    *,
+    seed: int,
+    title: str,
+    check_owner: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Greedy answers to a test set in a file, one line for each problem in their order; returns the lines.
+
+    ``max_rows`` answers at a time are flushed to the disk, where a later process finds them and goes on. Its batches
+    and its state of the global generators, from which a user's reward may draw, are those of an unbroken process, so
+    that the file has the same bytes.
+    """
+    lines, size = JsonLines(path), rollout.max_rows
+    answered = zip(lines.rows(), prompts, strict=False)
+    same = takewhile(lambda pair: asked_of(pair[1].problem).items() <= pair[0].items(), answered)  # else of other data
+    kept = len(list(same))
+    first = kept if kept == len(prompts) else kept - kept % size
+    lines.cut(first)
+    with random_state_kept():
+        parts = [prompts[start : start + size] for start in range(first, len(prompts), size)]
+        for part in track(parts, title, len(prompts) - first):
+            seed_global_generators(int(generator(seed, Stream.TEST, lines.num_rows()).integers(2**32)))
+            batches = list(answer(sampler, part, reward, rollout, seed=[seed, Stream.TEST], greedy=True))
+            check_owner()
+            for row in chain(*batches):
+                lines.append(row)
+            lines.sync()
+            interrupt.check()
+    return lines.rows()
 
 
 def validate(
@@ -73,12 +113,10 @@ def validate(
 
 def completion_row(completion: Completion) -> dict[str, Any]:
     """A scored completion as one line of a file."""
-    problem, score = completion.problem, completion.score
+    score = completion.score
     assert score is not None
     return {
-        "problem": problem.id,
-        "question": problem.question,
-        "answer": problem.answer,
+        **asked_of(completion.problem),
         "completion": completion.text,
         "sample": completion.sample,
         "reward": score.reward,
@@ -88,6 +126,11 @@ def completion_row(completion: Completion) -> dict[str, Any]:
         "tokens": len(completion.token_ids),
         "truncated": not completion.finished,
     }
+
+
+def asked_of(problem: Problem) -> dict[str, str]:
+    """The part of ``completion_row`` that names the problem."""
+    return {"problem": problem.id, "question": problem.question, "answer": problem.answer}
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

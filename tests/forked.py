@@ -1,6 +1,7 @@
 """Runs in forks of this process, which has imported everything: a second each, and to be killed at any instant."""
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -132,6 +133,9 @@ def fingerprint(directory):
         if not path.is_file() or name.startswith(("wandb", ".")) or name == "run.log":
             continue
         content = path.read_bytes()
+        if path.name == "environment.json":  # one entry for each process: of equal ones, the first
+            entries = [{k: v for k, v in e.items() if not k.startswith("time/")} for e in json.loads(content)]
+            content = "\n".join(dict.fromkeys(map(json.dumps, entries))).encode()
         if path.suffix in (".json", ".jsonl"):
             content = re.sub(rb'"(time|memory)/.*?(,|\n|})', b"", content)
         if path.suffix == ".html":  # one line of the page for each such number

@@ -6,6 +6,7 @@ import pytest
 import torch
 from forked import make, only_run
 
+from pspo import trainer
 from pspo.base.files import SaveError
 from pspo.base.schema import ConfigError
 from pspo.run import outcome as failure
@@ -75,6 +76,16 @@ def test_the_next_attempt_removes_it_and_leaving_is_no_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt), failure.recorded(tmp_path, OWNER):
         raise KeyboardInterrupt
     assert not (tmp_path / "FAILED").exists()
+
+
+def test_a_run_that_ends_in_an_error_of_its_own_leaves_a_record(cache, tmp_path):
+    def raised(*args, **kwargs):
+        raise NonFiniteError("the loss is nan at step 1")
+
+    assert make(tmp_path, cache, hook=lambda: setattr(trainer, "update", raised)) == 1
+    record = json.loads((only_run(tmp_path) / "FAILED").read_text())
+    assert record["kind"] == "non-finite"
+    assert record["error"].endswith("the loss is nan at step 1")
 
 
 def test_a_reward_that_raises_before_the_first_step_fails_the_run(tmp_path):

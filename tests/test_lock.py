@@ -1,8 +1,10 @@
+import contextlib
 import json
 import logging
 import os
 import signal
 import time
+from dataclasses import replace
 
 import filelock
 import pytest
@@ -21,12 +23,13 @@ def _outside_of_slurm(monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Answers for SLURM: what squeue prints, to which stream and with what status."""
+    """Answers for SLURM: the state of job 77, or what squeue prints to its standard error where the status is not 0."""
     folder = tmp_path / "bin"
     folder.mkdir()
 
     def answer(text, *, status=0):
-        (folder / "squeue").write_text(f"#!/bin/sh\necho '{text}' >&{2 if status else 1}\nexit {status}\n")
+        text = f"77|{text}|0|0|0|None\\n" if text and not status else text
+        (folder / "squeue").write_text(f"#!/bin/sh\nprintf '{text}' >&{2 if status else 1}\nexit {status}\n")
         (folder / "squeue").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
@@ -209,6 +212,38 @@ def test_whoever_was_taken_over_from_leaves_before_it_writes(tmp_path):
         with pytest.raises(SystemExit) as left:
             lock.check(tmp_path, mine)
     assert left.value.code == 1
+
+
+def test_the_record_says_whether_the_process_left_by_itself(tmp_path, elsewhere):
+    with contextlib.suppress(ZeroDivisionError), hold(tmp_path) as mine:
+        assert not owner(tmp_path).ended
+        raise ZeroDivisionError
+    assert owner(tmp_path) == replace(mine, ended=True)
+    os.kill(held(elsewhere, tmp_path), signal.SIGKILL)
+    assert not owner(tmp_path).ended
+
+
+def test_whoever_was_taken_over_from_leaves_the_record_of_its_successor(tmp_path):
+    with hold(tmp_path) as mine:
+        successor = vars(mine) | {"pid": 1, "job_id": "78"}
+        (tmp_path / ".owner").write_text(json.dumps(successor))
+    assert vars(owner(tmp_path)) == successor
+
+
+def test_a_record_of_the_first_version_is_read(tmp_path):
+    """It did not say whether the process had ended."""
+    record = {
+        "host": "x",
+        "pid": 1,
+        "job_id": None,
+        "requeues": 0,
+        "restart": 3,
+        "started": "2026-01-01T00:00:00+00:00",
+    }
+    (tmp_path / ".owner").write_text(json.dumps(record))
+    assert owner(tmp_path).ended
+    with hold(tmp_path) as mine:
+        assert mine.restart == 4
 
 
 @pytest.mark.parametrize("content", ["", "host, process 12", '{"host": "x"}', "[]", "null", '"x"'])

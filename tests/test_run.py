@@ -14,7 +14,7 @@ from forked import REWARD, SMALL, TINY, at, command, fingerprint, fork, log_of, 
 from training import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pspo import checkpoint, report
+from pspo import checkpoint, evaluate, report, trainer
 from pspo.config import run_directory
 from pspo.report import meaning
 from pspo.tracker import Tracker
@@ -51,8 +51,8 @@ def commanded(tmp_path_factory, cache):
 
 def test_a_run_leaves_everything_it_promises(commanded):
     directory, output = commanded
-    files = "config.yaml overrides.yaml environment.json metrics.jsonl completions.jsonl summary.json curves.png"
-    for name in f"{files} report.html run.log DONE checkpoints model evaluation".split():
+    files = "config.yaml overrides.yaml inputs.json environment.json metrics.jsonl completions.jsonl summary.json"
+    for name in f"{files} curves.png report.html run.log DONE checkpoints model evaluation".split():
         assert (directory / name).exists(), name
     summary, rows = summary_of(directory), rows_of(directory)
     assert summary["status"] == "done"
@@ -87,11 +87,12 @@ def test_a_finished_run_is_not_run_twice(commanded, cache, tmp_path):
     shutil.copytree(commanded[0], directory)
     assert make(tmp_path, cache, work=command(*TINY)) == 0
     assert "already done" in output_of(tmp_path)
-    assert "code has changed" not in output_of(tmp_path)
+    assert "changed" not in output_of(tmp_path).replace("rerun=changed", "")
     assert fingerprint(directory) == fingerprint(commanded[0])
-    (directory / "DONE").write_text("another version\n")
+    made_from = directory / "inputs.json"
+    made_from.write_text(json.dumps(json.loads(made_from.read_text()) | {"code": "beef"}))
     assert make(tmp_path, cache, work=command(*TINY)) == 0
-    assert "code has changed" in output_of(tmp_path)
+    assert "since that run began, code changed" in output_of(tmp_path)
 
 
 def test_two_runs_of_one_configuration_have_the_same_bytes(commanded, cache, tmp_path):
@@ -100,7 +101,8 @@ def test_two_runs_of_one_configuration_have_the_same_bytes(commanded, cache, tmp
 
 
 INSTANTS = {
-    "before the test": (checkpoint, "random_state_kept", 1),
+    "in the test before": (evaluate, "answer", 1),
+    "in the test after": (evaluate, "answer", 10),  # after the test before and two for each of four validations
     "before the first row": (Tracker, "log", 1),
     "between a row and its checkpoint": (checkpoint, "save", 2),
     "before old checkpoints go": (checkpoint, "prune", 4),
@@ -115,7 +117,37 @@ def test_a_run_killed_after_any_step_ends_like_the_unbroken_one(unbroken, cache,
     assert not (only_run(tmp_path) / "DONE").exists()
     assert make(tmp_path, cache) == 0, output_of(tmp_path)
     assert "restart 1" in log_of(tmp_path)
+    assert "the last at work here, was killed: kill -9, out of memory, or a lost node" in log_of(tmp_path)
+    assert len(json.loads((only_run(tmp_path) / "environment.json").read_text())) == 2
     assert fingerprint(only_run(tmp_path)) == fingerprint(unbroken)
+
+
+def test_a_run_that_was_told_to_stop_was_not_killed(cache, tmp_path):
+    assert make(tmp_path, cache, hook=at(trainer, "update", 1, signal.SIGTERM)) == 143
+    assert make(tmp_path, cache) == 0, output_of(tmp_path)
+    assert "restart 1" in log_of(tmp_path)
+    assert "killed" not in log_of(tmp_path)
+
+
+def test_lost_answers_of_the_initial_weights_are_given_again_by_those(unbroken, cache, tmp_path):
+    assert make(tmp_path, cache, hook=at(checkpoint, "prune", 4, signal.SIGKILL)) == -signal.SIGKILL
+    answers = only_run(tmp_path) / "evaluation" / "embedded_before.jsonl"
+    whole = answers.read_bytes()
+    answers.write_bytes(whole[: len(whole) // 2])
+    assert make(tmp_path, cache) == 0, output_of(tmp_path)
+    assert answers.read_bytes() == whole
+    assert fingerprint(only_run(tmp_path)) == fingerprint(unbroken)
+
+
+def test_answers_of_weights_that_were_lost_are_given_again(unbroken, cache, tmp_path):
+    """The last checkpoint is torn, so that the last step is made again, on a GPU with other bits."""
+    assert make(tmp_path, cache, hook=at(report, "write_report", 1, signal.SIGKILL)) == -signal.SIGKILL
+    directory = only_run(tmp_path)
+    (directory / "checkpoints" / "step_000005" / "state.pt").write_bytes(b"torn")
+    answers = directory / "evaluation" / "embedded_after.jsonl"
+    answers.write_text(answers.read_text().replace('"reward": ', '"reward": 1'))
+    assert make(tmp_path, cache) == 0, output_of(tmp_path)
+    assert fingerprint(directory) == fingerprint(unbroken)
 
 
 def test_seeds_and_batching_make_other_runs_of_the_same_name_rule():
@@ -165,9 +197,12 @@ def test_selection_best_keeps_the_weights_of_the_best_validation(cache, tmp_path
 
 
 def test_zero_steps_evaluate_only(cache, tmp_path):
-    assert make(tmp_path, cache, ["budget.steps=0"]) == 0, output_of(tmp_path)
-    evaluation = summary_of(only_run(tmp_path))["evaluation"]["embedded"]
-    assert evaluation["before"] == evaluation["after"]
+    assert make(tmp_path, cache, ["budget.steps=0"], drawn=True) == 0, output_of(tmp_path)
+    assert list(summary_of(only_run(tmp_path))["evaluation"]["embedded"]) == ["after"]
+    assert [path.name for path in (only_run(tmp_path) / "evaluation").iterdir()] == ["embedded_after.jsonl"]
+    assert "accuracy [95 %]" in output_of(tmp_path)
+    assert "points" not in output_of(tmp_path)
+    assert "→" not in (only_run(tmp_path) / "report.html").read_text()
 
 
 def test_multirun_is_a_matched_comparison(cache, tmp_path):

@@ -1,6 +1,8 @@
 """Files that are whole or not there: written beside, flushed to the disk, then renamed."""
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -67,6 +69,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal; a file that stays as it is, is read once by a process."""
+    about = path.stat()
+    return _digest(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.cache
+def _digest(path: Path, modified_ns: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -105,6 +105,14 @@ def as_dict(node: Any) -> Any:
     return [as_dict(item) for item in node] if isinstance(node, list) else node
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as ``rollout.top_p``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _value(name: str, hint: Any, value: Any) -> Any:
     for option in _options(hint):
         if isinstance(option, type) and issubclass(option, Schema) and isinstance(value, Mapping):

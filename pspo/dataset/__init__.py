@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
+from pspo.base.files import digest
 from pspo.base.schema import ConfigError, Schema, key
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
+from pspo.host import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,7 @@ __all__ = [
     "Prompt",
     "Splits",
     "check",
+    "digests",
     "encode",
     "is_test_set",
     "load",
@@ -82,6 +85,19 @@ def check(config: DatasetConfig) -> None:
         sources.locate(config.name, config.path)
     elif config.name == "jsonl":
         raise config.refuse("path", "dataset=jsonl needs dataset.path=<file, or folder with train.jsonl>")
+
+
+def digests(config: DatasetConfig) -> dict[str, str]:
+    """What the problems are read from: SHA-256 of each file of ``dataset.path``, or the commit on the hub.
+
+    Empty for the embedded task, which the configuration alone determines. Raises ConfigError.
+    """
+    if isinstance(config, EmbeddedConfig):
+        return {}
+    if config.path is None:
+        return {s.repo: hub.commit(sources.cached(s)) for s in sources.SETS[config.name]}
+    located = sources.locate(config.name, config.path)
+    return {str(path): digest(path) for _, splits in located for paths in splits.values() for path in paths}
 
 
 def is_test_set(config: DatasetConfig) -> bool:

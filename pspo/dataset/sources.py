@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 from pspo.base.schema import ConfigError
 from pspo.dataset import files
 from pspo.dataset.files import Row
@@ -154,6 +157,14 @@ def _download(source: Source, name: str) -> Path:
         kind="dataset",
         instead="set dataset.path=<folder with the files>",
     )
+
+
+def cached(source: Source) -> Path:
+    """The snapshot of a repository in the hub's cache; no network. Raises ConfigError where there is none."""
+    try:
+        return Path(snapshot_download(source.repo, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(f"dataset {source.repo} is not in the cache; run `python -m pspo.prefetch`") from error
 
 
 def _check(source: Source, folder: Path) -> None:

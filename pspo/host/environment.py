@@ -1,8 +1,10 @@
 """Where a run runs: threads, device, versions and the code's commit, recorded beside its results."""
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -11,7 +13,13 @@ from typing import Any
 
 import torch
 
-from pspo.base.schema import ConfigError
+from pspo.base.files import write_json
+from pspo.base.schema import ConfigError, dotted
+
+PACKAGE = Path(__file__).parents[1]
+RECORD = "environment.json"
+COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")
+"""The dotted keys, or beginnings of keys, that may change a run's numbers; the commit and the kernel do not."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "transformers", "wandb")
@@ -46,23 +54,6 @@ def choose_device(configured: str) -> torch.device:
     return torch.device("cuda" if configured != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def slurm_job() -> str | None:
-    """The SLURM job that this process is part of, ``123`` or ``123_4`` in an array; None outside of SLURM."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
-
-
-def squeue(job: str, field: str) -> str | None:
-    """A field (``%T``) of a job in SLURM's queue; empty for a job that is gone, None where SLURM cannot be asked."""
-    command = ["squeue", "--noheader", f"--jobs={job}", f"--format={field}"]
-    plain = os.environ | {"SLURM_TIME_FORMAT": "standard"}
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=plain)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return None if asked.returncode and "Invalid job id" not in asked.stderr else asked.stdout.strip()
-
-
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run, and to judge why it may differ."""
     tracked = _git("ls-files", "--error-unmatch", "environment.py")  # else it is installed inside another repository
@@ -78,17 +69,42 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
 
 
-def code_digest(*others: Path) -> str:
-    """A digest of the package's source, whether or not it is a git checkout, and of other files."""
-    source = Path(__file__).parents[1]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in others))
-    for path in sorted(source.rglob("*.py")):
-        digest.update(str(path.relative_to(source)).encode() + b"\0" + path.read_bytes())
+def history(directory: Path) -> list[dict[str, Any]]:
+    """What ``describe`` said in each process of a run, oldest first; [] where there was none.
+
+    pspo 0.1.0 kept the last process's alone, which is then the only entry.
+    """
+    path = directory / RECORD
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [kept] if isinstance(kept, dict) else kept
+
+
+def record(directory: Path, entry: dict[str, Any]) -> list[str]:
+    """Append this process's entry to the run's record; returns how it differs from the last one, key by key."""
+    entries = history(directory)
+    write_json(directory / RECORD, [*entries, entry])
+    if not entries:
+        return []
+    before, now = dotted(entries[-1]), dotted(entry)
+    return [
+        f"{name} was {before[name]}, is {now[name]}"
+        for name in now
+        if name.startswith(COMPARED) and before.get(name, now[name]) != now[name]
+    ]
+
+
+@functools.cache
+def code_digest(package: Path = PACKAGE) -> str:
+    """A digest of the package's source, whether or not it is a git checkout; computed once by a process."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -13,6 +13,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from pspo.base.schema import ConfigError
 
 
+def commit(snapshot: Path) -> str:
+    """The commit of a local snapshot, whose folder the hub's cache names by it."""
+    return snapshot.name
+
+
 def locate(
     repo: str, patterns: list[str], check: Callable[[Path], None], *, asked: str, kind: str, instead: str
 ) -> Path:

@@ -9,15 +9,13 @@ SLURM requeues it only if it does not end by itself within its grace time, so we
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from types import FrameType
 
-from pspo.host.environment import slurm_job, squeue
+from pspo.host import slurm
 
 log = logging.getLogger("pspo")
 
@@ -89,8 +87,9 @@ def caught() -> Iterator[None]:
 
 def _is_preempted() -> bool:
     """Whether SLURM, having sent SIGTERM, still calls this job running; one cancelled or out of time is COMPLETING."""
-    job = slurm_job()
-    return job is not None and squeue(job, "%T") == "RUNNING"
+    job = slurm.current_job()
+    state = slurm.job_states([job]).get(job) if job else None
+    return state is not None and state.state == "RUNNING"
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
@@ -104,7 +103,7 @@ class TimeLimit:
     """Watches the time that the job has left, for clusters that send no signal before they kill."""
 
     def __init__(self) -> None:
-        self.end = job_end()
+        self.end = slurm.job_end()
         self.step_s = self.save_s = 0.0
         self._begun = time.time()
 
@@ -121,17 +120,3 @@ class TimeLimit:
         yield
         self._begun = time.time()
         self.save_s = max(self.save_s, self._begun - begun)
-
-
-def job_end() -> float | None:
-    """When SLURM will end this job, in seconds since the epoch; None outside of a job and where nobody can tell."""
-    job = slurm_job()
-    if job is None:
-        return None
-    told = os.environ.get("SLURM_JOB_END_TIME", "")
-    if told.isdigit():
-        return float(told)
-    try:
-        return datetime.fromisoformat(squeue(job, "%e") or "").timestamp()
-    except ValueError:  # N/A, NONE
-        return None

@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 TIMEOUT_S = 20.0
 """A controller that does not answer for so long is taken for one that cannot tell."""
@@ -46,20 +47,37 @@ class JobState:
         return self.waiting or self.active
 
 
+def current_job() -> str | None:
+    """The job that this process is part of, ``123`` or ``123_4`` in an array; None outside of SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def job_end() -> float | None:
+    """When SLURM will end the current job, in seconds since the epoch; None outside of a job or where it is unknown."""
+    job, told = current_job(), os.environ.get("SLURM_JOB_END_TIME", "")
+    if job is None or told.isdigit():
+        return None if job is None else float(told)
+    queue = _run(["squeue", "--noheader", f"--jobs={job}", "--format=%e"])
+    try:
+        return datetime.fromisoformat(queue.stdout.strip() if queue else "").timestamp()
+    except ValueError:  # N/A, NONE
+        return None
+
+
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
     """The jobs and array tasks (``12`` or ``12_3``) that SLURM knows: from squeue, else from sacct. Never raises."""
     return _ask(job_ids)[0]
 
 
 def is_gone(job_id: str) -> bool:
-    """Whether SLURM answers, and says that this job has ended or was never there; False where it cannot be asked."""
+    """Whether SLURM answers that this job has no process: it has ended, was never there, or waits to start again."""
     found, answered = _ask([job_id])
-    known = found.get(job_id)
-    return answered and not (known and (known.active or known.waiting))
+    return answered and not (job_id in found and found[job_id].active)
 
 
 def gone(job_ids: Iterable[str]) -> set[str]:
-    """Those of the jobs that ``is_gone`` is true of."""
+    """The jobs that have ended or were never there; empty where SLURM cannot be asked."""
     wanted = set(job_ids)
     found, answered = _ask(wanted)
     return {job_id for job_id in wanted if not (job_id in found and found[job_id].alive)} if answered else set()
@@ -123,8 +141,7 @@ def _status(code: str) -> tuple[int, int]:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=os.environ | {"LC_ALL": "C"}
-        )
+        plain = os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=plain)
     except (OSError, subprocess.TimeoutExpired):
         return None

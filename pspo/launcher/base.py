@@ -77,7 +77,7 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
 def _hints(runs: Sequence[Planned]) -> list[str]:
     meanings = {
         "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
-        "changed": "changed: done, but by other code than this; rerun=changed makes it again",
+        "changed": "changed: done, but from other code, data, reward or model; rerun=changed makes it again",
     }
     return [meaning for state, meaning in meanings.items() if any(run.state == state for run in runs)]
 

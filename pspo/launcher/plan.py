@@ -15,7 +15,7 @@ from pspo.run import earlier
 class Planned:
     """One run of a sweep.
 
-    ``state`` is a word of ``earlier.found``, or queued where SLURM has it; ``arm`` names its arm by factor.
+    ``state`` is that of ``earlier.History``, or queued where SLURM has it; ``arm`` names its arm by factor.
     """
 
     overrides: list[str]
@@ -37,8 +37,7 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
         same = (config.output_dir, config.group, identity(config))
         before = seen.get(same)
         directory = run_directory(config, job) if before is None else before.directory
-        earlier.check(config, directory)
-        run = Planned(overrides=job, directory=directory, state=earlier.found(config, directory), arm=arm)
+        run = Planned(overrides=job, directory=directory, state=earlier.look(config, directory).state, arm=arm)
         if arm and before:
             raise ConfigError(
                 f"two arms are one and the same run, {directory.name}: {_words(before)} and {_words(run)}; "

@@ -2,10 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import try_to_load_from_cache
+
+from pspo.base.files import digest
 from pspo.base.schema import ConfigError
 from pspo.host import hub
+
+if TYPE_CHECKING:
+    from pspo.model.policy import Model
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 """What a causal language model needs: configuration, weights, tokenizer. No pickles and no code."""
@@ -22,6 +28,23 @@ def locate(hub_id: str) -> Path:
         kind="model",
         instead="give model.path=<directory>",
     )
+
+
+def digests(config: "Model") -> dict[str, str]:
+    """What the weights and the tokenizer are: SHA-256 of each file of ``model.path``, or the commit on the hub.
+
+    Empty for the embedded policy, which the configuration alone determines. Asks no network: raises ConfigError where
+    the hub's cache has no such model.
+    """
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+        return {str(path): digest(path) for pattern in FILES for path in sorted(folder.glob(pattern))}
+    if config.hub_id is None:
+        return {}
+    cached = try_to_load_from_cache(config.hub_id, "config.json")
+    if not isinstance(cached, str):
+        raise ConfigError(f"model.hub_id={config.hub_id} is not in the cache; run `python -m pspo.prefetch`")
+    return {config.hub_id: hub.commit(Path(cached).parent)}
 
 
 def check_directory(directory: Path, source: str | None = None) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from pspo.base.files import read_lines, write_text
+from pspo.base.schema import dotted
+from pspo.host import environment
 from pspo.report.curves import panel_images
 from pspo.report.metrics import METRICS, meaning, read_metrics, read_summary
 from pspo.report.table import DIFFERENCE_NOTE, objective, percent, points
@@ -68,8 +70,8 @@ def write_report(directory: Path) -> Path:
         _section("Training", _panels(rows, summary)),
         _section("Work", _work(rows, summary)),
         _section("Completions, first and last step", _examples(read_lines(directory / "completions.jsonl"))),
-        _section("Configuration", _pairs(flatten(_configuration(directory)))),
-        _section("Environment", _pairs(flatten(_json(directory / "environment.json")))),
+        _section("Configuration", _pairs(dotted(_configuration(directory)))),
+        _section("Environment", _pairs(dotted(_environment(directory)))),
         _section("Metrics, last value of each", _metrics(rows)),
     ]
     body = "\n".join(section for section in sections if section)
@@ -106,17 +108,10 @@ def headline(summary: Mapping[str, Any]) -> str:
         return "This run is not done yet."
     what = f"{objective(summary)}, seed {summary['seed']}, {summary['steps']:,} steps"
     results = [
-        f"greedy accuracy on {name} {percent(r['before'])} → {percent(r['after'])}, n = {r['after']['n']:,}"
+        f"greedy accuracy on {name} {' → '.join(map(percent, r.values()))}, n = {r['after']['n']:,}"
         for name, r in summary.get("evaluation", {}).items()
     ]
     return f"{what}: {'; '.join(results)}." if results else f"{what}; no test set was answered."
-
-
-def flatten(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value) pairs."""
-    if not isinstance(values, Mapping):
-        return [(prefix, values)]
-    return [pair for key, value in values.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _section(title: str, content: str) -> str:
@@ -134,10 +129,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozen
     return '<div class="scroll"><table>\n' + "\n".join(lines).replace(" >", ">") + "\n</table></div>"
 
 
-def _pairs(pairs: Sequence[tuple[str, Any]]) -> str:
+def _pairs(pairs: Mapping[str, Any]) -> str:
     if not pairs:
         return ""
-    rows = [[f"<code>{escape(key)}</code>", f"<code>{escape(_plain(value))}</code>"] for key, value in pairs]
+    rows = [[f"<code>{escape(key)}</code>", f"<code>{escape(_plain(value))}</code>"] for key, value in pairs.items()]
     middle = (len(rows) + 1) // 2
     return f'<div class="columns">{_table((), rows[:middle])}{_table((), rows[middle:])}</div>'
 
@@ -157,8 +152,8 @@ def _evaluation(summary: Mapping[str, Any]) -> str:
     header = ("test set", "", "n", "accuracy, 95 % interval", "difference, points", "tokens", "truncated", _SCALE)
     rows = []
     for name, result in summary["evaluation"].items():
-        for when, label, change in (("before", name, ""), ("after", "", points(result["before"], result["after"]))):
-            r = result[when]
+        for when, r in result.items():
+            label, change = ("", points(result["before"], r)) if "before" in result and when == "after" else (name, "")
             counts = (f"{r['length_mean']:.1f}", f"{100 * r['truncated_rate']:.1f} %")
             rows.append([escape(label), when, f"{r['n']:,}", percent(r), change, *counts, _interval(r, when)])
     return _table(header, rows, frozenset(range(2, 7))) + f'<p class="small">{escape(DIFFERENCE_NOTE)}</p>'
@@ -249,5 +244,6 @@ def _configuration(directory: Path) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ELSEWHERE}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _environment(directory: Path) -> dict[str, Any]:
+    """Where the run's last process ran."""
+    return next(reversed(environment.history(directory)), {})

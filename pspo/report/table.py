@@ -38,18 +38,21 @@ def points(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """What a run prints at its end: accuracy per test set before and after, with what it is sure of."""
+    """What a run prints at its end: accuracy per test set with its interval, before and after where it has trained."""
     table = Table(
         title=Text(f"{objective(summary)}, seed {summary['seed']}, {summary['steps']} steps", style="bold"),
         title_justify="left",
         box=None,
         padding=(0, 2, 0, 0),
     )
-    for column in ("test set", "n", "before [95 %]", "after [95 %]", "points [95 %]"):
+    results = summary.get("evaluation", {})
+    trained = any("before" in result for result in results.values())
+    accuracies = ("before [95 %]", "after [95 %]", "points [95 %]") if trained else ("accuracy [95 %]",)
+    for column in ("test set", "n", *accuracies):
         table.add_column(column, justify="left" if column == "test set" else "right", no_wrap=True)
-    for name, result in summary.get("evaluation", {}).items():
-        before, after = result["before"], result["after"]
-        table.add_row(name, f"{after['n']:,}", percent(before), percent(after), points(before, after))
+    for name, result in results.items():
+        change = [points(result["before"], result["after"])] if "before" in result else []
+        table.add_row(name, f"{result['after']['n']:,}", *map(percent, result.values()), *change)
     return table
 
 

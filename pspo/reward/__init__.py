@@ -29,7 +29,6 @@ __all__ = [
     "paper",
     "plain",
     "same",
-    "source_files",
 ]
 
 log = logging.getLogger(__name__)
@@ -63,6 +62,10 @@ class RewardConfig(Schema, block="reward"):
         kinds: dict[Any, type[RewardConfig]] = {"plain": PlainConfig, "custom": CustomConfig}
         return cast(type[Self], kinds.get(values.get("name"), cls))
 
+    def source_files(self) -> list[Path]:
+        """The user's own files that decide what a completion is worth."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlainConfig(RewardConfig):
@@ -77,6 +80,11 @@ class CustomConfig(RewardConfig):
 
     function: str = key("path/to/file.py:function or package.module:function")
 
+    def source_files(self) -> list[Path]:
+        """The file of the function, where it is named by its file."""
+        place = Path(self.function.rpartition(":")[0])
+        return [place] if place.suffix == ".py" and place.is_file() else []
+
 
 def make_reward(config: RewardConfig) -> Reward:
     """The reward that the configuration names. Raises ConfigError where a custom function cannot be had."""
@@ -86,12 +94,6 @@ def make_reward(config: RewardConfig) -> Reward:
         function = _find(config)
         return lambda cs: [_custom(function, config.function, c.text, c.problem) for c in cs]
     return lambda cs: [paper(c.text, c.problem) for c in cs]
-
-
-def source_files(config: RewardConfig) -> list[Path]:
-    """The user's own file, where the reward is one."""
-    place = config.function.rpartition(":")[0] if isinstance(config, CustomConfig) else ""
-    return [Path(place)] if place.endswith(".py") and Path(place).is_file() else []
 
 
 def plain(completion: str, problem: Problem, format_bonus: float) -> Score:

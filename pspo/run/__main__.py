@@ -36,7 +36,7 @@ def main(composed: DictConfig) -> float | None:
     assert isinstance(values, dict)
     overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
     try:
-        return result(run(resolve({str(name): value for name, value in values.items()}), overrides))
+        return result(run(resolve({str(name): value for name, value in values.items()}, overrides), overrides))
     except EXPECTED as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end

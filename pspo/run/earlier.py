@@ -1,45 +1,81 @@
-"""What earlier runs left behind: runs to leave as they are, to move aside, and to continue with a longer budget."""
+"""What earlier processes left of a run: whether it is finished, resumed, made anew, or continues a shorter run."""
 
+import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pspo import checkpoint
+from pspo import checkpoint, dataset, model
 from pspo.base.console import log
-from pspo.base.files import new_directory, read_lines, write_text
+from pspo.base.files import digest, new_directory, read_lines, write_json, write_text
+from pspo.base.schema import ConfigError, dotted
 from pspo.budget import Progress
 from pspo.config import Config, identity, read, science
 from pspo.host import environment
-from pspo.reward import source_files
 from pspo.run.lock import hold
 
+INPUTS = "inputs.json"
+"""In a run directory: ``inputs`` as the run began."""
 
-def is_done(config: Config, directory: Path) -> bool:
-    """Whether the run is finished and is to stay so; says so, and whether other code made it."""
-    if not (directory / "DONE").is_file() or _is_rerun(config, directory):
+
+@dataclass(frozen=True)
+class History:
+    """What earlier processes left in a run directory.
+
+    Attributes:
+        state: new; resume, or failed where its last process raised an error; done, or changed where today's inputs
+            differ from the run's; again, where ``rerun`` moves the directory aside.
+        changed: the names of the inputs that differ.
+    """
+
+    state: str
+    changed: list[str]
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """What a run is made from beside its configuration: digests of the code, the reward's files, data and model files.
+
+    For the hub's repositories their commits. Asks no network. Raises ConfigError where one of them is not there.
+    """
+    reward = {str(path): digest(path) for path in config.reward.source_files()}
+    return {"code": environment.code_digest()} | reward | dataset.digests(config.dataset) | model.digests(config.model)
+
+
+def look(config: Config, directory: Path) -> History:
+    """What there is of a run. Raises ConfigError for checkpoints that this run must not resume from."""
+    done, changed = (directory / "DONE").is_file(), _changed(config, directory)
+    if (changed and config.rerun in ("changed", "all")) or (done and config.rerun == "all"):
+        return History("again", changed)
+    if done:
+        return History("changed" if changed else "done", changed)
+    checkpoint.check(directory / "checkpoints", identity(config))
+    others = [name for name in changed if name != "code"]
+    if checkpoint.names(directory / "checkpoints"):
+        if others and config.rerun != "resume":
+            raise config.refuse(
+                "rerun",
+                f"{directory} is unfinished, and since it began {', '.join(others)} changed; rerun=changed begins it "
+                "anew, and rerun=resume resumes it nevertheless",
+            )
+    elif config.continue_from is not None:
+        check_source(config, Path(config.continue_from))
+    begun = "resume" if (directory / "config.yaml").is_file() else "new"
+    return History("failed" if (directory / "FAILED").is_file() else begun, changed)
+
+
+def is_finished(config: Config, directory: Path) -> bool:
+    """Whether a run is done and to be left as it is; says so, and what has changed since it was made."""
+    if not (directory / "DONE").is_file() or (history := look(config, directory)).state == "again":
         return False
     log.info("already done: %s; rerun=all makes it again, another seed or group makes a new run", directory)
-    if _has_changed(config, directory):
-        log.warning("the code has changed since that run was made; rerun=changed makes it again")
+    if history.changed:
+        log.warning("since that run began, %s changed; rerun=changed makes it again", ", ".join(history.changed))
     return True
 
 
-def found(config: Config, directory: Path) -> str:
-    """What there is of a run: done, changed (done by other code), again (by ``rerun``), failed, resume or new."""
-    if _is_rerun(config, directory):
-        return "again"
-    if (directory / "DONE").is_file():
-        return "changed" if _has_changed(config, directory) else "done"
-    if (directory / "FAILED").is_file():
-        return "failed"
-    return "resume" if (directory / "config.yaml").is_file() else "new"
-
-
-def set_aside(config: Config, directory: Path) -> None:
+def set_aside(directory: Path) -> None:
     """Move a run that is to be made again to ``.replaced/`` of its group; nothing is deleted."""
-    if not _is_rerun(config, directory):
-        return
     with hold(directory):
         number = 1
         while (target := directory.parent / ".replaced" / f"{directory.name}.{number}").exists():
@@ -49,43 +85,56 @@ def set_aside(config: Config, directory: Path) -> None:
     log.info("the earlier run is now %s", target)
 
 
-def check(config: Config, directory: Path) -> None:
-    """Refuse a checkpoint that cannot be resumed and a run that cannot be continued. Raises ConfigError."""
-    if not _is_rerun(config, directory):
-        checkpoint.check(directory / "checkpoints", identity(config))
-    if config.continue_from is None or (
-        checkpoint.names(directory / "checkpoints") and not _is_rerun(config, directory)
-    ):
+def record_inputs(config: Config, directory: Path) -> None:
+    """Record what the run is made from, unless a checkpoint holds what an earlier process made from its own inputs."""
+    now, path = inputs(config), directory / INPUTS
+    if path.is_file() and checkpoint.names(directory / "checkpoints"):
         return
-    source = Path(config.continue_from)
+    if path.is_file() and json.loads(path.read_text()) != now:
+        shutil.rmtree(directory / "evaluation", ignore_errors=True)  # answers that were made from other inputs
+    write_json(path, now)
+
+
+def check_source(config: Config, source: Path) -> Progress:
+    """What the run in ``source`` has spent. Raises ConfigError where ``config`` cannot continue from it."""
+
+    def refuse(reason: str) -> ConfigError:
+        return ConfigError(f"continue_from={source}: {reason}")
+
     if not (source / "DONE").is_file():
-        raise config.refuse("continue_from", "is not the directory of a finished run; name one that holds DONE")
-    before = read(source / "config.yaml")
-    there, here = _flat(science(before)), _flat(science(config))
+        raise refuse("is not the directory of a finished run; name one that holds DONE")
+    there, here = dotted(science(read(source / "config.yaml"))), dotted(science(config))
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name) and not name.startswith("budget."):
-            raise config.refuse(
-                "continue_from",
-                f"only the budget may differ, but {name} is {there.get(name)} there and {here.get(name)} here",
-            )
-    for key, value in {"optimizer.decay": config.optimizer.decay, "smoothing": config.smoothing.name}.items():
+            told = f"{name} is {there.get(name)} there and {here.get(name)} here"
+            raise refuse(f"only the budget may differ, but {told}; leave it out, or run it anew")
+    for name, value in {"optimizer.decay": config.optimizer.decay, "smoothing": config.smoothing.name}.items():
         if value == "linear":
-            reason = (
-                f"{key}=linear follows the budget, so that a longer run differs from its first step on; run it anew"
-            )
-            raise config.refuse("continue_from", reason)
-    progress = _progress(source)
-    if config.budget.spent(progress):
-        spent = getattr(progress, config.budget.unit)
-        raise config.refuse(
-            "continue_from", f"has spent {spent} {config.budget.unit} already; set a longer budget.{config.budget.unit}"
+            told = "follows the budget, so that a longer run differs from its first step on"
+            raise refuse(f"{name}=linear {told}; run it anew")
+    others = [name for name in _changed(config, source) if name != "code"]
+    if others and config.rerun != "resume":
+        raise refuse(f"since that run began, {', '.join(others)} changed; rerun=resume continues it nevertheless")
+    rows, unit = read_lines(source / "metrics.jsonl"), config.budget.unit
+    spent = Progress(**{name: rows[-1][f"budget/{name}"] for name in vars(Progress())}) if rows else Progress()
+    if config.budget.spent(spent):
+        raise refuse(f"has spent {getattr(spent, unit)} {unit} already; set a longer budget.{unit}")
+    if config.selection == "best" and spent.steps % config.evaluation.every:
+        raise refuse(
+            f"its last validation, at step {spent.steps}, is one that a longer run with evaluation.every="
+            f"{config.evaluation.every} does not make, and selection=best may have gone by it; run it anew"
         )
-    if config.selection == "best" and progress.steps % config.evaluation.every:
-        raise config.refuse(
-            "continue_from",
-            f"its last validation, at step {progress.steps}, is one that a longer run with evaluation.every="
-            f"{config.evaluation.every} does not make, and selection=best may have gone by it; run it anew",
-        )
+    return spent
+
+
+def shorter(config: Config, directory: Path) -> Path | None:
+    """The longest finished run of the group that a new run in ``directory`` could continue from, if there is any."""
+    found, seed = dict[Path, int](), f"\nseed: {config.seed}\n"
+    for done in directory.parent.glob("*/DONE"):
+        if seed in (done.parent / "config.yaml").read_text(encoding="utf-8"):  # to read YAML takes a hundredth of a s
+            with contextlib.suppress(ConfigError):
+                found[done.parent] = check_source(config, done.parent).steps
+    return max(found, key=lambda source: (found[source], source.name), default=None)
 
 
 def carry_over(config: Config, directory: Path) -> None:
@@ -93,9 +142,9 @@ def carry_over(config: Config, directory: Path) -> None:
     if config.continue_from is None or checkpoint.names(directory / "checkpoints"):
         return
     source = Path(config.continue_from)
+    steps = check_source(config, source).steps
     checkpoint.check(source / "checkpoints", identity(read(source / "config.yaml")))
     found = checkpoint.newest(source / "checkpoints")
-    steps = _progress(source).steps
     if found is None or found[1]["state"]["progress"]["steps"] != steps:
         raise config.refuse("continue_from", f"its last checkpoint, of step {steps}, is missing or torn; run it anew")
     path, saved, meta = found
@@ -104,11 +153,10 @@ def carry_over(config: Config, directory: Path) -> None:
         validated = ("validation/", "time/validation_s")
         rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    for name in ("completions.jsonl", "diagnostics.jsonl"):
-        shutil.copyfile(source / name, directory / name)
     (directory / "evaluation").mkdir(exist_ok=True)
-    for answers in (source / "evaluation").glob("*_before.jsonl"):
-        shutil.copyfile(answers, directory / "evaluation" / answers.name)
+    names = [source / name for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD)]
+    for file in [*filter(Path.is_file, names), *source.glob("evaluation/*_before.jsonl")]:
+        shutil.copyfile(file, directory / file.relative_to(source))
     for best in (source / "checkpoints").glob("best_*"):
         with new_directory(directory / "checkpoints" / best.name) as beside:
             shutil.copytree(best, beside, dirs_exist_ok=True)
@@ -117,33 +165,17 @@ def carry_over(config: Config, directory: Path) -> None:
     log.info("continuing %s from step %d", source, steps)
 
 
-def code(config: Config) -> str:
-    """A digest of the code that a run is made by, as ``DONE`` records it."""
-    return environment.code_digest(*source_files(config.reward))
+def _changed(config: Config, directory: Path) -> list[str]:
+    """The inputs that differ from those that the run in ``directory`` began with, by name; [] where none can be told.
 
-
-def _is_rerun(config: Config, directory: Path) -> bool:
-    if config.rerun == "all":
-        return (directory / "DONE").is_file()
-    return config.rerun == "changed" and _has_changed(config, directory)
-
-
-def _has_changed(config: Config, directory: Path) -> bool:
-    """Whether other code finished the run in ``directory`` or, where it is not finished, was at work on it."""
-    done, record = directory / "DONE", directory / "environment.json"
-    if done.is_file():
-        return done.read_text().strip() != code(config)
-    return record.is_file() and json.loads(record.read_text())["code"]["sha256"] != environment.code_digest()
-
-
-def _progress(source: Path) -> Progress:
-    """What a finished run has spent."""
-    rows = read_lines(source / "metrics.jsonl")
-    return Progress(**{name: rows[-1][f"budget/{name}"] for name in vars(Progress())}) if rows else Progress()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    A node may lack the data or the hub's cache that the jobs see: there nothing is compared. A finished run of pspo
+    0.1.0 recorded none, and was made by other code in any case.
+    """
+    path = directory / INPUTS
+    if not path.is_file():
+        return ["code"] if (directory / "DONE").is_file() else []
+    try:
+        before, now = json.loads(path.read_text(encoding="utf-8")), inputs(config)
+    except ConfigError:
+        return []
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

@@ -1,9 +1,9 @@
 """One run: validate, load, evaluate, train, evaluate, report."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from pspo import checkpoint, dataset, model
-from pspo.base.console import log, log_to_console, log_to_file, track
-from pspo.base.files import JsonLines, read_lines, write_json, write_text
+from pspo.base.console import log, log_to_console, log_to_file
+from pspo.base.files import write_json, write_text
 from pspo.base.schema import as_dict
-from pspo.base.stream import Stream
 from pspo.config import Config, check, run_directory
-from pspo.dataset import Prompt
-from pspo.evaluate import answer, summarize
+from pspo.dataset import Problem, Prompt
+from pspo.evaluate import answer_into, summarize
 from pspo.host import environment, interrupt
-from pspo.reward import Reward, check_gold, make_reward
+from pspo.reward import Reward, check_gold
 from pspo.rollout import Sampler
 from pspo.run import earlier, lock, outcome
 from pspo.run.advice import advice
@@ -28,30 +27,56 @@ from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """One run whose settings have passed every check.
+
+    Attributes:
+        directory: the run directory, which need not exist.
+        history: what earlier processes left there.
+        problems: all problems, by split.
+        reward: the reward, its code imported.
+    """
+
+    directory: Path
+    history: earlier.History
+    problems: dataset.Splits
+    reward: Reward
+
+
+def prepare(config: Config, directory: Path) -> Prepared:
+    """Every check of a run that is to be made or resumed, before anything is written. Raises ConfigError."""
+    reward = check(config)
+    model.check(config.model)  # downloads it where need be, after which its commit can be compared
+    history = earlier.look(config, directory)
+    problems = dataset.load(config.dataset, config.seed)
+    _check_enough(config, len(problems.train))
+    return Prepared(directory, history, problems, reward)
+
+
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     """Make, resume or, where it is DONE, only name the run directory of ``config``; ConfigError before any work."""
     log_to_console()
     device = environment.choose_device(config.device)
     directory = run_directory(config, overrides)
-    if earlier.is_done(config, directory):
+    if earlier.is_finished(config, directory):
         return directory
-    earlier.check(config, directory)
-    check(config)
-    model.check(config.model)
-    reward = make_reward(config.reward)
-    problems = dataset.load(config.dataset, config.seed)
-    if config.budget.total and len(problems.train) < config.rollout.prompts:
-        raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
-    tests = [problem for test in problems.test.values() for problem in test]
-    earlier.set_aside(config, directory)
+    prepared = prepare(config, directory)
+    if prepared.history.state == "again":
+        earlier.set_aside(directory)
+    last = lock.owner(directory)
     with (
         lock.hold(directory) as owner,
         log_to_file(directory / "run.log"),
         outcome.recorded(directory, owner),
         interrupt.caught(),
     ):
-        check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])  # a user's code: may raise
-        _Run(config, list(overrides), directory, device, problems, reward, owner).execute()
+        if last is not None and not last.ended:
+            log.warning("%s, the last at work here, was killed: kill -9, out of memory, or a lost node", last)
+        is_new = prepared.history.state == "new" and config.continue_from is None
+        if is_new and (source := earlier.shorter(config, directory)):
+            log.info("%s is the same but for its budget: continue_from=%s goes on from there", source, source)
+        _Run(config, list(overrides), prepared, device, owner).execute()
     return directory
 
 
@@ -61,65 +86,78 @@ class _Run:
 
     config: Config
     overrides: list[str]
-    directory: Path
+    prepared: Prepared
     device: torch.device
-    problems: dataset.Splits
-    reward: Reward
     owner: lock.Owner
 
+    def __post_init__(self) -> None:
+        self.directory, self.problems = self.prepared.directory, self.prepared.problems
+        self.reward, self.changed = self.prepared.reward, self.prepared.history.changed
+
     def execute(self) -> None:
-        started = time.perf_counter()
-        earlier.carry_over(self.config, self.directory)
-        threads = self._write_identity()
+        config, directory, started = self.config, self.directory, time.perf_counter()
+        check_gold(self.reward, config.reward, list(chain(*self._splits().values())))  # a user's code: may raise
+        earlier.carry_over(config, directory)
+        earlier.record_inputs(config, directory)
+        threads = self._record_settings()
         environment.settle(threads)
-        checkpoint.seed_global_generators(self.config.seed)
-        log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
-        for sentence in advice(self.config):
+        checkpoint.seed_global_generators(config.seed)
+        log.info("%s on %s with %d CPU threads", directory, self.device, threads)
+        notes = advice(config)
+        if self.changed and checkpoint.names(directory / "checkpoints"):
+            notes.append(f"resumed although {', '.join(self.changed)} changed since this run began")
+        for sentence in notes:
             log.warning("%s", sentence)
-        policy = model.load(self.config.model, self.config.seed, self.device)
-        prompts, notes = self._encode(policy.tokenizer)
+        policy = model.load(config.model, config.seed, self.device)
+        prompts, dropped = self._encode(policy.tokenizer)
         tracker = Tracker(
-            self.config.tracker,
-            self.directory,
-            run_name=self.directory.name,
-            group=self.config.group,
-            job_type=self.config.objective.name,
-            resolved_config=as_dict(self.config),
+            config.tracker,
+            directory,
+            run_name=directory.name,
+            group=config.group,
+            job_type=config.objective.name,
+            resolved_config=as_dict(config),
         )
         try:
-            summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
+            summary = self._train_and_evaluate(policy, prompts, notes + dropped, tracker, started)
         except BaseException as error:
             tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
             raise
         tracker.summarize(summary)
         tracker.close()
-        write_json(self.directory / "summary.json", summary)
+        write_json(directory / "summary.json", summary)
         from pspo import report
 
-        report.write_curves(self.directory)
-        report.write_report(self.directory)
-        lock.check(self.directory, self.owner)
-        write_text(self.directory / "DONE", earlier.code(self.config) + "\n")
+        report.write_curves(directory)
+        report.write_report(directory)
+        self._check_owner()
+        write_text(directory / "DONE", environment.code_digest() + "\n")
         console = Console()  # the result is the output; all else goes to standard error
         console.print(report.final_table(summary))
         for label, name in {"run": "", "figure": "curves.png", "report": "report.html"}.items():
-            console.print(f"{label:7}{self.directory / name}", soft_wrap=True, highlight=False)
+            console.print(f"{label:7}{directory / name}", soft_wrap=True, highlight=False)
 
     def _train_and_evaluate(
         self, policy: model.Policy, prompts: dict[str, list[Prompt]], notes: list[str], tracker: Tracker, started: float
     ) -> dict[str, Any]:
-        config, tests = self.config, list(self.problems.test)
+        config = self.config
         trainer = Trainer(
             config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker, started,
-            check_owner=lambda: lock.check(self.directory, self.owner),
+            check_owner=self._check_owner,
         )  # fmt: skip
-        before = {name: self._evaluate(trainer.sampler, name, prompts[name], "before") for name in tests}
+        tests: dict[str, dict[str, Any]] = {name: {} for name in self.problems.test}
+        for name, results in tests.items() if config.budget.total else ():  # initial weights: nothing is resumed yet
+            results["before"] = self._test(trainer.sampler, name, prompts[name], "before")
         trainer.resume()
         if self.owner.restart:
             steps = trainer.state.progress.steps
             log.info("restart %d: %s, resumed from step %d", self.owner.restart, self.owner, steps)
+        if not config.budget.spent(trainer.state.progress):  # a lost checkpoint's answers are of other weights
+            for answers in self.directory.glob("evaluation/*_after.jsonl"):
+                answers.unlink()
         state = trainer.run()
-        after = {name: self._evaluate(trainer.sampler, name, prompts[name], "after") for name in tests}
+        for name, results in tests.items():
+            results["after"] = self._test(trainer.sampler, name, prompts[name], "after")
         model.save(policy, self.directory / "model")
         return {
             "status": "done",
@@ -132,57 +170,54 @@ class _Run:
             "completion_tokens": state.progress.completion_tokens,
             "selection": config.selection,
             "selected_step": state.best_step if config.selection == "best" else state.progress.steps,
-            "notes": advice(config) + notes + state.notes,
-            "evaluation": {name: {"before": before[name], "after": after[name]} for name in tests},
+            "notes": notes + state.notes,
+            "evaluation": tests,
             "time/wall_s": trainer.earlier_s + time.perf_counter() - started,
         }
 
-    def _write_identity(self) -> int:
+    def _record_settings(self) -> int:
         """Record what is run and where; returns the CPU threads, on resume those of the run's first process.
 
         Sums are rounded in another order with another number of threads, so a resumed run keeps the first one's.
         """
-        path = self.directory / "environment.json"
-        earlier = json.loads(path.read_text()) if path.is_file() else {}
-        threads = self.config.threads or earlier.get("threads") or environment.choose_threads(None)
-        now = environment.describe(threads, self.device)
-        for name in ("code", "packages", "threads"):
-            if earlier and earlier[name] != now[name]:
-                log.warning("%s differ from those that this run began with: %s, now %s", name, earlier[name], now[name])
+        known = [entry["threads"] for entry in environment.history(self.directory)[:1]]
+        threads = self.config.threads or next(iter(known), None) or environment.choose_threads(None)
+        about = {"host": self.owner.host, "job_id": self.owner.job_id, "time/started": self.owner.started}
+        for difference in environment.record(self.directory, environment.describe(threads, self.device) | about):
+            log.warning("since the run's last process, %s", difference)
         write_text(self.directory / "config.yaml", OmegaConf.to_yaml(as_dict(self.config)))
         write_text(self.directory / "overrides.yaml", OmegaConf.to_yaml(self.overrides))
-        write_json(path, now)
         return threads
+
+    def _splits(self) -> dict[str, list[Problem]]:
+        return {"train": self.problems.train, "validation": self.problems.validation} | self.problems.test
 
     def _encode(self, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[str]]:
         """The prompts of every split, and a note on each split that lost problems with too long a prompt."""
-        splits = {"train": self.problems.train, "validation": self.problems.validation} | self.problems.test
-        prompts, notes = {}, []
-        for name, problems in splits.items():
+        prompts, notes, limit = {}, [], self.config.dataset.max_prompt_tokens
+        for name, problems in self._splits().items():
             prompts[name], dropped = dataset.encode(tokenizer, self.config.dataset, problems)
-            limit = self.config.dataset.max_prompt_tokens
             if dropped:
                 notes.append(f"{dropped} of {len(problems)} {name} problems were dropped: prompts over {limit} tokens")
                 log.warning(notes[-1])
             if dropped and not prompts[name]:
                 raise self.config.dataset.refuse("max_prompt_tokens", f"all {dropped} {name} prompts are longer")
-        if self.config.budget.total and len(prompts["train"]) < self.config.rollout.prompts:
-            raise self.config.rollout.refuse("prompts", f"there are only {len(prompts['train'])} training problems")
+        _check_enough(self.config, len(prompts["train"]))
         return prompts, notes
 
-    def _evaluate(self, sampler: Sampler, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
-        """Greedy accuracy on a test set; every answer is kept in ``evaluation/``, and read again after a resume."""
+    def _test(self, sampler: Sampler, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
+        """Greedy accuracy on a test set, whose answers are kept in ``evaluation/`` and read again after a resume."""
         path = self.directory / "evaluation" / f"{name}_{when}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        if when == "after" or len(read_lines(path)) != len(prompts):
-            beside = JsonLines(path.with_name(f".{path.name}"))
-            beside.cut(0)
-            seed = [self.config.seed, Stream.TEST]
-            chunks = answer(sampler, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
-            with checkpoint.random_state_kept():  # those of a user's reward
-                for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
-                    for row in rows:
-                        beside.append(row)
-            beside.sync()
-            beside.path.replace(path)
-        return summarize(read_lines(path))
+        asked = (path, sampler, prompts, self.reward, self.config.rollout)
+        title = f"test on {name}, {when}"
+        return summarize(answer_into(*asked, seed=self.config.seed, title=title, check_owner=self._check_owner))
+
+    def _check_owner(self) -> None:
+        lock.check(self.directory, self.owner)
+
+
+def _check_enough(config: Config, num_problems: int) -> None:
+    """Refuse a training set that does not fill one step."""
+    if config.budget.total and num_problems < config.rollout.prompts:
+        raise config.rollout.refuse("prompts", f"there are only {num_problems} training problems")

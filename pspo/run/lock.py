@@ -1,16 +1,17 @@
-"""One process at a time in a run directory: a lock that the kernel releases, and a record of who holds it.
+"""One process at a time in a run directory: a lock that the kernel releases, and a record of the process that holds it.
 
-On a network file system the lock of a node that died may hang. It is taken over when SLURM says that the job of the
-record is gone; should its process live on, cut off from SLURM, it finds the record changed and stops before it writes.
+On a network file system the lock of a node that died may hang. It is taken over when SLURM says that the recorded job
+is gone; should its process live on, cut off from SLURM, it finds the record changed and stops before it writes.
 """
 
+import contextlib
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ import filelock
 
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
-from pspo.host.environment import slurm_job, squeue
+from pspo.host import slurm
 
 log = logging.getLogger("pspo")
 
-LOOK_S = 0.5
+LOCK_TIMEOUT_S = 0.5
 """A status that looks whether the lock is held keeps it for some microseconds, which must not turn a run away."""
 
 SETTLE_S = 1.0
@@ -32,7 +33,7 @@ SETTLE_S = 1.0
 
 @dataclass(frozen=True)
 class Owner:
-    """Who is at work in a run directory, or was last: the content of ``.owner``.
+    """The process that is at work in a run directory, or was last: the content of ``.owner``.
 
     Attributes:
         host: its node.
@@ -41,6 +42,7 @@ class Owner:
         requeues: how often SLURM had requeued that job, under the same id.
         restart: how many processes were at work in the directory before it.
         started: when, ISO 8601.
+        ended: whether it left by itself, done, failed or interrupted; a process that is killed leaves this False.
     """
 
     host: str
@@ -49,6 +51,7 @@ class Owner:
     requeues: int
     restart: int
     started: str
+    ended: bool = True  # as far as pspo 0.1.0 recorded
 
     def __str__(self) -> str:
         return (f"job {self.job_id}, " if self.job_id else "") + f"process {self.pid} on host {self.host}"
@@ -58,12 +61,12 @@ def owner(directory: Path) -> Owner | None:
     """The record in a run directory; None where there is none that can be read."""
     try:
         record = json.loads((directory / ".owner").read_text())
-        return Owner(**{field.name: record[field.name] for field in fields(Owner)})
-    except (OSError, ValueError, KeyError, TypeError):  # none, or that of an earlier version
+        return Owner(**{field.name: record[field.name] for field in fields(Owner) if field.name in record})
+    except (OSError, ValueError, TypeError):  # none, or no such record
         return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def hold(directory: Path) -> Iterator[Owner]:
     """Make a run directory and keep other processes out of it. Raises ConfigError that names who is at work there."""
     try:
@@ -75,7 +78,12 @@ def hold(directory: Path) -> Iterator[Owner]:
     except OSError as error:
         raise ConfigError(f"cannot write {directory} ({error.strerror}); set output_dir=<directory>") from error
     with held:
-        yield mine
+        try:
+            yield mine
+        finally:
+            if owner(directory) == mine:
+                with contextlib.suppress(OSError):  # a full disk must not hide why the block failed
+                    write_json(directory / ".owner", asdict(replace(mine, ended=True)))
 
 
 def check(directory: Path, mine: Owner) -> None:
@@ -87,8 +95,10 @@ def check(directory: Path, mine: Owner) -> None:
 
 
 def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
-    held = filelock.FileLock(directory / ".lock", timeout=LOOK_S).acquire()
-    mine = _me(restart=_attempts(directory))
+    held = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_S).acquire()
+    before, started = owner(directory), datetime.now(UTC).isoformat(timespec="milliseconds")
+    restart = 0 if before is None else before.restart + 1
+    mine = Owner(os.uname().nodename, os.getpid(), slurm.current_job(), _requeues(), restart, started, ended=False)
     write_json(directory / ".owner", asdict(mine))
     return held, mine
 
@@ -97,7 +107,7 @@ def _take_over(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
     """Replace the lock of a job that is gone by a new file: a kernel that still holds it holds the old one."""
     before = owner(directory)
     at_work = ConfigError(f"another process ({before or 'unknown'}) is at work in {directory}; wait for it, or stop it")
-    if before is None or not _gone(before):
+    if before is None or not _is_gone(before):
         raise at_work
     try:
         with filelock.FileLock(directory / ".takeover", timeout=0):
@@ -111,23 +121,14 @@ def _take_over(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
         raise at_work from None
 
 
-def _gone(other: Owner) -> bool:
-    """Whether SLURM says that the job no longer runs; also where it is ours, in the run that SLURM ended to requeue."""
+def _is_gone(other: Owner) -> bool:
+    """Whether SLURM says that the job has no process; also where it is ours, in the run that SLURM ended to requeue."""
     if other.job_id is None:
         return False
-    me = _me(restart=0)
-    if other.job_id == me.job_id:
-        return other.requeues != me.requeues
-    states = squeue(other.job_id, "%T")
-    return states is not None and set(states.split()) <= {"PENDING"}
+    if other.job_id == slurm.current_job():
+        return other.requeues != _requeues()
+    return slurm.is_gone(other.job_id)
 
 
-def _me(restart: int) -> Owner:
-    requeues = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    started = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return Owner(os.uname().nodename, os.getpid(), slurm_job(), requeues, restart, started)
-
-
-def _attempts(directory: Path) -> int:
-    earlier = owner(directory)
-    return 0 if earlier is None else earlier.restart + 1
+def _requeues() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
