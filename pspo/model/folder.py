@@ -73,22 +73,23 @@ def converted(path: Path, asked: str) -> Path:
 
     Raises ConfigError where transformers cannot read the file.
     """
-
-    def make(directory: Path) -> None:
-        try:
-            tokenizer = read_tokenizer(path.parent, gguf_file=path.name)
-            model = read_model(path.parent, torch.float32, gguf_file=path.name)
-        except (ValueError, KeyError, NotImplementedError, struct.error) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise ConfigError(f"{asked} cannot be read by transformers ({reason}); choose another") from error
-        model.hf_quantizer = None  # the weights are plain float32 now, which save_pretrained would not believe
-        vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-
     versions = [importlib.metadata.version(package) for package in ("transformers", "gguf")]
     content = [*versions, file_digest(path), file_digest(Path(__file__))]
-    return made_once("conversion", hashlib.sha256("\n".join(content).encode()).hexdigest()[:16], make)
+    digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+    return made_once("gguf", digest, lambda directory: _convert(path, asked, directory))
+
+
+def _convert(path: Path, asked: str, directory: Path) -> None:
+    try:
+        tokenizer = read_tokenizer(path.parent, gguf_file=path.name)
+        model = read_model(path.parent, torch.float32, gguf_file=path.name)
+    except (ValueError, KeyError, NotImplementedError, struct.error) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(f"{asked} cannot be read by transformers ({reason}); choose another") from error
+    model.hf_quantizer = None  # the weights are plain float32 now, which save_pretrained would not believe
+    vars(model.config).pop("quantization_config", None)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def file_digest(path: Path) -> str:

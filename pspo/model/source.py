@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
 from pspo.base.schema import ConfigError
 from pspo.host import hub
@@ -64,12 +64,13 @@ def check_directory(directory: Path, asked: str) -> None:
 
     ``asked`` is the key and its value, with which the sentence of the ConfigError begins.
     """
-    index, settings = directory / "model.safetensors.index.json", directory / "tokenizer_config.json"
+    index, template = directory / "model.safetensors.index.json", directory / "chat_template.jinja"
     shards = sorted(set(_read(index).get("weight_map", {}).values()))
     absent = next((shard for shard in shards if not (directory / shard).is_file()), None)
     tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-    templated = _read(settings).get("chat_template") or (directory / "chat_template.jinja").is_file()
-    quantized = "quantization_config" in _read(directory / "config.json")
+    templated = template.is_file() or _read(directory / "tokenizer_config.json").get("chat_template")
+    settings = _read(directory / "config.json")
+    kind = settings.get("model_type")
     need = "give a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
@@ -78,17 +79,14 @@ def check_directory(directory: Path, asked: str) -> None:
         (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
         (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
         (not templated, "has no chat template; set tokenizer.chat_template and save the tokenizer again"),
-        (quantized, "holds quantized weights, which cannot be trained; choose the unquantized model"),
+        (kind not in KNOWN, f"is of type {kind}, no causal language model that transformers knows; choose another"),
+        (
+            "quantization_config" in settings,
+            "holds quantized weights, which cannot be trained; choose the unquantized model",
+        ),
     ):
         if wrong:
             raise ConfigError(f"{asked} {sentence}")
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except ValueError as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise ConfigError(f"{asked} is no model of transformers ({reason}); choose another") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"{asked} is a {config.model_type}, which is no causal language model; choose another")
 
 
 def _local(path: str) -> Path:
