@@ -277,7 +277,7 @@ def test_a_model_that_is_not_in_the_cache_is_refused_fast_where_there_is_no_netw
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     message = refused()
     assert "model.hub_id=nobody/nothing is not in the cache" in message
-    assert "`python -m pspo.prefetch model.hub_id=nobody/nothing`" in message
+    assert "`python -m pspo.prefetch model=hf model.hub_id=nobody/nothing`" in message
     assert "model.path=<directory>" in message
 
 
@@ -285,7 +285,7 @@ def test_a_model_that_is_not_in_the_cache_is_refused_fast_where_there_is_no_netw
 def test_whatever_the_hub_answers_the_remedy_is_named(empty_cache, monkeypatch, server, status):
     url = server(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    assert "`python -m pspo.prefetch model.hub_id=nobody/nothing`" in refused()
+    assert "`python -m pspo.prefetch model=hf model.hub_id=nobody/nothing`" in refused()
 
 
 def test_a_proxy_that_refuses_is_no_network_either(empty_cache, monkeypatch, server):
@@ -295,7 +295,7 @@ def test_a_proxy_that_refuses_is_no_network_either(empty_cache, monkeypatch, ser
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
     huggingface_hub.close_session()
     try:
-        assert "`python -m pspo.prefetch model.hub_id=nobody/nothing`" in refused()
+        assert "`python -m pspo.prefetch model=hf model.hub_id=nobody/nothing`" in refused()
     finally:
         huggingface_hub.close_session()
 
@@ -354,7 +354,7 @@ def test_a_repository_that_lacks_something_is_named_by_its_own_name(empty_cache,
     snapshot = cached(empty_cache, saved[0])
     pickled(snapshot)
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(snapshot))
-    assert refused().startswith("model.hub_id=nobody/nothing has no *.safetensors weights")
+    assert refused().startswith("model=hf model.hub_id=nobody/nothing has no *.safetensors weights")
 
 
 # Loading and saving

@@ -28,7 +28,8 @@ def locate(config: ModelConfig, convert: bool = True) -> Path:
     Without ``convert`` a GGUF file is only looked at, and its own path returned. Raises ConfigError.
     """
     if config.path is None:
-        repository, asked, instead = str(config.hub_id), f"model.hub_id={config.hub_id}", "give model.path=<directory>"
+        repository, instead = str(config.hub_id), "give model.path=<directory>"
+        asked = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
         return hub.locate(
             repository, FILES, lambda folder: check_directory(folder, asked), asked=asked, kind="model", instead=instead
         )
