@@ -81,7 +81,7 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
         model = _adapted(model, config.lora, seed)
     model.to(device).eval()
     _check_head(config, model)
-    encoder, shares = read_tokenizer(directory), attention.can_share(model, config.autocast)
+    encoder, shares = read_tokenizer(directory), attention.can_share(model)
     return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
 
 
