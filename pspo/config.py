@@ -21,7 +21,7 @@ from pspo.dataset import DatasetConfig
 from pspo.diagnostics import DiagnosticsConfig
 from pspo.evaluate import Evaluation
 from pspo.loss import LossConfig
-from pspo.model import Model
+from pspo.model import ModelConfig
 from pspo.objective import OBJECTIVES, Objective, default_objective
 from pspo.optimizer import Optimizer
 from pspo.reward import Reward, RewardConfig, make_reward
@@ -48,7 +48,7 @@ class Config(Schema):
     continue_from: str | None = key(
         "directory of a finished run to continue with a longer budget, all other settings being that run's; or null"
     )
-    model: Model
+    model: ModelConfig
     dataset: DatasetConfig
     reward: RewardConfig
     objective: Objective

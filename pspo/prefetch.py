@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
 
 from pspo import dataset, model
 from pspo.base.console import log, log_to_console
@@ -21,7 +20,7 @@ from pspo.base.schema import ConfigError
 from pspo.config import Config, compose_all
 from pspo.host import environment
 from pspo.model import source
-from pspo.model.warm_start import cache_directory
+from pspo.model.folder import cache_directory
 from pspo.run.__main__ import EXPECTED
 from pspo.sweep import expand
 
@@ -48,13 +47,15 @@ def fetch(config: Config) -> None:
     """Bring the data set and the policy of one run into the caches; what is whole there is left. Raises ConfigError."""
     dataset.load(config.dataset, config.seed)
     model.check(config.model)
-    if _is_made_here(config):
+    if config.model.made_here:
         threads = environment.choose_threads(config.threads)
         environment.settle(threads)
         log.info(
             "warm start for seed %d and %d CPU threads: jobs with other threads make their own", config.seed, threads
         )
         model.load(config.model, config.seed, torch.device("cpu"))
+    else:
+        source.locate(config.model)
 
 
 def verify(config: Config) -> None:
@@ -64,15 +65,12 @@ def verify(config: Config) -> None:
     """
     problems = dataset.load(config.dataset, config.seed)
     some = next(split for split in (problems.train, problems.validation, *problems.test.values()) if split)
-    if _is_made_here(config):
+    if config.model.made_here:
         environment.settle(environment.choose_threads(config.threads))
         tokenizer = model.load(config.model, config.seed, torch.device("cpu")).tokenizer
         told = "the embedded policy"
     else:
-        path, hub_id = config.model.path, config.model.hub_id
-        directory = Path(path).expanduser() if path is not None else source.locate(str(hub_id))
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        directory, tokenizer = source.locate(config.model), model.tokenizer(config.model)
         told = f"{directory} ({_count_tensors(directory)} tensors)"
     dataset.encode(tokenizer, config.dataset, some[:1])
     sizes = {"train": problems.train, "validation": problems.validation} | problems.test
@@ -85,7 +83,7 @@ def exports(configs: Sequence[Config]) -> list[str]:
     lines = [f"export HF_HOME={shlex.quote(constants.HF_HOME)}", "export HF_HUB_OFFLINE=1"]
     if Path(constants.HF_HUB_CACHE) != Path(constants.HF_HOME) / "hub":
         lines.insert(1, f"export HF_HUB_CACHE={shlex.quote(constants.HF_HUB_CACHE)}")
-    if any(_is_made_here(config) for config in configs):
+    if any(config.model.made_here for config in configs):
         lines.append(f"export XDG_CACHE_HOME={shlex.quote(str(cache_directory().parent.absolute()))}")
     if any(config.tracker.name == "wandb" for config in configs):
         lines.append("export WANDB_MODE=offline  # later, with internet: python -m pspo.sync outputs/<group>")
@@ -95,10 +93,6 @@ def exports(configs: Sequence[Config]) -> list[str]:
 def _compose(overrides: Sequence[str]) -> list[Config]:
     """Those of every run: ``seed=0,1`` asks for two."""
     return compose_all([job.overrides for job in expand(None, overrides)])
-
-
-def _is_made_here(config: Config) -> bool:
-    return config.model.path is None and config.model.hub_id is None
 
 
 def _count_tensors(directory: Path) -> int:

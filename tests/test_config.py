@@ -14,7 +14,11 @@ from pspo.run.help import EXAMPLES, help_text
 
 KEYS = Path(__file__).with_name("keys.txt")
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
-REQUIRED = {("reward", "custom"): ["reward.function=mine.py:f"], ("dataset", "jsonl"): ["dataset.path=mine.jsonl"]}
+REQUIRED = {
+    ("reward", "custom"): ["reward.function=mine.py:f"],
+    ("dataset", "jsonl"): ["dataset.path=mine.jsonl"],
+    ("model", "hf"): ["model.hub_id=owner/name"],
+}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -64,8 +68,22 @@ def test_what_bounds_memory_alone_does_not_name_a_run():
 def test_a_hub_model_trains_on_gsm8k_unless_a_dataset_is_given():
     for model in groups()["model"]:
         expected = "embedded" if model == "tiny" else "gsm8k"
-        assert composed(f"model={model}").dataset.name == expected
-        assert composed(f"model={model}", "dataset=svamp").dataset.name == "svamp"
+        chosen = [f"model={model}", *REQUIRED.get(("model", model), [])]
+        assert composed(*chosen).dataset.name == expected
+        assert composed(*chosen, "dataset=svamp").dataset.name == "svamp"
+
+
+def test_settings_of_the_embedded_task_are_not_taken_silently_for_another_model():
+    for source in ("model.hub_id=owner/name", "model.path=/models/mine"):
+        with pytest.raises(ConfigError, match=r"model=tiny has the embedded task's lengths.*choose model=hf"):
+            composed(source)
+        assert composed("model=hf", source).optimizer.lr < composed().optimizer.lr
+
+
+def test_weights_of_the_hub_and_of_the_package_are_different_runs():
+    names = [identity(composed(f"model={name}")) for name in ("smollm2", "smollm2_q4")]
+    assert names[0] != names[1]
+    assert identity(composed("model=smollm2", "model.path=/models/smollm2")) not in names
 
 
 PAPER = {  # paper.md: lr, eps, epochs

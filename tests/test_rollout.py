@@ -459,7 +459,7 @@ def test_any_architecture_is_trained_as_it_is_sampled(any_policy, prompts):
 def test_any_architecture_is_trained_alike_where_completions_share_their_prompt(any_policy, prompts):
     completions = sampled(any_policy, prompts, temperature=0.8)
     rows = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [0.0] * len(c.token_ids)) for c in completions]
-    sharing = dataclasses.replace(any_policy, shares_prompts=can_share(any_policy.model, autocast=False))
+    sharing = dataclasses.replace(any_policy, shares_prompts=can_share(any_policy.model))
     windows = any("sliding" in kind for kind in getattr(any_policy.model.config, "layer_types", None) or [])
     assert sharing.shares_prompts is not (windows or any_policy.model.config.model_type == "mistral")
     (found, _), (expected, _) = (score(policy, rows, 0.8, 200, None) for policy in (sharing, any_policy))

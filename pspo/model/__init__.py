@@ -2,10 +2,11 @@
 
 from transformers.utils import logging
 
-from pspo.model.policy import Model, Policy, check, load, save, stop_ids
-from pspo.model.source import digests
+from pspo.model.config import ModelConfig
+from pspo.model.policy import Policy, load, save, stop_ids, tokenizer
+from pspo.model.source import check, digests
 
-__all__ = ["Model", "Policy", "check", "digests", "load", "save", "stop_ids"]
+__all__ = ["ModelConfig", "Policy", "check", "digests", "load", "save", "stop_ids", "tokenizer"]
 
 # No bars for reading and writing weights, which take seconds; downloads keep theirs, on a terminal.
 logging.set_tqdm_hook(lambda tqdm, args, kwargs: tqdm(*args, **kwargs | {"disable": True}))

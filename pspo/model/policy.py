@@ -2,71 +2,25 @@
 
 import contextlib
 import copy
-import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
 from pspo.base.files import SaveError, new_directory
-from pspo.base.schema import ConfigError, Schema, key
+from pspo.base.schema import ConfigError
 from pspo.model import attention, source, warm_start
-from pspo.model.logprob import autocast_to_bfloat16
-from pspo.model.tiny import Architecture
-from pspo.model.warm_start import WarmStart
+from pspo.model.config import LoraConfig, ModelConfig
+from pspo.model.folder import read_model, read_tokenizer
+from pspo.model.logprob import autocast_to_bfloat16, raised
 
-
-@dataclass(frozen=True, kw_only=True)
-class Lora(Schema, block="model.lora"):
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through ``peft``, the extra ``pspo[lora]``."""
-
-    rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
-    alpha: int = key("the adapters' output is scaled by alpha / rank", within="[1, inf)")
-    target_modules: str = key("which linear layers: all-linear, or a regular expression on their names")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank:
-            try:
-                import peft  # noqa: F401
-            except ImportError:
-                raise self.refuse("rank", "needs the package peft; run pip install 'pspo[lora]'") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model(Schema, block="model"):
-    """The policy that all arms of a comparison start from; float32 masters keep the small steps of a small rate."""
-
-    name: str = key("what the run calls it")
-    hub_id: str | None = key("repository on the Hugging Face hub")
-    path: str | None = key("a local directory in its place: safetensors weights, tokenizer and chat template")
-    dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
-    autocast: bool = key("matrix products in bfloat16, on float32 masters")
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = key("transformers' attention")
-    gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
-    lora: Lora
-    architecture: Architecture | None
-    warm_start: WarmStart | None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.path is None and self.hub_id is None and self.architecture is None:
-            raise self.refuse("path", "name a local directory, or choose a model option that has a hub_id")
-        if self.path is None and self.hub_id is None and self.warm_start is None:
-            raise self.refuse("warm_start", "the embedded policy needs one; choose model=tiny, or give model.path")
-        if self.autocast and self.dtype == "float64":
-            raise self.refuse("autocast", "goes with model.dtype=float32 only")
-        if self.attention == "flash_attention_2" and not self.autocast:
-            raise self.refuse("attention", "flash attention needs model.autocast=true")
-        if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-            raise self.refuse("attention", "needs the package flash-attn; install it or set model.attention=sdpa")
-        if self.attention == "eager" and self.dtype == "float64":
-            # Its softmax is in float32, where the mask's lowest float64 is -inf: rows of padding become NaN.
-            raise self.refuse("attention", "goes with model.dtype=float32 only; set model.attention=sdpa")
+MAX_SAVED_GAP = 1e-3
+"""Nats by which a log-probability of the saved model may differ from the trained policy's; both without autocast."""
 
 
 @dataclass
@@ -112,60 +66,54 @@ class Policy:
         return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval())
 
 
-def check(config: Model) -> None:
-    """Refuse a model that cannot be had, before anything is loaded. Raises ConfigError."""
-    if config.path is not None:
-        source.check_directory(Path(config.path).expanduser())
-    elif config.hub_id is not None:
-        source.locate(config.hub_id)
+def tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the policy, without weights; a model of the hub or in GGUF is fetched or converted for it."""
+    return warm_start.tokenizer(config) if config.made_here else read_tokenizer(source.locate(config))
 
 
-def load(config: Model, seed: int, device: torch.device) -> Policy:
-    """The policy that a run starts from: the same weights for every objective at one seed."""
-    if config.path is not None or config.hub_id is not None:
-        directory = Path(config.path).expanduser() if config.path is not None else source.locate(str(config.hub_id))
-    else:
-        directory = warm_start.cached(config, seed)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was read is no part of what is saved
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
-        )
-    except SafetensorError as error:
-        raise ConfigError(f"{directory}: its weights cannot be read ({error}); copy or download them again") from error
+def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
+    """The policy that a run starts from: the same weights for every objective at one seed. Raises ConfigError."""
+    directory = warm_start.cached(config, seed) if config.made_here else source.locate(config)
+    model = read_model(directory, getattr(torch, config.dtype), attn_implementation=config.attention)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if config.lora.rank:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            targets = config.lora.target_modules
-            adapters = LoraConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=targets)
-            try:
-                model = inject_adapter_in_model(adapters, model)
-            except ValueError as error:  # no layer of that name
-                raise config.lora.refuse("target_modules", str(error)) from error
+        model = _adapted(model, config.lora, seed)
     model.to(device).eval()
     _check_head(config, model)
-    shares = attention.can_share(model, config.autocast)
-    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing, shares)
+    encoder, shares = read_tokenizer(directory), attention.can_share(model)
+    return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
 
 
-def save(policy: Policy, directory: Path) -> None:
-    """Write a plain Hugging Face directory, adapters merged into the weights; written beside and renamed."""
-    model = policy.model
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        model = _merged(model)
+def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
+    """Write a plain Hugging Face directory; written beside and renamed.
+
+    Adapters are merged into the policy's own weights, so that no second copy of them is made. With ``probe``, two token
+    ids or more, the policy is spent: its weights are freed, the directory is loaded again, and the largest difference
+    of the probe's log-probabilities must be at most ``MAX_SAVED_GAP`` nats. Raises SaveError; what was in ``directory``
+    before is then still there.
+    """
+    model = policy.model.eval()
+    if model.config._attn_implementation == "flash_attention_2" and probe:  # it knows no float32
+        model.set_attn_implementation("sdpa")
+    expected = _probe_logprobs(model, probe)
+    _merge(model)
     try:
         with new_directory(directory) as beside:
             model.save_pretrained(beside)
             policy.tokenizer.save_pretrained(beside)
+            if probe:
+                device, dtype, implementation = model.device, model.dtype, model.config._attn_implementation
+                for parameter in model.parameters():  # freed, whoever else holds the parameter
+                    parameter.data, parameter.grad = parameter.data.new_empty(0), None
+                loaded = read_model(beside, dtype, attn_implementation=implementation).to(device).eval()
+                gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
+                if not gap <= MAX_SAVED_GAP:  # not a number either
+                    raise SaveError(
+                        f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
+                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; with adapters, set "
+                        "model.lora.target_modules=all-linear"
+                    )
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"cannot save {directory} ({error}); make room or mend the permissions, then run the same command again"
@@ -192,7 +140,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def _check_head(config: Model, model: Any) -> None:
+def _check_head(config: ModelConfig, model: Any) -> None:
     """Refuse a model whose logits are not head(decoder(x)), as ``token_logprobs`` has it. Raises ConfigError."""
     ids = torch.tensor([[0, 1]], device=model.device)
     with autocast_to_bfloat16(model.device, config.autocast):
@@ -205,12 +153,37 @@ def _check_head(config: Model, model: Any) -> None:
         )
 
 
-def _merged(model: Any) -> Any:
-    from peft.tuners.lora import LoraLayer
+def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
+    """The model with adapters drawn from ``seed``. Raises ConfigError."""
+    import peft
 
-    model = copy.deepcopy(model)
+    embedding, head, targets = model.get_input_embeddings(), model.get_output_embeddings(), config.target_modules
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    try:
+        hit = any(re.fullmatch(targets, name) for name, module in model.named_modules() if module in (embedding, head))
+        if hit and embedding.weight is head.weight:  # else adapters merged into one would change the other as well
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return peft.inject_adapter_in_model(adapters, model)
+    except (ValueError, re.error) as error:  # no layer of that name, or one that takes no adapters
+        raise config.refuse("target_modules", " ".join(str(error).split()).rstrip(".")) from error
+
+
+def _merge(model: Any) -> None:
+    """Add the adapters to the weights, in place, and leave plain layers."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if hasattr(module, "lora_A"):
             module.merge()
             model.set_submodule(name, module.get_base_layer())
-    return model
+
+
+@torch.inference_mode()
+def _probe_logprobs(model: Any, token_ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of all tokens but the first, each after those before it; none for no tokens."""
+    if not token_ids:
+        return torch.empty(0)
+    ids = torch.tensor([list(token_ids)], device=model.device)
+    logprob_TV = raised(model(input_ids=ids, use_cache=False).logits[0, :-1]).log_softmax(-1)
+    return logprob_TV.gather(-1, ids[0, 1:, None]).squeeze(-1)

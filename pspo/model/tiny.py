@@ -1,14 +1,13 @@
 """The embedded policy: the Qwen2 architecture with random weights, and a tokenizer of its own, made in a second."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pspo.base.schema import Schema, key
+from pspo.model.config import Architecture
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
@@ -19,25 +18,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture(Schema, block="model.architecture"):
-    """The shape of the embedded policy."""
-
-    vocab_size: int = key("tokens of the tokenizer trained on the embedded task", within="[128, 1000000]")
-    hidden_size: int = key("width of the residual stream", within="[8, inf)")
-    intermediate_size: int = key("width of the gated feed-forward layers", within="[8, inf)")
-    num_layers: int = key("decoder layers", within="[1, inf)")
-    num_heads: int = key("attention heads", within="[1, inf)")
-    num_kv_heads: int = key("key and value heads, shared by groups of attention heads", within="[1, inf)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden_size % self.num_heads:
-            raise self.refuse("num_heads", f"must divide model.architecture.hidden_size={self.hidden_size}")
-        if self.num_heads % self.num_kv_heads:
-            raise self.refuse("num_kv_heads", f"must divide model.architecture.num_heads={self.num_heads}")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -8,78 +8,54 @@ working to discover.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import filelock
 import torch
 import transformers
 
 from pspo.base.console import track
-from pspo.base.files import new_directory
-from pspo.base.schema import ConfigError, Schema, as_dict, key
+from pspo.base.schema import as_dict
 from pspo.base.stream import Stream, generator
 from pspo.dataset import Problem, embedded, render
 from pspo.host import interrupt
 from pspo.model import tiny
 from pspo.model.batch import make_batch
+from pspo.model.config import ModelConfig, WarmStart
+from pspo.model.folder import made_once
 from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
-
-if TYPE_CHECKING:
-    from pspo.model.policy import Model
 
 log = logging.getLogger("pspo")
 
 
-@dataclass(frozen=True, kw_only=True)
-class WarmStart(Schema, block="model.warm_start"):
-    """Supervised learning before the run: fixed steps, so that every machine does the same work."""
-
-    worked_steps: int = key("steps on solutions that show the working", within="[1, inf)")
-    mixed_steps: int = key("steps on a mix of worked solutions and bare answers", within="[0, inf)")
-    worked_share: float = key("share of worked solutions in the mix", within="[0, 1]")
-    batch_size: int = key("problems of one step", within="[1, inf)")
-    num_problems: int = key("different problems of the embedded task to learn from", within="[1, inf)")
-    lr: float = key("highest learning rate (AdamW, linear warm-up and decay)", within="(0, inf)")
-
-
-def cached(config: "Model", seed: int) -> Path:
-    """The directory of the warm-started policy and its tokenizer; made on first use, shared by all arms at one seed."""
+def cached(config: ModelConfig, seed: int) -> Path:
+    """The folder of the warm-started policy and its tokenizer; made on first use, shared by all arms at one seed."""
     assert config.warm_start is not None
     problems = embedded.load("train", config.warm_start.num_problems)
-    directory = cache_directory() / "warm_start" / _digest(config, seed, problems)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(f"{directory}.lock").acquire()
-    except OSError as error:
-        raise ConfigError(
-            f"XDG_CACHE_HOME={cache_directory().parent}: cannot write {directory.parent} ({error.strerror}), where the "
-            "warm policy is kept; set it to a directory that can be written"
-        ) from error
-    with lock:
-        if not directory.is_dir():
-            log.info("warm start of the embedded policy, kept in %s", directory)
-            model, tokenizer = _train(config, seed, problems)
-            with new_directory(directory) as beside:
-                model.save_pretrained(beside)
-                tokenizer.save_pretrained(beside)
-    return directory
+
+    def make(directory: Path) -> None:
+        for part in _train(config, seed, problems):
+            part.save_pretrained(directory)
+
+    return made_once("warm_start", _digest(config, seed, problems), make)
 
 
-def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/pspo``, by default ``~/.cache/pspo``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspo"
+def tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the embedded policy, which needs no warm start and is the same for every seed."""
+    assert config.warm_start is not None
+    assert config.architecture is not None
+    problems = embedded.load("train", config.warm_start.num_problems)
+    return tiny.train_tokenizer([t for p in problems for t in (p.question, p.solution)], config.architecture.vocab_size)
 
 
-def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
+def _digest(config: ModelConfig, seed: int, problems: list[Problem]) -> str:
     """A name for everything that influences the weights: settings, data, code, versions and thread count."""
     names = ("tiny", "warm_start", "batch", "logprob")
     code = [*(Path(__file__).with_name(f"{name}.py") for name in names), Path(embedded.__file__)]
+    settings = as_dict(config)
     content = {
-        "model": as_dict(config),
+        "model": [settings[name] for name in ("architecture", "warm_start", "dtype", "autocast", "attention")],
         "seed": seed,
         "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
@@ -90,23 +66,22 @@ def _digest(config: "Model", seed: int, problems: list[Problem]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, Any]:
+def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any, Any]:
     """Next-token cross-entropy on the solutions' tokens, mean over the batch."""
     settings, architecture = config.warm_start, config.architecture
     assert settings is not None
     assert architecture is not None
-    texts = [text for p in problems for text in (p.question, p.solution)]
-    tokenizer = tiny.train_tokenizer(texts, architecture.vocab_size)
-    model = tiny.make_model(architecture, tokenizer, seed, config.attention).to(getattr(torch, config.dtype))
+    encoder = tokenizer(config)
+    model = tiny.make_model(architecture, encoder, seed, config.attention).to(getattr(torch, config.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     num_steps = settings.worked_steps + settings.mixed_steps
-    prompts = [render(tokenizer, "", p.question) for p in problems]
+    prompts = [render(encoder, "", p.question) for p in problems]
     worked, direct = (
-        [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
+        [[*encoder.encode(text, add_special_tokens=False), encoder.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
     model.train()
-    pad_id = tokenizer.pad_token_id
+    pad_id = encoder.pad_token_id
     batches = _batches(settings, seed, len(problems))
     for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
         interrupt.check()
@@ -124,7 +99,7 @@ def _train(config: "Model", seed: int, problems: list[Problem]) -> tuple[Any, An
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, loss.item())
-    return model.eval(), tokenizer
+    return model.eval(), encoder
 
 
 def _batches(settings: WarmStart, seed: int, num_problems: int) -> Iterator[list[tuple[int, bool]]]:

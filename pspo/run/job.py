@@ -108,8 +108,8 @@ class _Run:
             notes.append(f"resumed although {', '.join(self.changed)} changed since this run began")
         for sentence in notes:
             log.warning("%s", sentence)
+        prompts, dropped = self._encode(model.tokenizer(config.model))
         policy = model.load(config.model, config.seed, self.device)
-        prompts, dropped = self._encode(policy.tokenizer)
         tracker = Tracker(
             config.tracker,
             directory,
@@ -120,6 +120,9 @@ class _Run:
         )
         try:
             summary = self._train_and_evaluate(policy, prompts, notes + dropped, tracker, started)
+            model.save(
+                policy, directory / "model", probe=next(p for split in prompts.values() for p in split).token_ids
+            )
         except BaseException as error:
             tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
             raise
@@ -158,7 +161,6 @@ class _Run:
         state = trainer.run()
         for name, results in tests.items():
             results["after"] = self._test(trainer.sampler, name, prompts[name], "after")
-        model.save(policy, self.directory / "model")
         return {
             "status": "done",
             "run": self.directory.name,

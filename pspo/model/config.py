@@ -1,0 +1,101 @@
+"""The block ``model`` of the configuration: source, precision and adapters of the policy, and the embedded one."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+from pspo.base.schema import Schema, key
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Schema, block="model.lora"):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through ``peft``, the extra ``pspo[lora]``."""
+
+    rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
+    alpha: int = key("the adapters' output is scaled by alpha / rank", within="[1, inf)")
+    target_modules: str = key(
+        "layers with adapters: all-linear (all but the head), or a regular expression on whole names; a head tied to "
+        "the input embedding is untied where either has adapters"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank and importlib.util.find_spec("peft") is None:
+            raise self.refuse("rank", "needs the package peft; run pip install 'pspo[lora]'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Schema, block="model.architecture"):
+    """The shape of the embedded policy."""
+
+    vocab_size: int = key("tokens of the tokenizer trained on the embedded task", within="[128, 1000000]")
+    hidden_size: int = key("width of the residual stream", within="[8, inf)")
+    intermediate_size: int = key("width of the gated feed-forward layers", within="[8, inf)")
+    num_layers: int = key("decoder layers", within="[1, inf)")
+    num_heads: int = key("attention heads", within="[1, inf)")
+    num_kv_heads: int = key("key and value heads, shared by groups of attention heads", within="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_heads:
+            raise self.refuse("num_heads", f"must divide model.architecture.hidden_size={self.hidden_size}")
+        if self.num_heads % self.num_kv_heads:
+            raise self.refuse("num_kv_heads", f"must divide model.architecture.num_heads={self.num_heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart(Schema, block="model.warm_start"):
+    """Supervised learning before the run: a fixed number of steps, so that every machine does the same work."""
+
+    worked_steps: int = key("steps on solutions that show the working", within="[1, inf)")
+    mixed_steps: int = key("steps on a mix of worked solutions and bare answers", within="[0, inf)")
+    worked_share: float = key("share of worked solutions in the mix", within="[0, 1]")
+    batch_size: int = key("problems of one step", within="[1, inf)")
+    num_problems: int = key("different problems of the embedded task to learn from", within="[1, inf)")
+    lr: float = key("highest learning rate (AdamW, linear warm-up and decay)", within="(0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Schema, block="model"):
+    """The policy that all arms of a comparison start from; float32 masters keep the small steps of a small rate."""
+
+    name: str = key("name of the model in reports")
+    hub_id: str | None = key("repository on the Hugging Face hub, owner/name")
+    path: str | None = key(
+        "used instead of hub_id: a local folder with safetensors weights, tokenizer and chat template, or a .gguf "
+        "file; package:NAME/FILE is a file inside an installed Python package"
+    )
+    dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
+    autocast: bool = key("matrix products in bfloat16, on float32 masters")
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = key(
+        "implementation of attention, as transformers names it"
+    )
+    gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
+    lora: LoraConfig
+    architecture: Architecture | None
+    warm_start: WarmStart | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flash = self.attention == "flash_attention_2"
+        if self.made_here and self.architecture is None:
+            raise self.refuse("path", "give a local folder or .gguf file, or choose a model option that has a hub_id")
+        if self.made_here and self.warm_start is None:
+            raise self.refuse("warm_start", "the embedded policy needs one; choose model=tiny, or give model.path")
+        if not self.made_here and (self.architecture or self.warm_start):
+            why = "has the embedded task's lengths, learning rate and budget; choose model=hf for another model"
+            raise self.refuse("path" if self.hub_id is None else "hub_id", f"model={self.name} {why}")
+        if self.autocast and self.dtype == "float64":
+            raise self.refuse("autocast", "goes with model.dtype=float32 only")
+        if flash and not self.autocast:
+            raise self.refuse("attention", "flash attention needs model.autocast=true")
+        if flash and importlib.util.find_spec("flash_attn") is None:
+            raise self.refuse("attention", "needs the package flash-attn; install it or set model.attention=sdpa")
+        if self.attention == "eager" and self.dtype == "float64":
+            # Its softmax is in float32, where the mask's lowest float64 is -inf: rows of padding become NaN.
+            raise self.refuse("attention", "goes with model.dtype=float32 only; set model.attention=sdpa")
+
+    @property
+    def made_here(self) -> bool:
+        """Whether it is the embedded policy, which is made and neither read nor downloaded."""
+        return self.path is None and self.hub_id is None
