@@ -9,6 +9,7 @@ from pspo.base.schema import as_dict
 from pspo.config import compose, resolve
 from pspo.dataset import Problem, Prompt
 from pspo.reward import Score
+from pspo.rollout import RolloutConfig
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 
@@ -26,6 +27,12 @@ def configured(*overrides):
     options = [override for override in overrides if "." not in override.partition("=")[0]]
     keys = OmegaConf.from_dotlist([override for override in overrides if override not in options])
     return resolve(OmegaConf.to_container(OmegaConf.merge(as_dict(composed(*options)), keys)))
+
+
+def rollout_config(**changes):
+    """Settings of a small rollout: plain sampling, every group trains."""
+    values = {"prompts": 3, "group_size": 4, "max_new_tokens": 4, "overlong_share": 0.0, "max_redraws": 0}
+    return RolloutConfig(**values | {"temperature": 1.0, "top_p": 1.0, "max_rows": 64} | changes)
 
 
 def problems(number):
