@@ -315,7 +315,7 @@ def test_greedy_is_the_librarys_own(any_policy, prompts, max_rows):
 
 
 def test_any_architecture_is_trained_as_it_is_sampled(any_policy, prompts):
-    assert gap(any_policy, sampled(any_policy, prompts, temperature=0.8, top_p=0.9, max_rows=9), 0.8) < 1e-10
+    assert gap(any_policy, sampled(any_policy, prompts, temperature=0.8, top_p=0.9, max_rows=9), 0.8) < 1e-5
 
 
 def test_any_architecture_is_trained_alike_where_completions_share_their_prompt(any_policy, prompts):
@@ -326,7 +326,7 @@ def test_any_architecture_is_trained_alike_where_completions_share_their_prompt(
     assert sharing.shares_prompts is not (windows or any_policy.model.config.model_type == "mistral")
     (found, _), (expected, _) = (score(policy, rows, 0.8, 200, None) for policy in (sharing, any_policy))
     for a, b in zip(found, expected, strict=True):
-        assert a == pytest.approx(b, abs=1e-10)
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -39,6 +39,23 @@ def problems(number):
     return [Prompt(Problem(str(i), "", "", ""), [10 + i, 20 + i]) for i in range(number)]
 
 
+def scripted(spread):
+    """A reward that differs inside the groups of the problems named in ``spread``, and is 1/2 in all others."""
+    calls = []
+
+    def reward(completion, problem):
+        calls.append(problem.id)
+        value = float(calls.count(problem.id) % 2) if int(problem.id) in spread else 0.5
+        return Score(value, value == 1, {"script": value}, True)
+
+    return reward
+
+
+def batched(reward):
+    """A reward of one (text, problem) as one of many completions."""
+    return lambda completions: [reward(c.text, c.problem) for c in completions]
+
+
 class Killed(Exception):
     pass
 
@@ -58,7 +75,7 @@ def make_trainer(policy, directory, *overrides, reward=by_length, num_problems=8
         seen.extend(completions)
         if len(seen) > calls:
             raise Killed
-        return [reward(completion.text, completion.problem) for completion in completions]
+        return batched(reward)(completions)
 
     trainer = Trainer(config, directory, policy, problems(num_problems), [], counted, tracker)
     trainer.resume()
