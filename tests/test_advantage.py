@@ -94,7 +94,7 @@ def test_a_reward_that_is_not_a_number_is_not_taken_for_no_spread(advantage, rew
 def test_permuting_a_group_permutes_its_advantages(advantage, reward_PG, seed):
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(advantage(reward_PG[:, order]), advantage(reward_PG)[:, order], atol=1e-12, rtol=1e-12)
-    assert torch.equal(advantage(reward_PG.flip(0)), advantage(reward_PG).flip(0))
+    torch.testing.assert_close(advantage(reward_PG.flip(0)), advantage(reward_PG).flip(0), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("advantage", [PAPER, MEAN, LEAVE_ONE_OUT], ids=lambda a: a.name)
@@ -127,6 +127,19 @@ def test_advantages_of_a_group_have_unit_spread(advantage, reward_PG):
     torch.testing.assert_close(std_P, reward_std_P / (reward_std_P + advantage.eps), atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("advantage", [PAPER, MEAN, LEAVE_ONE_OUT], ids=lambda a: a.name)
+def test_every_token_of_a_completion_has_the_advantage_of_its_completion(advantage):
+    reward_PG = torch.tensor([[1.0, 0, 0], [2.0, 3.0, 5.0]])
+    lengths = [3, 1, 2, 1, 1, 4]
+    expected = advantage(reward_PG).flatten().tolist()
+    rows, returns = advantage.estimate(reward_PG, lengths)
+    assert [len(row) for row in rows] == lengths
+    assert [set(row) for row in rows] == [{a} for a in expected]
+    assert returns == []
+    with pytest.raises(ValueError, match="zip"):
+        advantage.estimate(reward_PG, lengths[:-1])
+
+
 # --- generalised advantage estimation
 
 
@@ -135,24 +148,29 @@ def gae(**changes):
     return GAE(name="gae", **values | {"value_clip": None} | changes)
 
 
+def estimate(config, rewards, values):
+    """The rewards as those of one group."""
+    return config.estimate(torch.tensor([rewards], dtype=torch.float64), [len(value) for value in values], values)
+
+
 REWARDS, VALUES = [1.0, 0.0], [[0.25, 0.5, 0.75], [0.5]]
 
 
 def test_lambda_one_without_discount_is_the_return_less_the_value():
-    advantages, returns = gae(lam=1.0).estimate(REWARDS, VALUES)
+    advantages, returns = estimate(gae(lam=1.0), REWARDS, VALUES)
     assert advantages == [[0.75, 0.5, 0.25], [-0.5]]
     assert returns == [[1.0, 1.0, 1.0], [0.0]]
 
 
 def test_lambda_zero_is_the_error_of_one_token():
-    advantages, returns = gae(lam=0.0, gamma=0.5).estimate(REWARDS, VALUES)
+    advantages, returns = estimate(gae(lam=0.0, gamma=0.5), REWARDS, VALUES)
     assert advantages == [[0.5 * 0.5 - 0.25, 0.5 * 0.75 - 0.5, 1 - 0.75], [-0.5]]
     assert returns == [[0.25, 0.375, 1.0], [0.0]]
 
 
 def test_gae_by_hand():
     """δ = 0.25, 0.25, 0.25 and γλ = 1/2: 0.25, 0.25 + 0.125, 0.25 + 0.125 + 0.0625 from the end."""
-    advantages, returns = gae(lam=0.5).estimate(REWARDS, VALUES)
+    advantages, returns = estimate(gae(lam=0.5), REWARDS, VALUES)
     assert advantages == [[0.4375, 0.375, 0.25], [-0.5]]
     assert returns == [[0.6875, 0.875, 1.0], [0.0]]
 
@@ -174,7 +192,7 @@ completions = st.lists(
 @given(completions=completions, gamma=unit, lam=unit)
 def test_gae_is_its_definition(completions, gamma, lam):
     rewards, values = map(list, zip(*completions, strict=True))
-    advantages, returns = gae(gamma=gamma, lam=lam).estimate(rewards, values)
+    advantages, returns = estimate(gae(gamma=gamma, lam=lam), rewards, values)
     for reward, value, advantage, target in zip(rewards, values, advantages, returns, strict=True):
         assert advantage == pytest.approx(definition(reward, value, gamma, lam), abs=1e-9)
         assert target == pytest.approx([a + v for a, v in zip(advantage, value, strict=True)], abs=1e-12)
@@ -183,8 +201,8 @@ def test_gae_is_its_definition(completions, gamma, lam):
 @given(completions=completions, lam=unit)
 def test_normalised_advantages_have_mean_0_and_spread_1_over_the_tokens_of_a_step(completions, lam):
     rewards, values = map(list, zip(*completions, strict=True))
-    plain, plain_returns = gae(lam=lam).estimate(rewards, values)
-    scaled, returns = gae(lam=lam, normalize=True).estimate(rewards, values)
+    plain, plain_returns = estimate(gae(lam=lam), rewards, values)
+    scaled, returns = estimate(gae(lam=lam, normalize=True), rewards, values)
     assert returns == plain_returns  # what the value model is fitted to keeps its scale
     assert [len(a) for a in scaled] == [len(v) for v in values]
     flat, flat_plain = np.concatenate(scaled), np.concatenate(plain)
@@ -196,13 +214,15 @@ def test_normalised_advantages_have_mean_0_and_spread_1_over_the_tokens_of_a_ste
 
 def test_a_reward_that_is_not_a_number_reaches_its_tokens():
     for normalize in (False, True):
-        advantages, _ = gae(normalize=normalize).estimate([math.nan, 0.0], VALUES)
+        advantages, _ = estimate(gae(normalize=normalize), [math.nan, 0.0], VALUES)
         assert all(math.isnan(a) for a in advantages[0])
 
 
 def test_gae_needs_values():
-    with pytest.raises(TypeError, match="estimate"):
-        gae()(torch.zeros(1, 2))
+    with pytest.raises(AssertionError):
+        gae().estimate(torch.zeros(1, 2), [1, 1])
+    with pytest.raises(ValueError, match="zip"):
+        estimate(gae(), [1.0, 0.0, 1.0], VALUES)
 
 
 # --- configuration

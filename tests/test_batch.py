@@ -4,26 +4,40 @@ import pytest
 import torch
 
 from pspo.model.batch import make_batch, pad_to
-from pspo.model.logprob import token_logprobs
+from pspo.model.logprob import predicting_states, token_logprobs
 
 CPU = torch.device("cpu")
-PROMPTS = [[11, 12, 13, 14], [11, 12, 13, 14], [11, 12, 13, 14], [21], [31, 32], [31, 32]]
-COMPLETIONS = [[41, 42, 2], [43], [44, 45, 46, 47, 2], [48, 2], [49, 50, 51], [52, 2]]
+ROWS = [
+    ([11, 12, 13, 14], [41, 42, 2]),
+    ([11, 12, 13, 14], [43]),
+    ([11, 12, 13, 14], [44, 45, 46, 47, 2]),
+    ([21], [48, 2]),
+    ([31, 32], [49, 50, 51]),
+    ([31, 32], [52, 2]),
+]
+
+
+def bundled(sizes):
+    """The rows, so many at a time behind one copy of their prompt."""
+    rows = iter(ROWS)
+    taken = [[next(rows) for _ in range(size)] for size in sizes]
+    return [(part[0][0], [completion for _, completion in part]) for part in taken]
 
 
 def test_by_hand():
-    batch = make_batch([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], pad_id=0, device=CPU)
+    batch = make_batch([([5, 6, 7], [[1, 2]]), ([8], [[3, 4, 9]])], pad_id=0, device=CPU)
     assert batch.input_ids_RS.tolist() == [[5, 6, 7, 1], [8, 3, 4, 0]]  # the last tokens predict nothing
     assert batch.position_RS.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
     assert batch.attention.tolist() == [[True] * 4, [True] * 3 + [False]]
     assert batch.token_ids_BT.tolist() == [[1, 2, 0], [3, 4, 9]]
     assert batch.mask_BT.tolist() == [[True, True, False], [True, True, True]]
     assert batch.source_BT[batch.mask_BT].tolist() == [2, 3, 4, 5, 6]
-    assert batch.num_tokens == 7
+    assert batch.owner_RS.tolist() == [[0, 0, 0, 1], [0, 1, 1, -1]]
+    assert not batch.shared
 
 
 def test_a_shared_prompt_by_hand():
-    batch = make_batch([[5, 6], [5, 6], [8]], [[1, 2], [3, 4, 9], [7]], pad_id=0, device=CPU, sizes=[2, 1])
+    batch = make_batch([([5, 6], [[1, 2], [3, 4, 9]]), ([8], [[7]])], pad_id=0, device=CPU)
     assert batch.input_ids_RS.tolist() == [[5, 6, 1, 3, 4], [8, 0, 0, 0, 0]]
     assert batch.position_RS.tolist() == [[0, 1, 2, 2, 3], [0, 0, 0, 0, 0]]
     assert batch.attention[0, 0].int().tolist() == [
@@ -36,32 +50,42 @@ def test_a_shared_prompt_by_hand():
     assert batch.attention[1, 0].any(-1).all()  # padding sees something
     assert not batch.attention[1, 0, 0, 1:].any()  # and nobody sees padding
     assert batch.source_BT[batch.mask_BT].tolist() == [1, 2, 1, 3, 4, 5]
-    assert batch.num_tokens == 6
+    assert batch.owner_RS.tolist() == [[0, 0, 1, 2, 2], [0, -1, -1, -1, -1]]
+    assert batch.shared
 
 
 def test_the_token_after_each_position_is_the_one_it_predicts():
-    batch = make_batch(PROMPTS, COMPLETIONS, pad_id=0, device=CPU)
-    before = torch.cat([torch.tensor([prompt[-1], *c[:-1]]) for prompt, c in zip(PROMPTS, COMPLETIONS, strict=True)])
-    assert torch.equal(batch.input_ids_RS.flatten()[batch.source_BT[batch.mask_BT]], before)
-    assert batch.token_ids_BT[batch.mask_BT].tolist() == [token for c in COMPLETIONS for token in c]
-    assert batch.attention.sum() == batch.num_tokens == sum(map(len, PROMPTS + COMPLETIONS)) - len(COMPLETIONS)
+    for sizes in ([1] * 6, [3, 1, 2]):
+        batch = make_batch(bundled(sizes), pad_id=0, device=CPU)
+        before = [token for prompt, c in ROWS for token in (prompt[-1], *c[:-1])]
+        assert batch.input_ids_RS.flatten()[batch.source_BT[batch.mask_BT]].tolist() == before
+        assert batch.token_ids_BT[batch.mask_BT].tolist() == [token for _, c in ROWS for token in c]
+        positions = sum(len(prompt) + sum(len(c) - 1 for c in behind) for prompt, behind in bundled(sizes))
+        assert (batch.owner_RS >= 0).sum() == positions
 
 
 @pytest.mark.parametrize("sizes", [[3, 1, 2], [1, 2, 1, 1, 1], [2, 1, 1, 2], [1] * 6])
-@pytest.mark.parametrize("attention", ["grouped", "sdpa"])
-def test_sharing_a_prompt_changes_neither_value_nor_gradient(tiny_policy, sizes, attention):
+def test_sharing_a_prompt_changes_neither_value_nor_gradient(tiny_policy, sizes):
     policy = tiny_policy(torch.float64, exact=True)
-    policy.model.set_attn_implementation(attention)
     found = []
-    for how in (None, sizes):
-        batch = make_batch(PROMPTS, COMPLETIONS, 0, CPU, how)
+    for how in ([1] * 6, sizes):
+        batch = make_batch(bundled(how), 0, CPU)
         policy.model.zero_grad()
-        scored = token_logprobs(policy.model, batch, 0.8, entropy_gradient=True)
-        (scored.logprob_BT**2 + scored.entropy_BT).sum().backward()
+        hidden_NH = predicting_states(policy.model.get_decoder(), batch)
+        logprob_BT, entropy_BT = token_logprobs(policy.model, batch, hidden_NH, 0.8, entropy_gradient=True)
+        (logprob_BT**2 + entropy_BT).sum().backward()
         gradients = [p.grad.clone() for p in policy.trainable().values()]
-        found.append([scored.logprob_BT.detach(), scored.entropy_BT.detach(), *gradients])
+        found.append([logprob_BT.detach(), entropy_BT.detach(), *gradients])
     torch.testing.assert_close(found[1], found[0], atol=1e-12, rtol=1e-12)
     assert all(gradient.isfinite().all() for gradient in found[1])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sharing_a_prompt_changes_nothing_in_either_attention_of_the_library(tiny_policy, attention):
+    model = tiny_policy(attention=attention).model
+    apart, shared = (make_batch(bundled(sizes), 0, CPU) for sizes in ([1] * 6, [3, 1, 2]))
+    found = [token_logprobs(model, b, predicting_states(model.get_decoder(), b), 1.0)[0] for b in (apart, shared)]
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
 def test_pad_to():

@@ -1,14 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from training import configured
+from training import configured, make_trainer, scripted
 from transformers import get_linear_schedule_with_warmup
 
 from pspo.budget import Progress
+from pspo.dataset import order
 from pspo.tracker import Tracker
 from pspo.trainer import State, Trainer
 
 
-def make_trainer(policy, directory, *overrides):
+def idle_trainer(policy, directory, *overrides):
     config = configured("tracker=jsonl", "optimizer.decay=linear", *overrides)
     tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
     return Trainer(config, directory, policy, [], [], None, tracker)
@@ -37,7 +40,7 @@ def rates(trainer, num_steps, tokens_per_step=7):
     ],
 )
 def test_linear_decay_is_that_of_transformers_in_any_unit_of_budget(tiny_policy, tmp_path, budget, warmup):
-    trainer = make_trainer(tiny_policy(), tmp_path, f"optimizer.warmup_steps={warmup}", *budget)
+    trainer = idle_trainer(tiny_policy(), tmp_path, f"optimizer.warmup_steps={warmup}", *budget)
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=trainer.config.optimizer.lr)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, 24)
@@ -54,11 +57,54 @@ def test_linear_decay_is_that_of_transformers_in_any_unit_of_budget(tiny_policy,
 
 def test_a_resumed_schedule_goes_on_where_it_was(tiny_policy, tmp_path):
     overrides = ["optimizer.warmup_steps=5", "budget.steps=6"]
-    whole = rates(make_trainer(tiny_policy(), tmp_path, *overrides), 6)
+    whole = rates(idle_trainer(tiny_policy(), tmp_path, *overrides), 6)
     for cut in range(1, 6):
-        first = make_trainer(tiny_policy(), tmp_path, *overrides)
+        first = idle_trainer(tiny_policy(), tmp_path, *overrides)
         before = rates(first, cut)
-        second = make_trainer(tiny_policy(), tmp_path, *overrides)
+        second = idle_trainer(tiny_policy(), tmp_path, *overrides)
         state = first.state
         second.state = State(Progress(**vars(state.progress)), warmup_fraction=state.warmup_fraction)
         assert before + rates(second, 6 - cut) == whole
+
+
+# --- a step of a run
+
+
+def trainer_of(policy, directory, reward, *overrides):
+    overrides = ("budget.steps=2", "rollout.max_redraws=2", *overrides)
+    return make_trainer(policy, directory, *overrides, reward=reward, num_problems=20)
+
+
+def weights(policy):
+    return torch.cat([p.detach().flatten().clone() for p in policy.trainable().values()])
+
+
+def test_generated_and_used_prompts_are_both_counted(tiny_policy, tmp_path):
+    places = order(20, 0, 0, 20)
+    trainer = trainer_of(tiny_policy(), tmp_path, scripted({places[i] for i in (0, 2, 3, 5)}))
+    first, second = trainer._step(), trainer._step()
+    assert (first["budget/prompts"], first["budget/prompts_used"]) == (3, 2)  # 0, 1 and 2
+    assert (second["budget/prompts"], second["budget/prompts_used"]) == (6, 4)  # 3, 4 and 5
+    assert second["budget/optimizer_steps"] == 8
+    assert first["budget/completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "spread"),
+    [
+        pytest.param([], set(), id="no spread"),
+        pytest.param(["advantage=gae"], set(), id="no spread, value model"),
+        pytest.param(["loss.kl=k3", "loss.kl_weight=0.1"], set(), id="no spread, reference"),
+        pytest.param(["rollout.max_redraws=0", "loss.mask_truncated=true"], set(range(20)), id="all truncated"),
+    ],
+)
+def test_a_run_goes_on_where_a_step_has_nothing_to_learn_from(tiny_policy, tmp_path, overrides, spread):
+    """No optimizer step, the weights are as before, and the run comes to its end."""
+    policy = replace(tiny_policy(), stop_ids=[-1])  # no token ends a completion
+    before = weights(policy)
+    trainer = trainer_of(policy, tmp_path, scripted(spread), *overrides)
+    state = trainer.run()
+    assert state.progress.steps == 2
+    assert state.progress.optimizer_steps == 0
+    assert torch.equal(weights(policy), before)
+    assert state.progress.prompts == (12 if not spread else 4)

@@ -9,6 +9,7 @@ from pspo.base.schema import as_dict
 from pspo.config import compose, resolve
 from pspo.dataset import Problem, Prompt
 from pspo.reward import Score
+from pspo.rollout import RolloutConfig
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 
@@ -28,8 +29,31 @@ def configured(*overrides):
     return resolve(OmegaConf.to_container(OmegaConf.merge(as_dict(composed(*options)), keys)))
 
 
+def rollout_config(**changes):
+    """Settings of a small rollout: plain sampling, every group trains."""
+    values = {"prompts": 3, "group_size": 4, "max_new_tokens": 4, "overlong_share": 0.0, "max_redraws": 0}
+    return RolloutConfig(**values | {"temperature": 1.0, "top_p": 1.0, "max_rows": 64} | changes)
+
+
 def problems(number):
     return [Prompt(Problem(str(i), "", "", ""), [10 + i, 20 + i]) for i in range(number)]
+
+
+def scripted(spread):
+    """A reward that differs inside the groups of the problems named in ``spread``, and is 1/2 in all others."""
+    calls = []
+
+    def reward(completion, problem):
+        calls.append(problem.id)
+        value = float(calls.count(problem.id) % 2) if int(problem.id) in spread else 0.5
+        return Score(value, value == 1, {"script": value}, True)
+
+    return reward
+
+
+def batched(reward):
+    """A reward of one (text, problem) as one of many completions."""
+    return lambda completions: [reward(c.text, c.problem) for c in completions]
 
 
 class Killed(Exception):
@@ -51,7 +75,7 @@ def make_trainer(policy, directory, *overrides, reward=by_length, num_problems=8
         seen.extend(completions)
         if len(seen) > calls:
             raise Killed
-        return [reward(completion.text, completion.problem) for completion in completions]
+        return batched(reward)(completions)
 
     trainer = Trainer(config, directory, policy, problems(num_problems), [], counted, tracker)
     trainer.resume()

@@ -1,0 +1,98 @@
+"""Held-out problems: who answers, how the answers are drawn, what the metrics say."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from training import batched, problems, rollout_config
+
+from pspo.base.stream import Stream
+from pspo.evaluate import answer, summarize, validate
+from pspo.reward import Score
+from pspo.rollout import Completion, OwnSampler
+
+
+class Recording:
+    """A sampler that says which prompts, seed and greediness it was asked for; problem i has i + 1 tokens."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sample(self, prompts, group_size, seed, *, greedy=False):
+        assert group_size == 1
+        self.calls.append(([p.problem.id for p in prompts], list(seed), greedy))
+        return [Completion(p, 0, [1] * (int(p.problem.id) + 1), [], greedy, f"{greedy}") for p in prompts]
+
+
+def graded(text, problem):
+    """Greedy answers to even problems are right, sampled ones to the first; only those were parsed."""
+    correct = int(problem.id) % 2 == 0 if text == "True" else problem.id == "0"
+    return Score(1.5 * correct, correct, {"answer": float(correct)}, correct)
+
+
+def test_validation_by_hand():
+    """Five problems, two at a time: greedy 0, 2 and 4 are right, sampled 0 alone; mean length of 1 to 5 tokens is 3."""
+    sampler = Recording()
+    metrics = validate(sampler, problems(5), batched(graded), rollout_config(max_rows=2), seed=7, step=3)
+    assert metrics.pop("time/validation_s") >= 0
+    assert metrics == {
+        "validation/greedy_accuracy": 0.6,
+        "validation/greedy_length_mean": 3.0,
+        "validation/sampled_accuracy": 0.2,
+        "validation/sampled_reward_mean": pytest.approx(0.3),
+        "validation/sampled_length_mean": 3.0,
+    }
+    key = [7, Stream.VALIDATION, 3]
+    parts = [["0", "1"], ["2", "3"], ["4"]]
+    assert sampler.calls == [(part, key, greedy) for greedy in (True, False) for part in parts]
+
+
+def test_rows_and_their_summary():
+    config = rollout_config(max_rows=4)
+    rows = [
+        row for part in answer(Recording(), problems(4), batched(graded), config, seed=[1], greedy=True) for row in part
+    ]
+    assert [row["problem"] for row in rows] == ["0", "1", "2", "3"]
+    assert (rows[0]["reward"], rows[0]["correct"], rows[0]["components"]) == (1.5, True, {"answer": 1.0})
+    assert rows[1] == {
+        "problem": "1", "question": "", "answer": "", "completion": "True", "sample": 0, "reward": 0.0,
+        "correct": False, "parsed": False, "components": {"answer": 0.0}, "tokens": 2, "truncated": False,
+    }  # fmt: skip
+    summary = summarize([*rows, rows[0] | {"truncated": True}])
+    assert 0 <= summary.pop("ci95_low") < 0.6 < summary.pop("ci95_high") <= 1
+    assert summary == pytest.approx(
+        {"accuracy": 0.6, "n": 5, "reward_mean": 0.9, "length_mean": 2.2, "truncated_rate": 0.2, "unparsed_rate": 0.4}
+    )
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(tiny_policy):
+    """Nor on ``max_rows``; each step samples other answers, and greedy ones stay."""
+    policy, prompts = tiny_policy(torch.float64, exact=True), problems(6)
+
+    def answers(asked, step, *, greedy=False, **changes):
+        config = rollout_config(max_new_tokens=8, **changes)
+        seed = [7, Stream.VALIDATION, step]
+        parts = answer(OwnSampler(policy, config), asked, batched(graded), config, seed=seed, greedy=greedy)
+        return {row["problem"]: row["completion"] for part in parts for row in part}
+
+    reference = answers(prompts, 1)
+    assert answers(prompts[4:1:-1], 1, max_rows=2).items() <= reference.items()
+    assert answers(prompts, 2) != reference
+    assert answers(prompts, 1, greedy=True) == answers(prompts, 2, greedy=True)
+
+
+def test_validation_leaves_the_global_generators_as_they_were(tiny_policy):
+    """Whatever a user's reward draws from them; else a run would depend on how often it validates."""
+
+    def drawing(text, problem):
+        torch.rand(3), np.random.rand(3), random.random()
+        return Score(0.0, False, {}, True)
+
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    config = rollout_config()
+    before = state()
+    validate(OwnSampler(tiny_policy(), config), problems(3), batched(drawing), config, seed=7, step=1)
+    assert state() == before
