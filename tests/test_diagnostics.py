@@ -188,7 +188,7 @@ def test_the_estimate_of_a_larger_policy_is_near_its_norm(kind):
     if kind == "of unlike size":
         moves = [move * (1 + n % 5) for n, move in enumerate(moves)]
     for parameter, move in zip(parameters, moves, strict=True):
-        parameter += move
+        parameter.add_(move)
     assert update_norm(before, parameters) == pytest.approx(norm_of(moves), rel=0.05)
 
 
