@@ -8,8 +8,8 @@ from training import Killed, make_trainer
 from pspo.advantage import GAE, Group
 from pspo.advantage.critic import make_critic
 from pspo.base.statistics import Statistics
-from pspo.config import default_objective
 from pspo.loss import LossConfig
+from pspo.objective import default_objective
 from pspo.update import Learner, Row, UpdateConfig, accumulate, update
 from pspo.update.rows import batch_of, score, states
 

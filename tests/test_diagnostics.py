@@ -1,6 +1,8 @@
+import gc
 import itertools
 import math
 import re
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -8,34 +10,62 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pspo.rollout.experience import Row, score
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pspo.advantage import GAE
 from pspo.advantage.critic import make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
-from pspo.config import compose, identity
-from pspo.diagnostics import ELSEWHERE, PROBE, Diagnostics, Distance, InnerStep, Record, compare, kl_after
-from pspo.loss import Loss, Weighed
-from pspo.objective import OBJECTIVES, default_objective
-from pspo.update import Learner, Update, accumulate, update
+from pspo.config import compose, default_objective, identity
+from pspo.diagnostics import (
+    ELSEWHERE,
+    EXACT_UP_TO_PARAMETERS,
+    ROWS_PER_PROBE_ROW,
+    DiagnosticsConfig,
+    Record,
+    compare,
+    inner_metrics,
+    kl_after,
+    sample_coordinates,
+    update_norm,
+)
+from pspo.loss import LossConfig
+from pspo.model import Policy, tiny
+from pspo.objective import OBJECTIVES, ObjectiveInput
+from pspo.update import Learner, Row, UpdateConfig, accumulate, step, update
+from pspo.update.rows import score
 
-LOSS = Loss(importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False)
+LOSS = LossConfig(
+    importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False
+)
 EVERY = [default_objective(name) for name in OBJECTIVES]
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
-def inner_of(ratios, advantages, weights, *, token_ratios=None, entropies=None, cuts=None):
-    """An inner step of tokens with the given weights, in pieces cut at ``cuts``, each between two masked tokens."""
+@pytest.fixture(autouse=True)
+def made_up_old_logprobs(monkeypatch):
+    """Rows here come from no sampler, so nothing is said of one; test_guard.py is about samplers."""
+    monkeypatch.setattr(step, "MAX_GAP_NATS", {False: math.inf})
+
+
+def metrics_of(ratios, advantages, weights, *, token_ratios=None, entropies=None, cuts=None):
+    """Metrics of tokens with the given weights, in pieces cut at ``cuts``, each between two masked tokens."""
     columns = [ratios, token_ratios or ratios, advantages, weights, entropies or [0.0] * len(ratios)]
-    inner, edges = InnerStep(), [0, *(cuts or []), len(ratios)]
+    record, edges = Record(), [0, *(cuts or []), len(ratios)]
     for start, end in itertools.pairwise(edges):
         padded = [torch.tensor([[math.nan, *column[start:end], 99.0]], dtype=torch.float64) for column in columns]
         ratio_BT, token_ratio_BT, advantage_BT, weight_BT, entropy_BT = padded
-        mask_BT = torch.tensor([[False, *[True] * (end - start), False]])
-        weighed = Weighed(torch.zeros(()), ratio_BT.log(), token_ratio_BT.log(), -weight_BT * advantage_BT)
-        inner.add(weighed, advantage_BT, entropy_BT, mask_BT)
-    return inner
+        old_logprob_BT = torch.full_like(ratio_BT, -1.0)
+        x = ObjectiveInput(
+            logprob_BT=old_logprob_BT + token_ratio_BT.log(),
+            old_logprob_BT=old_logprob_BT,
+            log_ratio_BT=ratio_BT.log(),
+            advantage_BT=advantage_BT,
+            mask_BT=torch.tensor([[False, *[True] * (end - start), False]]),
+        )
+        record.add(x, -weight_BT * advantage_BT, entropy_BT)
+    return inner_metrics(record.tokens)
 
 
 #             r,   A,    w
@@ -52,7 +82,7 @@ RATIOS, ADVANTAGES, WEIGHTS = map(list, zip(*HAND, strict=True))
 
 def test_every_number_by_hand():
     token_ratios = [4.0, 1.0, 1.5, 0.5, 1.0, 1.0]
-    result = inner_of(RATIOS, ADVANTAGES, WEIGHTS, token_ratios=token_ratios, entropies=[1, 2, 3, 4, 5, 6]).result()
+    result = metrics_of(RATIOS, ADVANTAGES, WEIGHTS, token_ratios=token_ratios, entropies=[1, 2, 3, 4, 5, 6])
     log_sum = math.log(4 * 1.5 * 0.5)
     expected = {
         "ratio/ess": 8.0**2 / 12.5 / 6,  # Σr = 8, Σr² = 4 + 4 + 2.25 + 0.25 + 1 + 1
@@ -86,9 +116,9 @@ def test_quantiles_are_those_of_torch_and_nothing_depends_on_micro_batches(logs,
     random, number = np.random.default_rng(seed), len(logs)
     advantages, weights = random.standard_normal((2, number)).tolist()
     ratios = [math.exp(x) for x in logs]
-    result = inner_of(ratios, advantages, weights).result()
+    result = metrics_of(ratios, advantages, weights)
     cuts = sorted(set(random.integers(1, number, size=count).tolist())) if number > 1 else []
-    assert inner_of(ratios, advantages, weights, cuts=cuts).result() == pytest.approx(result, rel=1e-12, abs=1e-12)
+    assert metrics_of(ratios, advantages, weights, cuts=cuts) == pytest.approx(result, rel=1e-12, abs=1e-12)
     for name, sign in (("positive", 1), ("negative", -1)):
         chosen = torch.tensor([r for r, a in zip(ratios, advantages, strict=True) if a * sign > 0], dtype=torch.float64)
         if len(chosen) == 0:
@@ -102,13 +132,13 @@ def test_quantiles_are_those_of_torch_and_nothing_depends_on_micro_batches(logs,
 
 
 def test_without_an_advantage_there_are_no_weights_to_tell_of():
-    result = inner_of([1.0, 2.0], [0.0, 0.0], [0.0, 0.0]).result()
+    result = metrics_of([1.0, 2.0], [0.0, 0.0], [0.0, 0.0])
     assert not any(name.startswith(("weight/", "ratio/positive", "ratio/negative")) for name in result)
     assert result["ratio/ess"] == pytest.approx(9 / 5 / 2)
 
 
 def test_rounding_is_neither_damping_nor_amplification():
-    result = inner_of([2.0, 2.0, 2.0], [1.0] * 3, [2 * (1 + 1e-6), 2 * (1 - 1e-6), 2 * (1 - 1e-4)]).result()
+    result = metrics_of([2.0, 2.0, 2.0], [1.0] * 3, [2 * (1 + 1e-6), 2 * (1 - 1e-6), 2 * (1 - 1e-4)])
     assert result["weight/damped_rate"] == pytest.approx(1 / 3)
     assert result["weight/amplified_rate"] == 0
 
@@ -122,14 +152,115 @@ def test_kl_after_by_hand():
     assert kl_after([[-1e4]], [[0.0]])["kl/after_k1"] == 20.0  # the clamp of log-ratios
 
 
-def test_distance_by_hand():
+def test_update_norm_by_hand():
     parameters = [torch.tensor([1.0, 2.0]), torch.zeros(2, 2)]
-    distance = Distance(parameters)
+    before = sample_coordinates(parameters)
     parameters[0][1], parameters[1][1, 0] = 5.0, 4.0
-    assert distance.result() == 5.0
-    assert distance.result() == 0.0
-    parameters[0][0] = 3.0
-    assert distance.result() == 2.0
+    assert update_norm(before, parameters) == pytest.approx(5.0, rel=1e-12)
+    assert update_norm(sample_coordinates(parameters), parameters) == 0.0
+
+
+def policy_shaped():
+    """Tensors as a policy has them, of 1.6 million coordinates: an embedding, layers of matrices, and short norms."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(4000, 64), *[(64, 256), (256, 64), (64,), (64,)] * 40]
+    return [torch.randn(shape, generator=random) for shape in shapes]
+
+
+def norm_of(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors]).double().norm().item()
+
+
+def test_a_policy_of_a_million_parameters_is_measured_whole():
+    moved = [torch.randn(2**19), torch.randn(2**10, 2**9)]
+    assert sum(p.numel() for p in moved) == EXACT_UP_TO_PARAMETERS
+    before = sample_coordinates([torch.zeros_like(p) for p in moved])
+    assert update_norm(before, moved) == pytest.approx(norm_of(moved), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "rows of the embedding", "of unlike size"])
+def test_the_estimate_of_a_larger_policy_is_near_its_norm(kind):
+    parameters, random = policy_shaped(), torch.Generator().manual_seed(1)
+    before = sample_coordinates(parameters)
+    moves = [torch.randn(p.shape, generator=random) for p in parameters]
+    if kind == "rows of the embedding":
+        moves = [moves[0] * (torch.rand(4000, 1, generator=random) < 0.3), *(torch.zeros_like(m) for m in moves[1:])]
+    if kind == "of unlike size":
+        moves = [move * (1 + n % 5) for n, move in enumerate(moves)]
+    for parameter, move in zip(parameters, moves, strict=True):
+        parameter.add_(move)
+    assert update_norm(before, parameters) == pytest.approx(norm_of(moves), rel=0.05)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of new tensors that were alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {place(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and place(tensor) not in given:
+                size = tensor.untyped_storage().nbytes()
+                self.alive += size
+                self.most = max(self.most, self.alive)
+                weakref.finalize(tensor, self.freed, size)
+        return made
+
+    def freed(self, size):
+        self.alive -= size
+
+
+def place(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_of_a_larger_policy_two_percent_of_the_coordinates_are_copied():
+    parameters, allocations = policy_shaped(), Allocations()
+    whole = sum(p.nbytes for p in parameters)
+    assert sum(p.numel() for p in parameters) > EXACT_UP_TO_PARAMETERS
+    with allocations:
+        kept = sample_coordinates(parameters)
+        assert 0.015 * whole < allocations.alive == sum(map(nbytes, kept)) <= 0.02 * whole
+        update_norm(kept, parameters)
+    assert allocations.most < 0.06 * whole  # the samples of before and after, and a tensor's difference in float64
+
+
+def nbytes(tensor):
+    """What the tensor keeps alive: a view keeps all of what it is a view of."""
+    return tensor.untyped_storage().nbytes()
+
+
+def test_an_update_with_diagnostics_keeps_two_percent_of_the_parameters(tiny_tokenizer):
+    """Bytes of all tensors that are alive at an optimizer step, before it and after it, beside an update without."""
+    architecture = tiny.Architecture(
+        vocab_size=128, hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, num_kv_heads=2
+    )
+
+    def most_alive(record):
+        model = tiny.make_model(architecture, tiny_tokenizer, 0, "sdpa")
+        policy = Policy(model.eval(), tiny_tokenizer, [2], autocast=False, gradient_checkpointing=False)
+        optimizer, seen = torch.optim.SGD(policy.trainable().values(), lr=0.01), []
+        for hook in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+            hook(lambda *_: seen.append(alive()))
+        learner = learner_of(policy, default_objective("clip"))
+        run(learner, make(), epochs=1, minibatches=1, record=record, optimizer=optimizer)
+        assert len(seen) == 2
+        return max(seen), sum(p.nbytes for p in policy.trainable().values())
+
+    plain, whole = most_alive(None)
+    assert whole > 4 * EXACT_UP_TO_PARAMETERS
+    assert most_alive(Record())[0] - plain < 0.02 * whole
+
+
+def alive():
+    """Bytes of all tensors that there are."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    return sum({place(tensor): nbytes(tensor) for tensor in tensors}.values())
 
 
 def test_summary_is_the_mean_of_inner_steps_and_the_largest_of_maxima():
@@ -172,7 +303,7 @@ def run(learner, rows, *, epochs=2, minibatches=2, record=None, lr=0.05, optimiz
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
     config, statistics = (
-        Update(num_epochs=epochs, num_minibatches=minibatches, max_tokens=10_000, old_logprobs="sampler"),
+        UpdateConfig(num_epochs=epochs, num_minibatches=minibatches, max_tokens=10_000, old_logprobs="sampler"),
         Statistics(),
     )
     update(
@@ -196,19 +327,17 @@ def run(learner, rows, *, epochs=2, minibatches=2, record=None, lr=0.05, optimiz
 def test_an_inner_step_does_not_depend_on_micro_batches(tiny_policy, objective, level):
     policy, rows, found = tiny_policy(torch.float64, exact=True), make(), []
     for max_tokens in (10_000, 40, 1):
-        inner = InnerStep()
-        loss = replace(LOSS, importance=level, aggregation="sequence")
-        accumulate(learner_of(policy, objective, loss=loss, max_tokens=max_tokens), rows, Statistics(), inner)
-        found.append(inner.result())
+        record, loss = Record(), replace(LOSS, importance=level, aggregation="sequence")
+        accumulate(learner_of(policy, objective, loss=loss, max_tokens=max_tokens), rows, Statistics(), record)
+        found.append(inner_metrics(record.tokens))
     assert found[1] == pytest.approx(found[0], rel=1e-10, abs=1e-12)
     assert found[2] == pytest.approx(found[0], rel=1e-10, abs=1e-12)
 
 
 def first_inner(policy, name, level="token"):
-    inner = InnerStep()
-    loss = replace(LOSS, importance=level)
-    accumulate(learner_of(policy, default_objective(name), loss=loss), make(), Statistics(), inner)
-    return inner.result()
+    record, loss = Record(), replace(LOSS, importance=level)
+    accumulate(learner_of(policy, default_objective(name), loss=loss), make(), Statistics(), record)
+    return inner_metrics(record.tokens)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
@@ -225,7 +354,7 @@ def test_what_is_read_of_objectives_whose_weights_are_known(tiny_policy, level):
     assert clip["weight/mass_kept"] < 0.95
     own = ("weight/", "policy/")
     for name, value in noclip.items():  # what is told of the ratios and the KL is the same for all
-        assert name.startswith(own) or value == clip[name] == pspo[name]
+        assert name.startswith(own) or [clip[name], pspo[name]] == pytest.approx([value] * 2, rel=1e-12, abs=1e-15)
 
 
 def test_the_numbers_are_those_of_the_tokens_of_the_minibatch(tiny_policy):
@@ -270,8 +399,8 @@ def test_kl_after_and_update_norm_are_those_of_the_step(tiny_policy):
     before = weights(policy)
     run(learner_of(policy, default_objective("pspo")), rows, epochs=1, minibatches=1, record=record)
     (row,) = record.rows
-    assert row["optimizer/update_norm"] == pytest.approx((weights(policy) - before).norm().item(), rel=1e-9)
-    chosen = [rows[i] for i in range(0, 150, PROBE)]
+    assert row["optimizer/update_norm_estimate"] == pytest.approx((weights(policy) - before).norm().item(), rel=1e-9)
+    chosen = [rows[i] for i in range(0, 150, ROWS_PER_PROBE_ROW)]
     assert len(chosen) == 3
     logprobs, _ = score(policy, chosen, 1.0, 10_000, None)
     d = np.concatenate([np.subtract(new, each.old_logprobs) for new, each in zip(logprobs, chosen, strict=True)])
@@ -302,7 +431,7 @@ def test_kl_is_zero_before_the_first_step_on_fresh_rows_and_not_after_it(tiny_po
     ],
 )
 def test_looking_changes_nothing_in_what_is_learned(tiny_policy, objective, critic, gradient_checkpointing):
-    """The weights are the same to the bit with diagnostics and with a counterfactual probe on top of them."""
+    """The weights are the same with diagnostics and with a counterfactual probe on top of them."""
     advantage = GAE(
         name="gae", gamma=1.0, lam=0.9, normalize=True, critic=critic or "trunk", value_lr=1e-2, value_weight=0.5,
         value_clip=0.2,
@@ -310,13 +439,14 @@ def test_looking_changes_nothing_in_what_is_learned(tiny_policy, objective, crit
     loss = replace(LOSS, kl="k3", kl_weight=0.1, entropy_weight=0.01)
     found = []
     for record in (None, Record(), Record([default_objective(name) for name in ("noclip", "cispo", "clip")])):
-        policy = tiny_policy(gradient_checkpointing=gradient_checkpointing)
+        policy = tiny_policy(torch.float64, exact=True, gradient_checkpointing=gradient_checkpointing)
         learner = learner_of(policy, objective, loss=loss, critic=make_critic(advantage, policy) if critic else None)
         statistics = run(learner, make(), record=record)
         found.append([*(p.detach() for group in learner.parameters() for p in group), statistics])
     for other in found[1:]:
-        assert other[-1] == found[0][-1]
-        assert all(torch.equal(a, b) for a, b in zip(other[:-1], found[0][:-1], strict=True))
+        assert other[-1] == pytest.approx(found[0][-1], rel=1e-9, abs=1e-12)
+        for got, expected in zip(other[:-1], found[0][:-1], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
 # --- the counterfactual probe
@@ -389,7 +519,7 @@ def test_the_probe_is_of_the_last_inner_step_and_leaves_its_gradient_alone(tiny_
 )
 def test_bad_fields_are_refused(changes, told):
     with pytest.raises(ConfigError, match=re.escape(told)):
-        Diagnostics(**{"every": 1, "counterfactual_every": 0, "counterfactual": ["noclip"]} | changes)
+        DiagnosticsConfig(**{"every": 1, "counterfactual_every": 0, "counterfactual": ["noclip"]} | changes)
 
 
 def test_a_probe_of_an_objective_that_does_not_fit_the_run_is_refused():

@@ -1,15 +1,17 @@
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from training import configured
 
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.config import compose
-from pspo.loss import Batch, Loss, Size, batch_loss, kl
+from pspo.loss import LossConfig, batch_loss, coefficients, kl
 from pspo.model.logprob import LOG_RATIO_CLAMP
 from pspo.objective import OBJECTIVES, ObjectiveInput, default_objective
 
@@ -30,7 +32,7 @@ every_choice = pytest.mark.parametrize(
 
 def settings(**changes):
     plain = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.0}
-    return Loss(**plain | {"mask_truncated": False} | changes)
+    return LossConfig(**plain | {"mask_truncated": False} | changes)
 
 
 @pytest.fixture
@@ -40,6 +42,16 @@ def config(request):
 
 PLAIN = settings()
 ALL_TERMS = settings(kl="k3", kl_weight=0.3, entropy_weight=0.2)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss sees of a micro-batch beside log-probs and entropies, all of shape (B, T)."""
+
+    old_logprob_BT: torch.Tensor
+    advantage_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    reference_BT: torch.Tensor | None = None
 
 
 def tensors(rows=8, tokens=6, dtype=torch.float64, seed=0):
@@ -62,20 +74,28 @@ def mapped(batch, change):
     return Batch(**{name: None if values is None else change(values) for name, values in vars(batch).items()})
 
 
-def without_reference(batch):
-    return replace(batch, reference_BT=None)
+def lengths_of(mask_BT):
+    return mask_BT.sum(1).tolist()
 
 
-def size_of(mask_BT):
-    return Size(int(mask_BT.sum()), len(mask_BT), MAX_LENGTH)
+def loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside=()):
+    """``batch_loss`` of completions of an optimizer batch that has others, of the lengths ``beside``, as well."""
+    coefficient_N = coefficients(config.aggregation, [*lengths_of(batch.mask_BT), *beside], MAX_LENGTH)
+    return batch_loss(
+        config,
+        objective,
+        logprob_BT,
+        entropy_BT,
+        **vars(batch) | ({} if config.has_reference else {"reference_BT": None}),
+        coefficient_B1=torch.tensor(coefficient_N[: len(logprob_BT)], dtype=torch.float64)[:, None],
+        statistics=statistics,
+    )
 
 
-def evaluate(objective, logprob_BT, entropy_BT, batch, config=PLAIN, size=None):
+def evaluate(objective, logprob_BT, entropy_BT, batch, config=PLAIN, beside=()):
     """The loss, its gradients by log-probs and entropies, and the statistics."""
-    batch = batch if config.has_reference else without_reference(batch)
     statistics = Statistics()
-    size = size or size_of(batch.mask_BT)
-    loss = batch_loss(config, objective, logprob_BT, entropy_BT, batch, size, statistics).loss
+    loss, _, _ = loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside)
     gradient_BT, entropy_gradient_BT = torch.autograd.grad(
         loss, (logprob_BT, entropy_BT), allow_unused=True, materialize_grads=True
     )
@@ -102,8 +122,7 @@ TWO_ROWS = [[2.0, 0.5], [1.0, 1.5, 4.0]], [1.0, -2.0]
 def test_by_hand():
     logprob_BT, entropy_BT, batch = by_ratio(*TWO_ROWS)
     entropy_BT = torch.tensor([[1.0, 2.0, 50.0], [0.5, 0.5, 1.0]], dtype=torch.float64, requires_grad=True)
-    size = Size(num_tokens=10, num_rows=4, max_length=MAX_LENGTH)
-    loss, gradient_BT, entropy_gradient_BT, result = evaluate(NOCLIP, logprob_BT, entropy_BT, batch, size=size)
+    loss, gradient_BT, entropy_gradient_BT, result = evaluate(NOCLIP, logprob_BT, entropy_BT, batch, beside=[2, 3])
     # Σ −r A = −2 − 0.5 + 2 + 3 + 8 = 10.5; ten tokens in the whole optimizer batch, five of them here.
     assert loss.item() == pytest.approx(1.05, abs=1e-12)
     assert gradient_BT.flatten().tolist() == pytest.approx([-0.2, -0.05, 0, 0.2, 0.3, 0.8], abs=1e-12)
@@ -144,8 +163,11 @@ def test_masked_tokens_count_for_nothing_and_get_no_gradient(objective, config, 
             torch.where(mask_BT, batch.reference_BT, old_logprob),
         )
         got = evaluate(objective, spoilt_BT, spoilt_entropy_BT, spoilt, config)
-        assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
-        assert got[3] == expected[3]
+        for got_value, expected_value in zip(got[:3], expected[:3], strict=True):
+            torch.testing.assert_close(got_value, expected_value, rtol=1e-13, atol=1e-16)
+        assert not got[1][~mask_BT].any()
+        assert not got[2][~mask_BT].any()
+        assert got[3] == pytest.approx(expected[3], rel=1e-13)
 
 
 @every_choice
@@ -161,8 +183,8 @@ def test_micro_batches_add_up_to_the_whole(objective, config, aggregation, dtype
         statistics, total = Statistics(), torch.zeros((), dtype=dtype)
         for rows in torch.arange(8).split(sizes):
             piece = mapped(batch, lambda values, rows=rows: values[rows])
-            arguments = config, objective, logprob_BT[rows], entropy_BT[rows], piece, size_of(batch.mask_BT)
-            total = total + batch_loss(*arguments, statistics).loss
+            beside = [length for b, length in enumerate(lengths_of(batch.mask_BT)) if b not in rows.tolist()]
+            total = total + loss_of(config, objective, logprob_BT[rows], entropy_BT[rows], piece, statistics, beside)[0]
         assert total.item() == pytest.approx(loss.item(), rel=10 * tolerance)
         for got_BT, gradient_BT in zip(torch.autograd.grad(total, (logprob_BT, entropy_BT)), gradients, strict=True):
             assert (got_BT - gradient_BT).norm() <= tolerance * gradient_BT.norm()
@@ -184,10 +206,7 @@ def test_rows_may_be_permuted_and_padded(objective, config, aggregation):
     wide_loss, *wide_gradients, wide_result = evaluate(objective, *arguments, config)
     assert wide_loss.item() == pytest.approx(loss.item(), rel=1e-13)
     for wide_BT, gradient_BT in zip(wide_gradients, gradients, strict=True):
-        if objective.whole_completions or config.importance != "token":  # sums of six and of nine numbers
-            torch.testing.assert_close(wide_BT[:, :6], gradient_BT[order], rtol=1e-13, atol=1e-16)
-        else:
-            assert torch.equal(wide_BT[:, :6], gradient_BT[order])
+        torch.testing.assert_close(wide_BT[:, :6], gradient_BT[order], rtol=1e-12, atol=1e-15)
         assert not wide_BT[:, 6:].any()
     assert wide_result == pytest.approx(result, rel=1e-13)
 
@@ -221,13 +240,29 @@ def test_the_gradient_that_diagnostics_read_is_the_gradient_that_trains(objectiv
     logprob_BT, entropy_BT, batch = tensors()
     for aggregation in AGGREGATIONS:
         changed = replace(config, aggregation=aggregation)
-        arguments = logprob_BT, entropy_BT, without_reference(batch), size_of(batch.mask_BT)
-        weighed = batch_loss(changed, objective, *arguments, Statistics())
-        (gradient_BT,) = torch.autograd.grad(weighed.loss, logprob_BT)
-        factor_BT = gradient_BT / weighed.gradient_BT
-        for row, mask in zip(factor_BT, batch.mask_BT & (weighed.gradient_BT != 0), strict=True):
-            assert row[mask].tolist() == pytest.approx([row[mask][:1].sum().item()] * int(mask.sum()), rel=1e-12)
-        assert not weighed.gradient_BT[~batch.mask_BT].any()
+        loss, _, read_BT = loss_of(changed, objective, logprob_BT, entropy_BT, batch, Statistics())
+        (gradient_BT,) = torch.autograd.grad(loss, logprob_BT)
+        factors = coefficients(aggregation, lengths_of(batch.mask_BT), MAX_LENGTH)
+        expected_BT = torch.tensor(factors, dtype=torch.float64)[:, None] * read_BT
+        torch.testing.assert_close(gradient_BT, expected_BT, rtol=1e-12, atol=1e-16)
+        assert not read_BT[~batch.mask_BT].any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_the_objective_saw_is_handed_on(level):
+    """The ratio at the level of ``importance``, and the log-probs, advantages and mask that it is of."""
+    logprob_BT, entropy_BT, batch = tensors()
+    _, x, _ = loss_of(settings(importance=level), NOCLIP, logprob_BT, entropy_BT, batch, Statistics())
+    log_ratio_BT = (logprob_BT - batch.old_logprob_BT).detach()
+    if level != "token":
+        sums_B1 = torch.where(batch.mask_BT, log_ratio_BT, 0.0).sum(1, keepdim=True)
+        log_ratio_BT = (sums_B1 / batch.mask_BT.sum(1, keepdim=True)).expand_as(log_ratio_BT)
+    mask_BT = x.mask_BT
+    assert mask_BT.equal(batch.mask_BT)
+    torch.testing.assert_close(x.log_ratio_BT[mask_BT].detach(), log_ratio_BT[mask_BT], rtol=1e-12, atol=1e-15)
+    for name in ("old_logprob_BT", "advantage_BT"):
+        assert getattr(x, name)[mask_BT].equal(getattr(batch, name)[mask_BT])
+    assert x.logprob_BT.detach().equal(logprob_BT.detach())
 
 
 # --- aggregations
@@ -259,8 +294,31 @@ def test_counts_are_those_of_the_whole_optimizer_batch(aggregation, share):
     """Five of fifty tokens and two of eight rows: the micro-batch's own part of the loss."""
     config, arguments = settings(aggregation=aggregation), by_ratio(*TWO_ROWS)
     whole = evaluate(NOCLIP, *arguments, config)[0].item()
-    part = evaluate(NOCLIP, *arguments, config, Size(50, 8, MAX_LENGTH))[0].item()
+    part = evaluate(NOCLIP, *arguments, config, beside=[10, 9, 8, 7, 6, 5])[0].item()
     assert part == pytest.approx(share * whole, rel=1e-12)
+
+
+def test_coefficients_by_hand():
+    expected = {
+        "token": [1 / 10] * 3,
+        "sequence": [1 / 6, 1 / 9, 1 / 15],
+        "sequence_sum": [1 / 3] * 3,
+        "constant": [1 / 60] * 3,
+    }
+    assert set(expected) == set(AGGREGATIONS)
+    for aggregation, factors in expected.items():
+        assert coefficients(aggregation, [2, 3, 5], 20) == pytest.approx(factors, rel=1e-15)
+    assert coefficients("sequence", [], 20) == []
+
+
+@every_aggregation
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=12))
+def test_coefficients_make_a_mean(aggregation, lengths):
+    """A loss of 1 at every token has the mean 1 over tokens, over completion means, and over ``max_length`` each."""
+    total = sum(c * n for c, n in zip(coefficients(aggregation, lengths, 50), lengths, strict=True))
+    mean_length = sum(lengths) / len(lengths)
+    expected = {"token": 1, "sequence": 1, "sequence_sum": mean_length, "constant": mean_length / 50}
+    assert total == pytest.approx(expected[aggregation], rel=1e-12)
 
 
 @every_aggregation
@@ -363,7 +421,7 @@ def test_gspo_token_has_the_value_and_for_equal_advantages_the_gradient_of_gspo(
     logprob_BT, entropy_BT, batch = tensors()
     sequence, token = (compose([f"experiment={name}"]).loss for name in ("gspo", "gspo_token"))
     expected, got = (evaluate(CLIP, logprob_BT, entropy_BT, batch, config) for config in (sequence, token))
-    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-14)
+    assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-13)
     torch.testing.assert_close(got[1], expected[1], rtol=1e-12, atol=1e-15)
 
 
@@ -394,8 +452,8 @@ def test_kl_is_zero_at_equal_policies_and_positive_elsewhere():
     logprob_BT, entropy_BT, batch = tensors()
     same = replace(batch, old_logprob_BT=logprob_BT.detach())
     result = evaluate(NOCLIP, logprob_BT, entropy_BT, same)[3]
-    assert result["policy/kl_old_new_k3"] == 0
-    assert result["policy/ratio_max"] == 1
+    assert result["policy/kl_old_new_k3"] == pytest.approx(0, abs=1e-15)
+    assert result["policy/ratio_max"] == pytest.approx(1, rel=1e-15)
     assert evaluate(NOCLIP, logprob_BT, entropy_BT, batch)[3]["policy/kl_old_new_k3"] > 0
 
 
@@ -436,7 +494,7 @@ def test_kl_penalties_by_hand(estimator, values, gradients):
     free = evaluate(NOCLIP, logprob_BT, entropy_BT, batch, replace(config, kl_weight=0.0))
     assert free[0] == 0
     assert not free[1].any()
-    assert free[3]["policy/kl_reference"] == result["policy/kl_reference"]  # watched, not trained on
+    assert free[3]["policy/kl_reference"] == pytest.approx(result["policy/kl_reference"])  # watched, not trained on
 
 
 def divergence(p_V, q_V):
@@ -493,9 +551,9 @@ def test_entropy_bonus_by_hand():
         NOCLIP, logprob_BT, entropy_BT, batch, settings(entropy_weight=0.1)
     )
     assert loss.item() == pytest.approx(2.1 - 0.1 * 5 / 5, abs=1e-12)
-    assert torch.equal(gradient_BT, plain[1])
+    torch.testing.assert_close(gradient_BT, plain[1], rtol=1e-13, atol=0)
     assert entropy_gradient_BT.flatten().tolist() == pytest.approx([-0.02, -0.02, 0, -0.02, -0.02, -0.02])
-    assert result == plain[3]
+    assert result == pytest.approx(plain[3], rel=1e-13)
 
 
 # --- configuration

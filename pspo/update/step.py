@@ -137,7 +137,7 @@ GAP = "policy/sampler_gap_mean"
 
 def check_gap(gap: float, autocast: bool) -> None:
     """Refuse a mean |log π_trainer − log π_sampler|, in nats, beyond rounding. Raises SamplerGapError."""
-    if gap > MAX_GAP_NATS[autocast]:
+    if not gap <= MAX_GAP_NATS[autocast]:  # a gap that is no number is none that is small
         raise SamplerGapError(
             f"the trainer's log-probabilities of fresh completions are {gap:.2g} nats from the sampler's on average, "
             f"more than the {MAX_GAP_NATS[autocast]:g} of rounding in {'bfloat16' if autocast else 'float32'}: "
