@@ -17,7 +17,7 @@ from pspo.advantage import GAE
 from pspo.advantage.critic import make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
-from pspo.config import compose, default_objective, identity
+from pspo.config import compose, identity
 from pspo.diagnostics import (
     ELSEWHERE,
     EXACT_UP_TO_PARAMETERS,
@@ -32,7 +32,7 @@ from pspo.diagnostics import (
 )
 from pspo.loss import LossConfig
 from pspo.model import Policy, tiny
-from pspo.objective import OBJECTIVES, ObjectiveInput
+from pspo.objective import OBJECTIVES, ObjectiveInput, default_objective
 from pspo.update import Learner, Row, UpdateConfig, accumulate, step, update
 from pspo.update.rows import score
 
