@@ -21,6 +21,7 @@ __all__ = [
     "Prompt",
     "Splits",
     "check",
+    "digests",
     "encode",
     "is_test_set",
     "load",
@@ -103,6 +104,14 @@ def refuse_training(config: DatasetConfig) -> ConfigError:
     return ConfigError(
         f"dataset={config.name} is a test set: train on dataset={near}, or set budget.steps=0 to evaluate"
     )
+
+
+def digests(config: DatasetConfig) -> dict[str, str]:
+    """What tells these problems from edited ones: SHA-256 by file, or commit by repository on the hub.
+
+    Empty for the embedded task, which the package's own code makes. Raises ConfigError.
+    """
+    return {} if isinstance(config, EmbeddedConfig) else sources.digests(config.name, config.path)
 
 
 def load(config: DatasetConfig, seed: int) -> Splits:

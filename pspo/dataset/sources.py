@@ -1,5 +1,6 @@
 """The real sets: where each comes from and how one of its rows becomes a problem."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -114,16 +115,31 @@ def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Pat
     """The files of each split, by our names, for each source of data set ``name``. Raises ConfigError."""
     located = []
     for source in SETS[name]:
-        folder = _download(source, name) if path is None else Path(path).expanduser()
-        if path is not None and len(SETS[name]) > 1:
-            folder /= source.repo.partition("/")[2]  # MATH stands in two repositories, so in two folders
-        found = files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)
+        folder = place(source, name, path)
+        with files.readable(folder):
+            found = files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)
         ours = {source.splits[split]: paths for split, paths in found.items() if split in source.splits}
         if not ours:
             wanted = " or ".join(source.splits)
             raise ConfigError(f"{folder} holds no {wanted} file, only {', '.join(found)}; dataset={name} needs it")
         located.append((source, ours))
     return located
+
+
+def place(source: Source, name: str, path: str | None) -> Path:
+    """Where the files of one source of data set ``name`` are: the hub's snapshot, or a path. Raises ConfigError."""
+    if path is None:
+        return _download(source, name)
+    # MATH stands in two repositories, so in two folders
+    return Path(path) / source.repo.partition("/")[2] if len(SETS[name]) > 1 else Path(path)
+
+
+def digests(name: str, path: str | None) -> dict[str, str]:
+    """SHA-256 of every file that is read, by its path; of a repository on the hub the commit, by its name."""
+    if path is None:
+        return {source.repo: hub.commit(place(source, name, path)) for source in SETS[name]}
+    read_files = [file for _, splits in locate(name, path) for paths in splits.values() for file in paths]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in read_files}
 
 
 def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:

@@ -41,3 +41,8 @@ def locate(
             f"{asked} is not in the cache and cannot be downloaded ({type(error).__name__}); run "
             f"`python -m pspo.prefetch {asked}` on a node with internet that shares this cache (HF_HOME), or {instead}"
         ) from error
+
+
+def commit(snapshot: Path) -> str:
+    """The commit of the repository that ``locate`` found: the cache names a snapshot's folder by it."""
+    return snapshot.name
