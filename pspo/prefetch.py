@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from pspo import dataset, model
 from pspo.base.console import log, log_to_console
@@ -66,15 +66,14 @@ def verify(config: Config) -> None:
     some = next(split for split in (problems.train, problems.validation, *problems.test.values()) if split)
     if _is_made_here(config):
         environment.settle(environment.choose_threads(config.threads))
-        tokenizer = model.load(config.model, config.seed, torch.device("cpu")).tokenizer
+        model.load(config.model, config.seed, torch.device("cpu"))
         told = "the embedded policy"
     else:
         path, hub_id = config.model.path, config.model.hub_id
-        directory = Path(path).expanduser() if path is not None else source.locate(str(hub_id))
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        directory = Path(path) if path is not None else source.locate(str(hub_id))
         AutoConfig.from_pretrained(directory, trust_remote_code=False)
         told = f"{directory} ({_count_tensors(directory)} tensors)"
-    dataset.encode(tokenizer, config.dataset, some[:1])
+    dataset.encode(model.tokenizer(config.model), config.dataset, some[:1])
     sizes = {"train": problems.train, "validation": problems.validation} | problems.test
     counts = ", ".join(f"{len(split)} {name}" for name, split in sizes.items())
     log.info("verified offline: dataset=%s (%s), %s", config.dataset.name, counts, told)

@@ -1,8 +1,11 @@
+import datetime
 import hashlib
 import itertools
 import json
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -337,13 +340,18 @@ def test_digests_name_the_bytes_of_files_and_the_commits_of_repositories(tmp_pat
     assert [name for name in before if before[name] != after[name]] == [str(test)]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for repo, file, commit in (("EleutherAI/hendrycks_math", "algebra/train.parquet", "a" * 40),
-                               ("HuggingFaceH4/MATH-500", "test.jsonl", "b" * 40)):
+    for repo, file, commit in (
+        ("EleutherAI/hendrycks_math", "algebra/train.parquet", "a" * 40),
+        ("HuggingFaceH4/MATH-500", "test.jsonl", "b" * 40),
+    ):
         root = tmp_path / f"datasets--{repo.replace('/', '--')}"
         write(root / "snapshots" / commit / file, {"problem": "x"})
         (root / "refs").mkdir()
         (root / "refs" / "main").write_text(commit)
-    assert dataset.digests(config("math")) == {"EleutherAI/hendrycks_math": "a" * 40, "HuggingFaceH4/MATH-500": "b" * 40}
+    assert dataset.digests(config("math")) == {
+        "EleutherAI/hendrycks_math": "a" * 40,
+        "HuggingFaceH4/MATH-500": "b" * 40,
+    }
 
 
 # --- a user's own problems
@@ -380,7 +388,10 @@ def test_jsonl_file_is_for_training(tmp_path):
         ('{"question": "\\ud800", "answer": 1}', "line 2 is not JSON in UTF-8: .* surrogates not allowed"),
         ('{"question": "a", "answer": 1, "extra": ["\\udc00"]}', "line 2 is not JSON in UTF-8: .* surrogates"),
         ('{"\\ud800": "a", "answer": 1}', "line 2 is not JSON in UTF-8: .* surrogates not allowed"),
-        (f'{{"question": "a", "answer": {"9" * 5000}}}', "line 2 is not JSON in UTF-8: Exceeds the limit .*digits; rep"),
+        (
+            f'{{"question": "a", "answer": {"9" * 5000}}}',
+            "line 2 is not JSON in UTF-8: Exceeds the limit .*digits; rep",
+        ),
         (f'{{"question": "a", "answer": {"[" * 100_000}', "line 2 is not JSON in UTF-8: .*(recursion|overflow)"),
         ('{"question": "a", "answer": 1e999}', "line 2: answer must be a finite number, got inf"),
         ('{"question": "a", "answer": -Infinity}', "line 2: answer must be a finite number, got -inf"),
@@ -402,8 +413,18 @@ def test_broken_line_is_named(tmp_path, line, message):
             b'{"question": "a", "answer": "no mark"}',
             "line 1: answer must end in '#### <number>'",
         ),
-        ("gsm8k", "train.jsonl", b'{"question": "\xff", "answer": "#### 1"}', "line 1 is not JSON in UTF-8: .* can't decode byte 0xff"),
-        ("gsm8k", "test.parquet", b"version https://git-lfs", "test.parquet cannot be read: .*a Git LFS pointer is not data"),
+        (
+            "gsm8k",
+            "train.jsonl",
+            b'{"question": "\xff", "answer": "#### 1"}',
+            "line 1 is not JSON in UTF-8: .* can't decode byte 0xff",
+        ),
+        (
+            "gsm8k",
+            "test.parquet",
+            b"version https://git-lfs",
+            "test.parquet cannot be read: .*a Git LFS pointer is not data",
+        ),
         ("gsm8k", "test.arrow", b"nothing of the kind", "test.arrow cannot be read"),
         ("gsm8k", "test.jsonl", b"", "test.jsonl has no rows"),
         ("asdiv", "ASDiv.xml", b"<a><Problem></a>", "ASDiv.xml cannot be read: mismatched tag"),
@@ -519,6 +540,127 @@ def test_long_prompts_are_dropped_and_counted():
     assert [prompt.problem for prompt in prompts] == [short, short]
     assert num_dropped == 1
     assert all(len(prompt.token_ids) == length for prompt in prompts)
+
+
+GEMMA = (  # of gemma-2-2b-it, shortened
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] | trim + ' ; ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
+)
+
+
+def refused(template, system_prompt="Be brief ."):
+    with pytest.raises(ConfigError) as caught:
+        dataset.encode(
+            tokenizer(template), config("gsm8k", system_prompt=system_prompt), [Problem("a", "How ?", "", "")]
+        )
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_template_that_refuses_a_system_message_names_the_remedy():
+    told = refused(GEMMA)
+    assert "System role not supported; it writes prompts without a system message alone" in told
+    assert told.endswith('set dataset.system_prompt=""')
+    made = tokenizer(GEMMA)
+    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
+
+
+def test_a_template_that_leaves_the_system_message_out_is_refused():
+    silent = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    assert refused(silent).startswith("dataset.system_prompt='Be brief .': the model's chat template leaves it out")
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m['content'] }", "unexpected"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages[0]['content'] | no_such_filter }}", "No filter named 'no_such_filter'"),
+        ("{{ raise_exception('Conversations begin with a greeting') }}", "Conversations begin with a greeting"),
+        ("{{ tools | length }}", "has no len"),
+        ("{{ persona.name }}", "'persona' is undefined"),
+        ("{{ 1 / (messages | length - messages | length) }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+def test_a_template_that_cannot_write_a_prompt_is_one_sentence(template, reason):
+    for system_prompt in ("Be brief .", ""):
+        told = refused(template, system_prompt)
+        assert reason in told
+        assert told.endswith("mend chat_template.jinja in the model's folder, or choose another model")
+
+
+def test_one_of_several_templates_is_the_default():
+    several = {"rag": TEMPLATE, "tool_use": TEMPLATE}
+    assert "of the chat templates of this model (rag, tool_use) none is named default" in refused(several)
+    made = tokenizer(several | {"default": TEMPLATE})
+    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
+
+
+DATED = (  # of Llama-3.2-1B-Instruct, shortened
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+
+
+def text_of(template, today):
+    class Echo(PreTrainedTokenizerFast):
+        def __call__(self, texts, **_):
+            return {"input_ids": texts}
+
+    made = Echo(tokenizer_object=Tokenizer(models.WordLevel({})))
+    made.chat_template = template
+    return dataset.render(made, "", "How many ?", today)
+
+
+def test_a_template_that_prints_the_date_prints_the_given_one():
+    assert text_of(DATED, datetime.date(2031, 2, 3)) == "Today Date: 03 Feb 2031\nHow many ?"
+    nested = "{% macro head() %}{{ strftime_now(format='%-d.%-m.%y, %A, %H:%M') }}{% endmacro %}{{ head() }}"
+    assert text_of(nested, datetime.date(2031, 2, 3)) == "3.2.31, Monday, 00:00"
+
+
+@pytest.mark.parametrize(
+    "before", ["", "\n", "\n\n", "  ", "  {% if true %} x{% endif %}\n", "{# note #}\n", "{{ '' }}\n"]
+)
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%A, %d. %B %y", "%a %b %-d %j %U %W %G-%V-%u %w %x", "day"])
+def test_a_given_date_changes_nothing_else(before, form):
+    template = before + "{{ strftime_now('" + form + "') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    days, free = [datetime.date.today()], text_of(template, None)
+    days.append(datetime.date.today())  # another one at midnight
+    assert free in [text_of(template, day) for day in days]
+
+
+def test_the_first_run_of_a_group_sets_the_date_of_all(tmp_path):
+    assert dataset.prompt_date(tokenizer(), tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    today = dataset.prompt_date(tokenizer(DATED), tmp_path)
+    assert (tmp_path / "prompt_date").read_text() == f"{today}\n"
+    (tmp_path / "prompt_date").write_text("2001-02-03\n")
+    assert dataset.prompt_date(tokenizer(DATED), tmp_path) == datetime.date(2001, 2, 3)
+    (tmp_path / "prompt_date").write_text("soon")
+    with pytest.raises(ConfigError, match=r"prompt_date, the day .* must hold a day such as 2026-01-31"):
+        dataset.prompt_date(tokenizer(DATED), tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read or written"):
+        dataset.prompt_date(tokenizer(DATED), tmp_path / "prompt_date")
+
+
+def test_runs_that_begin_together_agree_on_the_date(tmp_path, monkeypatch):
+    days = iter(datetime.date(2031, 2, day) for day in range(1, 9))
+
+    class Clock(datetime.date):
+        @classmethod
+        def today(cls):
+            time.sleep(0.01)  # long enough for all to find no file, were there no lock
+            return next(days)
+
+    monkeypatch.setattr("pspo.dataset.prompt.datetime.date", Clock)
+    made = tokenizer(DATED)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: dataset.prompt_date(made, tmp_path), range(8)))
+    assert found == [datetime.date(2031, 2, 1)] * 8
 
 
 # --- order

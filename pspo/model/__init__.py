@@ -2,9 +2,9 @@
 
 from transformers.utils import logging
 
-from pspo.model.policy import Model, Policy, check, load, save, stop_ids
+from pspo.model.policy import Model, Policy, check, load, save, stop_ids, tokenizer
 
-__all__ = ["Model", "Policy", "check", "load", "save", "stop_ids"]
+__all__ = ["Model", "Policy", "check", "load", "save", "stop_ids", "tokenizer"]
 
 # No bars for reading and writing weights, which take seconds; downloads keep theirs, on a terminal.
 logging.set_tqdm_hook(lambda tqdm, args, kwargs: tqdm(*args, **kwargs | {"disable": True}))

@@ -106,19 +106,31 @@ class Policy:
 def check(config: Model) -> None:
     """Refuse a model that cannot be had, before anything is loaded. Raises ConfigError."""
     if config.path is not None:
-        source.check_directory(Path(config.path).expanduser())
+        source.check_directory(Path(config.path))
     elif config.hub_id is not None:
         source.locate(config.hub_id)
+
+
+def tokenizer(config: Model) -> Any:
+    """The tokenizer of the policy, without weights; a model of the hub is fetched for it. Raises ConfigError."""
+    if config.path is None and config.hub_id is None:
+        return warm_start.tokenizer(config)
+    return _read_tokenizer(Path(config.path) if config.path is not None else source.locate(str(config.hub_id)))
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    made = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    made.init_kwargs.pop("local_files_only", None)  # how it was read is no part of what is saved
+    return made
 
 
 def load(config: Model, seed: int, device: torch.device) -> Policy:
     """The policy that a run starts from: the same weights for every objective at one seed."""
     if config.path is not None or config.hub_id is not None:
-        directory = Path(config.path).expanduser() if config.path is not None else source.locate(str(config.hub_id))
+        directory = Path(config.path) if config.path is not None else source.locate(str(config.hub_id))
     else:
         directory = warm_start.cached(config, seed)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was read is no part of what is saved
+    encoder = _read_tokenizer(directory)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -145,7 +157,7 @@ def load(config: Model, seed: int, device: torch.device) -> Policy:
     model.to(device).eval()
     _check_head(config, model)
     shares = attention.can_share(model, config.autocast)
-    return Policy(model, tokenizer, stop_ids(model, tokenizer), config.autocast, config.gradient_checkpointing, shares)
+    return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
 
 
 def save(policy: Policy, directory: Path) -> None:

@@ -70,6 +70,15 @@ def cached(config: "Model", seed: int) -> Path:
     return directory
 
 
+def tokenizer(config: "Model") -> Any:
+    """The tokenizer of the embedded policy, which needs no warm start and is the same for every seed."""
+    assert config.warm_start is not None
+    assert config.architecture is not None
+    problems = embedded.load("train", config.warm_start.num_problems)
+    texts = [text for p in problems for text in (p.question, p.solution)]
+    return tiny.train_tokenizer(texts, config.architecture.vocab_size)
+
+
 def cache_directory() -> Path:
     """``$XDG_CACHE_HOME/pspo``, by default ``~/.cache/pspo``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspo"

@@ -42,6 +42,9 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
     tests = [problem for test in problems.test.values() for problem in test]
+    dataset.encode(
+        model.tokenizer(config.model), config.dataset, [*problems.train, *tests][:1]
+    )  # raises what the chat template does
     earlier.set_aside(config, directory)
     with (
         lock.hold(directory) as owner,
@@ -75,8 +78,8 @@ class _Run:
         log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
         for sentence in advice(self.config):
             log.warning("%s", sentence)
+        prompts, notes = self._encode(model.tokenizer(self.config.model))
         policy = model.load(self.config.model, self.config.seed, self.device)
-        prompts, notes = self._encode(policy.tokenizer)
         tracker = Tracker(
             self.config.tracker,
             self.directory,
@@ -158,8 +161,12 @@ class _Run:
         """The prompts of every split, and a note on each split that lost problems with too long a prompt."""
         splits = {"train": self.problems.train, "validation": self.problems.validation} | self.problems.test
         prompts, notes = {}, []
+        today = dataset.prompt_date(tokenizer, Path(self.config.continue_from or self.directory).parent)
+        if today is not None:
+            notes.append(f"the model's chat template prints a date, {today} in all runs of this group")
+            log.info(notes[-1])
         for name, problems in splits.items():
-            prompts[name], dropped = dataset.encode(tokenizer, self.config.dataset, problems)
+            prompts[name], dropped = dataset.encode(tokenizer, self.config.dataset, problems, today)
             limit = self.config.dataset.max_prompt_tokens
             if dropped:
                 notes.append(f"{dropped} of {len(problems)} {name} problems were dropped: prompts over {limit} tokens")
