@@ -1,11 +1,8 @@
-import datetime
 import hashlib
 import itertools
 import json
 import os
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from pspo import dataset
 from pspo.base.schema import ConfigError, build
@@ -26,10 +21,6 @@ DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}; set PSPO_DATA")
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "dataset").glob("*.yaml"))
 GSM8K = {"question": "How many?", "answer": "6*<<6*7=42>>7.\n#### 1,042"}
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} ; {% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
-)
 
 
 def config(name, **changes):
@@ -49,15 +40,6 @@ def write(path, *rows):
     else:
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-def tokenizer(template=TEMPLATE):
-    words = ["system", "user", "assistant", ":", ";", "Be", "brief", ".", "How", "many", "?", "eggs"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
-    made.chat_template = template
-    return made
 
 
 # --- configuration
@@ -514,153 +496,6 @@ def test_too_few_problems_for_validation(tmp_path, files):
         write(tmp_path / f"{split}.jsonl", *[{"question": f"{split} {i}", "answer": i} for i in range(num)])
     with pytest.raises(ConfigError, match=r"dataset\.num_validation=3: "):
         dataset.load(config("jsonl", path=str(tmp_path), num_validation=3), seed=0)
-
-
-# --- prompts
-
-
-def test_render_sends_a_system_message_only_if_there_is_one():
-    made = tokenizer()
-    assert made.decode(dataset.render(made, "Be brief .", "How many ?")) == (
-        "system : Be brief . ; user : How many ? ; assistant :"
-    )
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
-
-
-def test_render_without_a_chat_template():
-    with pytest.raises(ConfigError, match="has no chat template"):
-        dataset.render(tokenizer(None), "", "How many ?")
-
-
-def test_long_prompts_are_dropped_and_counted():
-    short, long = Problem("a", "How many ?", "1", ""), Problem("b", "How many eggs ?", "1", "")
-    made = tokenizer()
-    length = len(dataset.render(made, "", short.question))
-    prompts, num_dropped = dataset.encode(made, config("embedded", max_prompt_tokens=length), [short, long, short])
-    assert [prompt.problem for prompt in prompts] == [short, short]
-    assert num_dropped == 1
-    assert all(len(prompt.token_ids) == length for prompt in prompts)
-
-
-GEMMA = (  # of gemma-2-2b-it, shortened
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] | trim + ' ; ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}"
-)
-
-
-def refused(template, system_prompt="Be brief ."):
-    with pytest.raises(ConfigError) as caught:
-        dataset.encode(
-            tokenizer(template), config("gsm8k", system_prompt=system_prompt), [Problem("a", "How ?", "", "")]
-        )
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_a_template_that_refuses_a_system_message_names_the_remedy():
-    told = refused(GEMMA)
-    assert "System role not supported; it writes prompts without a system message alone" in told
-    assert told.endswith('set dataset.system_prompt=""')
-    made = tokenizer(GEMMA)
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
-
-
-def test_a_template_that_leaves_the_system_message_out_is_refused():
-    silent = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
-    assert refused(silent).startswith("dataset.system_prompt='Be brief .': the model's chat template leaves it out")
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{% for m in messages %}{{ m['content'] }", "unexpected"),
-        ("{% for m in messages %}", "Unexpected end of template"),
-        ("{{ messages[0]['content'] | no_such_filter }}", "No filter named 'no_such_filter'"),
-        ("{{ raise_exception('Conversations begin with a greeting') }}", "Conversations begin with a greeting"),
-        ("{{ tools | length }}", "has no len"),
-        ("{{ persona.name }}", "'persona' is undefined"),
-        ("{{ 1 / (messages | length - messages | length) }}", "division by zero"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ],
-)
-def test_a_template_that_cannot_write_a_prompt_is_one_sentence(template, reason):
-    for system_prompt in ("Be brief .", ""):
-        told = refused(template, system_prompt)
-        assert reason in told
-        assert told.endswith("mend chat_template.jinja in the model's folder, or choose another model")
-
-
-def test_one_of_several_templates_is_the_default():
-    several = {"rag": TEMPLATE, "tool_use": TEMPLATE}
-    assert "of the chat templates of this model (rag, tool_use) none is named default" in refused(several)
-    made = tokenizer(several | {"default": TEMPLATE})
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
-
-
-DATED = (  # of Llama-3.2-1B-Instruct, shortened
-    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
-    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
-    "{%- endif %}{%- endif %}Today Date: {{ date_string }}\n{% for m in messages %}{{ m['content'] }}{% endfor %}"
-)
-
-
-def text_of(template, today):
-    class Echo(PreTrainedTokenizerFast):
-        def __call__(self, texts, **_):
-            return {"input_ids": texts}
-
-    made = Echo(tokenizer_object=Tokenizer(models.WordLevel({})))
-    made.chat_template = template
-    return dataset.render(made, "", "How many ?", today)
-
-
-def test_a_template_that_prints_the_date_prints_the_given_one():
-    assert text_of(DATED, datetime.date(2031, 2, 3)) == "Today Date: 03 Feb 2031\nHow many ?"
-    nested = "{% macro head() %}{{ strftime_now(format='%-d.%-m.%y, %A, %H:%M') }}{% endmacro %}{{ head() }}"
-    assert text_of(nested, datetime.date(2031, 2, 3)) == "3.2.31, Monday, 00:00"
-
-
-@pytest.mark.parametrize(
-    "before", ["", "\n", "\n\n", "  ", "  {% if true %} x{% endif %}\n", "{# note #}\n", "{{ '' }}\n"]
-)
-@pytest.mark.parametrize("form", ["%Y-%m-%d", "%A, %d. %B %y", "%a %b %-d %j %U %W %G-%V-%u %w %x", "day"])
-def test_a_given_date_changes_nothing_else(before, form):
-    template = before + "{{ strftime_now('" + form + "') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    days, free = [datetime.date.today()], text_of(template, None)
-    days.append(datetime.date.today())  # another one at midnight
-    assert free in [text_of(template, day) for day in days]
-
-
-def test_the_first_run_of_a_group_sets_the_date_of_all(tmp_path):
-    assert dataset.prompt_date(tokenizer(), tmp_path) is None
-    assert list(tmp_path.iterdir()) == []
-    today = dataset.prompt_date(tokenizer(DATED), tmp_path)
-    assert (tmp_path / "prompt_date").read_text() == f"{today}\n"
-    (tmp_path / "prompt_date").write_text("2001-02-03\n")
-    assert dataset.prompt_date(tokenizer(DATED), tmp_path) == datetime.date(2001, 2, 3)
-    (tmp_path / "prompt_date").write_text("soon")
-    with pytest.raises(ConfigError, match=r"prompt_date, the day .* must hold a day such as 2026-01-31"):
-        dataset.prompt_date(tokenizer(DATED), tmp_path)
-    with pytest.raises(ConfigError, match="cannot be read or written"):
-        dataset.prompt_date(tokenizer(DATED), tmp_path / "prompt_date")
-
-
-def test_runs_that_begin_together_agree_on_the_date(tmp_path, monkeypatch):
-    days = iter(datetime.date(2031, 2, day) for day in range(1, 9))
-
-    class Clock(datetime.date):
-        @classmethod
-        def today(cls):
-            time.sleep(0.01)  # long enough for all to find no file, were there no lock
-            return next(days)
-
-    monkeypatch.setattr("pspo.dataset.prompt.datetime.date", Clock)
-    made = tokenizer(DATED)
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: dataset.prompt_date(made, tmp_path), range(8)))
-    assert found == [datetime.date(2031, 2, 1)] * 8
 
 
 # --- order
