@@ -41,7 +41,7 @@ class Config(Schema):
     """One run. Every block stands in the module of its name."""
 
     group: str = key("directory under output_dir, and group in the tracker, that holds the runs of one comparison")
-    output_dir: str = key("where run directories are made")
+    output_dir: str = key("where run directories are made", path=True)
     seed: int = key("of the warm start, the data order, the samples and the minibatches", within="[0, 4294967295]")
     device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
     threads: int | None = key(
@@ -52,7 +52,9 @@ class Config(Schema):
     rerun: Literal["never", "changed", "all"] = key(
         "move a finished run aside and make it anew: never, if the code has changed since, or in any case"
     )
-    continue_from: str | None = key("finished run directory, equal but for its shorter budget, to begin from; or null")
+    continue_from: str | None = key(
+        "finished run directory, equal but for its shorter budget, to begin from; or null", path=True
+    )
     model: Model
     dataset: DatasetConfig
     reward: RewardConfig
@@ -186,11 +188,46 @@ def groups() -> dict[str, list[str]]:
 def open_keys(arguments: Sequence[str]) -> list[str]:
     """Let every ``key=value`` through Hydra, so that the schema refuses an unknown key and lists the known ones.
 
-    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key. A path with a
-    ``=`` in it, as run directories have, is quoted, which Hydra's grammar asks for.
+    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key. A value that
+    Hydra's grammar has no place for, such as a path with parentheses, is quoted.
     """
-    quoted = [re.sub(r"^([^=]+)=([\w./~+-]*=[\w./~+=-]*)$", r"\1='\2'", a) for a in arguments]
-    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in quoted]
+    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in map(quoted, arguments)]
+
+
+def quoted(argument: str) -> str:
+    """``key=value`` with quotes about a value, or about the items of a list, that Hydra's grammar has no place for."""
+    name, equals, value = argument.partition("=")
+    if not equals or name.startswith(("-", "~")) or _is_grammatical(value):
+        return argument
+    return f"{name}={_quote(value)}"
+
+
+def _quote(value: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if value[0] + value[-1] == "[]":
+        return f"[{_quote(value[1:-1])}]"
+    items = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value)
+    if ",".join(items) != value:  # two commas in a row, or one at an end: not a list
+        items = [value]
+    texts = [
+        item if _is_grammatical(item) else QuotedString(item.strip(), Quote.single).with_quotes() for item in items
+    ]
+    return ",".join(texts)
+
+
+@functools.cache
+def _is_grammatical(value: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if re.fullmatch(r"[\w./+-]*", value, re.ASCII) and len(value) < 1000:
+        return True
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except (HydraException, ValueError, RecursionError):  # ValueError: more digits than Python reads
+        return False
+    return True
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

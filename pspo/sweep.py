@@ -21,10 +21,11 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
-from pspo.config import CONF
+from pspo.config import CONF, quoted
 from pspo.launcher import Planned, make_plan
 
 SWEEPS = CONF.parent / "sweeps"
@@ -128,7 +129,7 @@ def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[s
     """The key of an override in Hydra's grammar, and one override for each of its values."""
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{where}: {text!r} is no override; write key=value")
-    override = parser.parse_overrides([text])[0]
+    override = parser.parse_overrides([text := quoted(text)])[0]
     name = override.get_key_element().lstrip("+")
     if not override.is_sweep_override():
         return name, [text.lstrip("+")]
@@ -208,7 +209,7 @@ def cli() -> None:
     except ConfigError as error:
         sys.stderr.write(f"pspo: {error}\n")
         sys.exit(2)
-    sys.argv[1:] = ["-m", f"hydra.sweeper.file='{path}'", *sys.argv[2:]]
+    sys.argv[1:] = ["-m", f"hydra.sweeper.file={QuotedString(str(path), Quote.single).with_quotes()}", *sys.argv[2:]]
     run.cli()
 
 

@@ -42,7 +42,7 @@ class DatasetConfig(Schema, block="dataset"):
     """Which problems, and what a prompt looks like."""
 
     name: Literal["embedded", "gsm8k", "svamp", "asdiv", "math500", "math", "jsonl"] = key("the data set")
-    path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null")
+    path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null", path=True)
     system_prompt: str = key("the system message before each question; empty for none")
     num_validation: int = key("training problems held out for validation", within="[0, inf)")
     test_limit: int | None = key("test problems to evaluate, a fixed random choice; null for all", within="[1, inf)")

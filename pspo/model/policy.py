@@ -41,7 +41,9 @@ class Model(Schema, block="model"):
 
     name: str = key("what the run calls it")
     hub_id: str | None = key("repository on the Hugging Face hub")
-    path: str | None = key("a local directory in its place: safetensors weights, tokenizer and chat template")
+    path: str | None = key(
+        "a local directory in its place: safetensors weights, tokenizer and chat template", path=True
+    )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
     attention: Literal["grouped", "eager", "sdpa", "flash_attention_2"] = key(
