@@ -199,21 +199,20 @@ def quoted(argument: str) -> str:
     name, equals, value = argument.partition("=")
     if not equals or name.startswith(("-", "~")) or _is_grammatical(value):
         return argument
-    return f"{name}={_quote(value)}"
-
-
-def _quote(value: str) -> str:
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    if value[0] + value[-1] == "[]":
-        return f"[{_quote(value[1:-1])}]"
+    brackets = ("[", "]") if value[0] + value[-1] == "[]" else ("", "")
+    value = value.removeprefix(brackets[0]).removesuffix(brackets[1])
     items = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value)
     if ",".join(items) != value:  # two commas in a row, or one at an end: not a list
         items = [value]
-    texts = [
-        item if _is_grammatical(item) else QuotedString(item.strip(), Quote.single).with_quotes() for item in items
-    ]
-    return ",".join(texts)
+    inside = ",".join(item if _is_grammatical(item) else in_quotes(item.strip()) for item in items)
+    return f"{name}={brackets[0]}{inside}{brackets[1]}"
+
+
+def in_quotes(value: str) -> str:
+    """A value in quotes, as Hydra's grammar has them."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 @functools.cache
@@ -221,8 +220,6 @@ def _is_grammatical(value: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if re.fullmatch(r"[\w./+-]*", value, re.ASCII) and len(value) < 1000:
-        return True
     try:
         OverridesParser.create().parse_override(f"key={value}")
     except (HydraException, ValueError, RecursionError):  # ValueError: more digits than Python reads

@@ -21,11 +21,10 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
-from pspo.config import CONF, quoted
+from pspo.config import CONF, in_quotes, quoted
 from pspo.launcher import Planned, make_plan
 
 SWEEPS = CONF.parent / "sweeps"
@@ -209,7 +208,7 @@ def cli() -> None:
     except ConfigError as error:
         sys.stderr.write(f"pspo: {error}\n")
         sys.exit(2)
-    sys.argv[1:] = ["-m", f"hydra.sweeper.file={QuotedString(str(path), Quote.single).with_quotes()}", *sys.argv[2:]]
+    sys.argv[1:] = ["-m", f"hydra.sweeper.file={in_quotes(str(path))}", *sys.argv[2:]]
     run.cli()
 
 

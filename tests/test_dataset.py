@@ -358,7 +358,7 @@ def test_jsonl_file_is_for_training(tmp_path):
     ("line", "message"),
     [
         ('{"question": "a", "ans', "train.jsonl line 2 is not JSON"),
-        ("[1]", "line 2 must be an object with named fields, got list"),
+        ("[1]", "line 2: must be an object with named fields, got list"),
         ({"question": "a"}, "line 2: answer is missing; the row has question"),
         ({"answer": "a"}, "line 2: question or prompt is missing"),
         ({"question": 3, "answer": "a"}, "line 2: question must be text that is not blank, got 3"),

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pspo import dataset, model
 from pspo.base.schema import ConfigError
+from pspo.dataset import prompt
 from pspo.dataset.problem import Problem
 from pspo.run.job import run
 from tests.test_dataset import config
@@ -47,9 +48,9 @@ def test_long_prompts_are_dropped_and_counted():
     made = tokenizer()
     length = len(dataset.render(made, "", short.question))
     prompts, num_dropped = dataset.encode(made, config("embedded", max_prompt_tokens=length), [short, long, short])
-    assert [prompt.problem for prompt in prompts] == [short, short]
+    assert [each.problem for each in prompts] == [short, short]
     assert num_dropped == 1
-    assert all(len(prompt.token_ids) == length for prompt in prompts)
+    assert all(len(each.token_ids) == length for each in prompts)
 
 
 GEMMA = (  # of gemma-2-2b-it, shortened
@@ -104,7 +105,7 @@ def test_a_template_that_cannot_write_a_prompt_is_one_sentence(template, reason)
 
 def test_one_of_several_templates_is_the_default():
     several = {"rag": TEMPLATE, "tool_use": TEMPLATE}
-    assert "of the chat templates of this model (rag, tool_use) none is named default" in refused(several)
+    assert "this model has the chat templates rag, tool_use and none named default" in refused(several)
     made = tokenizer(several | {"default": TEMPLATE})
     assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
 
@@ -151,7 +152,9 @@ def test_the_first_run_of_a_group_sets_the_date_of_all(tmp_path):
     (tmp_path / "prompt_date").write_text("2001-02-03\n")
     assert dataset.prompt_date(tokenizer(DATED), tmp_path) == datetime.date(2001, 2, 3)
     (tmp_path / "prompt_date").write_text("soon")
-    with pytest.raises(ConfigError, match=r"prompt_date, the day .* must hold a day such as 2026-01-31"):
+    with pytest.raises(
+        ConfigError, match="prompt_date, which holds a day such as 2026-01-31, cannot be read or written"
+    ):
         dataset.prompt_date(tokenizer(DATED), tmp_path)
     with pytest.raises(ConfigError, match="cannot be read or written"):
         dataset.prompt_date(tokenizer(DATED), tmp_path / "prompt_date")
@@ -166,7 +169,7 @@ def test_runs_that_begin_together_agree_on_the_date(tmp_path, monkeypatch):
             time.sleep(0.01)  # long enough for all to find no file, were there no lock
             return next(days)
 
-    monkeypatch.setattr("pspo.dataset.prompt.datetime.date", Clock)
+    monkeypatch.setattr("pspo.dataset.prompt.date", Clock)
     made = tokenizer(DATED)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: dataset.prompt_date(made, tmp_path), range(8)))
@@ -215,7 +218,7 @@ def test_all_runs_of_a_group_print_the_day_of_the_first(folder, tmp_path, cache)
                 print("prompt:", tokenizer.decode(prompts[0].token_ids)[-10:])
             return prompts, dropped
 
-        kept, dataset.encode, datetime.date = dataset.encode, encode, Clock
+        kept, dataset.encode, prompt.date = dataset.encode, encode, Clock
         model.load = lambda *_: print("end") or exit(0)  # prompts are all that is of interest
 
     for day, seed in ((1, 0), (2, 0), (3, 1)):

@@ -1,10 +1,10 @@
 """Problems: the data sets, their splits, their prompts and the order in which they are visited."""
 
-import datetime
 import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pspo.base.schema import ConfigError, Schema, key
@@ -12,27 +12,15 @@ from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
 from pspo.dataset.prompt import prompt_date, render, render_all
+from pspo.host import hub
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
-    "DatasetConfig",
-    "EmbeddedConfig",
-    "Problem",
-    "Prompt",
-    "Splits",
-    "check",
-    "digests",
-    "encode",
-    "is_test_set",
-    "load",
-    "order",
-    "prompt_date",
-    "refuse_training",
-    "render",
-    "render_all",
-]
+    "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "digests", "encode", "is_test_set",
+    "load", "order", "prompt_date", "refuse_training", "render", "render_all",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +102,12 @@ def digests(config: DatasetConfig) -> dict[str, str]:
 
     Empty for the embedded task, which the package's own code makes. Raises ConfigError.
     """
-    return {} if isinstance(config, EmbeddedConfig) else sources.digests(config.name, config.path)
+    if isinstance(config, EmbeddedConfig):
+        return {}
+    if config.path is None:
+        return {each.repo: hub.commit(sources.folder(each, config.name, None)) for each in sources.SETS[config.name]}
+    located = [paths for _, splits in sources.locate(config.name, config.path) for paths in splits.values()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for paths in located for path in paths}
 
 
 def load(config: DatasetConfig, seed: int) -> Splits:
@@ -146,10 +139,7 @@ def load(config: DatasetConfig, seed: int) -> Splits:
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase",
-    config: DatasetConfig,
-    problems: list[Problem],
-    today: datetime.date | None = None,
+    tokenizer: "Tokenizer", config: DatasetConfig, problems: list[Problem], today: date | None = None
 ) -> tuple[list[Prompt], int]:
     """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
 

@@ -106,7 +106,10 @@ def find(path: Path, *, subset: str, whole: str, lone: str) -> dict[str, list[Pa
 def read(path: Path) -> Iterator[Row]:
     """The rows of one file, in order. Raises ConfigError, naming the file and the line, on what cannot be read."""
     with readable(path):
-        yield from READERS[path.suffix](path)
+        for row in READERS[path.suffix](path):
+            if not isinstance(row.fields, dict):
+                raise row.error(f"must be an object with named fields, got {type(row.fields).__name__}")
+            yield row
 
 
 def _split(relative: Path) -> str | None:
@@ -120,30 +123,23 @@ def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:  # bytes, so that only \n ends a line
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _record(_parse(line, f"{path} line {number}"), f"{path} line {number}")
+                yield Row(_parse(line, f"{path} line {number}"), f"{path} line {number}")
 
 
 def _json(path: Path) -> Iterator[Row]:
     content = _parse(path.read_bytes(), str(path))
     for number, item in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield _record(item, f"{path} item {number}")
+        yield Row(item, f"{path} item {number}")
 
 
-def _parse(content: bytes, where: str) -> object:
+def _parse(content: bytes, where: str) -> Any:
     try:
         parsed = json.loads(content)
         json.dumps(parsed, ensure_ascii=False).encode()  # fails for half a character, a lone "\\ud800"
     except (ValueError, RecursionError) as error:  # ValueError: also for an integer of more digits than Python reads
-        raise ConfigError(
-            f"{where} is not JSON in UTF-8: {str(error).partition(';')[0]}; repair or remove it"
-        ) from error
+        told = str(error).partition(";")[0]
+        raise ConfigError(f"{where} is not JSON in UTF-8: {told}; repair or remove it") from error
     return parsed
-
-
-def _record(item: object, where: str) -> Row:
-    if not isinstance(item, dict):
-        raise ConfigError(f"{where} must be an object with named fields, got {type(item).__name__}")
-    return Row(item, where)
 
 
 def _xml(path: Path) -> Iterator[Row]:

@@ -1,6 +1,5 @@
 """The real sets: where each comes from and how one of its rows becomes a problem."""
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,11 @@ class Source:
     whole: str = ""  # a file of the authors' that holds the entire set, which is then for testing
     lone: str = "test"  # the split of such a file, and of any file whose name tells none
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # theirs -> ours
+
+    def find(self, path: Path) -> dict[str, list[Path]]:
+        """The files under ``path``, by their split. Raises ConfigError."""
+        with files.readable(path):
+            return files.find(path, subset=self.subset, whole=self.whole, lone=self.lone)
 
 
 def gsm8k(row: Row) -> Parsed:
@@ -115,31 +119,27 @@ def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Pat
     """The files of each split, by our names, for each source of data set ``name``. Raises ConfigError."""
     located = []
     for source in SETS[name]:
-        folder = place(source, name, path)
-        with files.readable(folder):
-            found = files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)
+        place = folder(source, name, path)
+        found = source.find(place)
         ours = {source.splits[split]: paths for split, paths in found.items() if split in source.splits}
         if not ours:
             wanted = " or ".join(source.splits)
-            raise ConfigError(f"{folder} holds no {wanted} file, only {', '.join(found)}; dataset={name} needs it")
+            raise ConfigError(f"{place} holds no {wanted} file, only {', '.join(found)}; dataset={name} needs it")
         located.append((source, ours))
     return located
 
 
-def place(source: Source, name: str, path: str | None) -> Path:
-    """Where the files of one source of data set ``name`` are: the hub's snapshot, or a path. Raises ConfigError."""
-    if path is None:
-        return _download(source, name)
-    # MATH stands in two repositories, so in two folders
-    return Path(path) / source.repo.partition("/")[2] if len(SETS[name]) > 1 else Path(path)
+def folder(source: Source, name: str, path: str | None) -> Path:
+    """Where the files of a source are: under ``path``, else in the hub's cache, fetched if need be. Raises ConfigError.
 
-
-def digests(name: str, path: str | None) -> dict[str, str]:
-    """SHA-256 of every file that is read, by its path; of a repository on the hub the commit, by its name."""
-    if path is None:
-        return {source.repo: hub.commit(place(source, name, path)) for source in SETS[name]}
-    read_files = [file for _, splits in locate(name, path) for paths in splits.values() for file in paths]
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in read_files}
+    Not ``datasets.load_dataset``: offline it finds only what it has itself prepared before, not what ``hf download``
+    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0).
+    """
+    if path is not None:  # MATH stands in two repositories, so in two folders
+        return Path(path) / source.repo.partition("/")[2] if len(SETS[name]) > 1 else Path(path)
+    asked, instead = f"dataset={name}", "set dataset.path=<folder with the files>"
+    patterns = ["*.parquet", "*.jsonl"]
+    return hub.locate(source.repo, patterns, source.find, asked=asked, kind="dataset", instead=instead)
 
 
 def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
@@ -154,23 +154,3 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     if not problems:
         raise ConfigError(f"{paths[0]} has no rows; put at least one there, or remove it")
     return list(problems.values())
-
-
-def _download(source: Source, name: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched if need be.
-
-    Not ``datasets.load_dataset``: offline it finds only what it has itself prepared before, not what ``hf download``
-    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0). Its readers do the rest.
-    """
-    return hub.locate(
-        source.repo,
-        ["*.parquet", "*.jsonl"],
-        lambda folder: _check(source, folder),
-        asked=f"dataset={name}",
-        kind="dataset",
-        instead="set dataset.path=<folder with the files>",
-    )
-
-
-def _check(source: Source, folder: Path) -> None:
-    files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)

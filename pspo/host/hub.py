@@ -14,7 +14,7 @@ from pspo.base.schema import ConfigError
 
 
 def locate(
-    repo: str, patterns: list[str], check: Callable[[Path], None], *, asked: str, kind: str, instead: str
+    repo: str, patterns: list[str], check: Callable[[Path], object], *, asked: str, kind: str, instead: str
 ) -> Path:
     """The local snapshot of ``repo``, a "model" or "dataset"; ``check`` raises ConfigError where files are missing.
 

@@ -42,9 +42,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
     tests = [problem for test in problems.test.values() for problem in test]
-    dataset.encode(
-        model.tokenizer(config.model), config.dataset, [*problems.train, *tests][:1]
-    )  # raises what the chat template does
+    dataset.encode(model.tokenizer(config.model), config.dataset, [*problems.train, *tests][:1])  # or refuse it
     earlier.set_aside(config, directory)
     with (
         lock.hold(directory) as owner,
