@@ -36,7 +36,7 @@ class Config(Schema):
     """One run. Every block stands in the module of its name."""
 
     group: str = key("directory under output_dir, and group in the tracker, that holds the runs of one comparison")
-    output_dir: str = key("where run directories are made")
+    output_dir: str = key("where run directories are made", path=True)
     seed: int = key("of the warm start, the data order, the samples and the minibatches", within="[0, 4294967295]")
     device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
     threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
@@ -46,7 +46,8 @@ class Config(Schema):
         "all finished ones too; resume: none, and unfinished ones go on although data, reward or model has changed"
     )
     continue_from: str | None = key(
-        "directory of a finished run to continue with a longer budget, all other settings being that run's; or null"
+        "directory of a finished run to continue with a longer budget, all other settings being that run's; or null",
+        path=True,
     )
     model: ModelConfig
     dataset: DatasetConfig
@@ -193,11 +194,43 @@ def groups() -> dict[str, list[str]]:
 def open_keys(arguments: Sequence[str]) -> list[str]:
     """Let every ``key=value`` through Hydra, so that the schema refuses an unknown key and lists the known ones.
 
-    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key. A path with a
-    ``=`` in it, as run directories have, is quoted, which Hydra's grammar asks for.
+    Plain Hydra would accept ``+objective.alpha=.3`` under ``clip`` and advise a ``+`` for a misspelt key. A value that
+    Hydra's grammar has no place for, such as a path with parentheses, is quoted.
     """
-    quoted = [re.sub(r"^([^=]+)=([\w./~+-]*=[\w./~+=-]*)$", r"\1='\2'", a) for a in arguments]
-    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in quoted]
+    return [f"++{a.lstrip('+')}" if _sets_value(a) else a for a in map(quoted, arguments)]
+
+
+def quoted(argument: str) -> str:
+    """``key=value`` with quotes about a value, or about the items of a list, that Hydra's grammar has no place for."""
+    name, equals, value = argument.partition("=")
+    if not equals or name.startswith(("-", "~")) or _is_grammatical(value):
+        return argument
+    brackets = ("[", "]") if value[0] + value[-1] == "[]" else ("", "")
+    value = value.removeprefix(brackets[0]).removesuffix(brackets[1])
+    items = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value)
+    if ",".join(items) != value:  # two commas in a row, or one at an end: not a list
+        items = [value]
+    inside = ",".join(item if _is_grammatical(item) else in_quotes(item.strip()) for item in items)
+    return f"{name}={brackets[0]}{inside}{brackets[1]}"
+
+
+def in_quotes(value: str) -> str:
+    """A value in quotes, as Hydra's grammar has them."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+@functools.cache
+def _is_grammatical(value: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except (HydraException, ValueError, RecursionError):  # ValueError: more digits than Python reads
+        return False
+    return True
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

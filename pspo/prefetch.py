@@ -67,12 +67,12 @@ def verify(config: Config) -> None:
     some = next(split for split in (problems.train, problems.validation, *problems.test.values()) if split)
     if config.model.made_here:
         environment.settle(environment.choose_threads(config.threads))
-        tokenizer = model.load(config.model, config.seed, torch.device("cpu")).tokenizer
+        model.load(config.model, config.seed, torch.device("cpu"))
         told = "the embedded policy"
     else:
-        directory, tokenizer = source.locate(config.model), model.tokenizer(config.model)
+        directory = source.locate(config.model)
         told = f"{directory} ({_count_tensors(directory)} tensors)"
-    dataset.encode(tokenizer, config.dataset, some[:1])
+    dataset.encode(model.tokenizer(config.model), config.dataset, some[:1])
     sizes = {"train": problems.train, "validation": problems.validation} | problems.test
     counts = ", ".join(f"{len(split)} {name}" for name, split in sizes.items())
     log.info("verified offline: dataset=%s (%s), %s", config.dataset.name, counts, told)

@@ -24,6 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pspo.base.files import CONF, write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
+from pspo.config import in_quotes, quoted
 from pspo.launcher import Planned, make_plan
 
 SWEEPS = CONF.parent / "sweeps"
@@ -127,7 +128,7 @@ def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[s
     """The key of an override in Hydra's grammar, and one override for each of its values."""
     if "=" not in text and not text.startswith("~"):
         raise ConfigError(f"{where}: {text!r} is no override; write key=value")
-    override = parser.parse_overrides([text])[0]
+    override = parser.parse_overrides([text := quoted(text)])[0]
     name = override.get_key_element().lstrip("+")
     if not override.is_sweep_override():
         return name, [text.lstrip("+")]
@@ -207,7 +208,7 @@ def cli() -> None:
     except ConfigError as error:
         sys.stderr.write(f"pspo: {error}\n")
         sys.exit(2)
-    sys.argv[1:] = ["-m", f"hydra.sweeper.file='{path}'", *sys.argv[2:]]
+    sys.argv[1:] = ["-m", f"hydra.sweeper.file={in_quotes(str(path))}", *sys.argv[2:]]
     run.cli()
 
 

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 from training import composed
 
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError, Schema, as_dict, build, fields_of, key
-from pspo.config import Config, compose, groups, identity, open_keys, resolve, run_directory
+from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve, run_directory
 from pspo.run.help import EXAMPLES, help_text
+from pspo.sweep import expand
 
 KEYS = Path(__file__).with_name("keys.txt")
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
@@ -53,10 +57,60 @@ def test_alpha_given_twice_is_refused():
             composed(*overrides)
 
 
-def test_a_run_directory_is_a_value_as_it_stands():
-    for path in ("outputs/main/pspo_seed=1_budget.steps=3_seed0_d4d609e9", "/a/b=c", "a=", "~/x=1+2"):
-        assert composed(f"continue_from={path}").continue_from == path
-        assert composed(f"continue_from='{path}'").continue_from == path
+PATHS = [
+    "outputs/main/pspo_seed=1_budget.steps=3_seed0_d4d609e9",
+    *("/a/b=c", "a=", "/a/data (2).jsonl", "/a b/c", "/größe/日本", "/a/{b}", "/a/[b]", "/a/$b", "(", "[", "x,"),
+    *("it's", 'say "x"', "'\"", "a\\", "/it's\\", "C:\\x", "#&;!^<>`|?*@%:", "~no-such-user/x"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_is_a_value_as_it_stands(path):
+    argument = f"continue_from={path}"
+    assert compose([argument]).continue_from == path
+    assert quoted(quoted(argument)) == quoted(argument)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters=",\\", exclude_categories=["Cc"])))
+def test_hydra_reads_any_path_as_it_stands(text):
+    """A comma makes a list, and the backslash before a special character is Hydra's own way to quote it."""
+    path = f"/{text}/x"
+    assert OverridesParser.create().parse_override(quoted(f"key={path}")).value() == path
+
+
+def test_text_that_is_something_else_is_told_to_be_quoted():
+    for value in ("2024", "1e5", "true", "[~/a]"):
+        with pytest.raises(
+            ConfigError, match=r"continue_from must be text or null, got .*; to have it as text, quote it"
+        ):
+            compose([f"continue_from={value}"])
+        assert compose([f'continue_from="{value}"']).continue_from == value
+    with pytest.raises(ConfigError, match=r"continue_from must be text in UTF-8, got 'caf\\udce9'; rename"):
+        compose(["continue_from=caf\udce9"])  # a byte of Latin 1, as Python hands it over
+
+
+def test_the_home_directory_may_be_written_short(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    files = ["model.path", "dataset.path", "reward.function", "output_dir", "continue_from"]
+    options = ["model=qwen0_5b", "dataset=gsm8k", "reward=custom"]
+    short, long = (compose([*options, *(f"{key}={home}/x y:f" for key in files)]) for home in ("~", "/home/me"))
+    assert short == long
+    assert identity(short) == identity(long)
+    assert short.reward.function == "/home/me/x y:f"
+    assert compose(["dataset.system_prompt=~/x"]).dataset.system_prompt == "~/x"
+
+
+def test_lists_of_paths_are_quoted_item_by_item(tmp_path):
+    assert quoted("seed=1,2") == "seed=1,2"
+    assert quoted("dataset.path=~/a,/b,'c,d',e (1)") == "dataset.path='~/a',/b,'c,d','e (1)'"
+    assert (
+        quoted("hydra.launcher.setup=[module load x,source ~/y]") == "hydra.launcher.setup=[module load x,'source ~/y']"
+    )
+    jobs = [job.overrides for job in expand(None, [quoted("dataset.path=~/a,/b (1)")])]
+    assert jobs == [["dataset.path='~/a'"], ["dataset.path='/b (1)'"]]
+    (tmp_path / "é.yaml").write_text("common: [output_dir=~/o (1)]\nlists: {dataset.path: [~/a, /b é]}")
+    jobs = [job.overrides for job in expand(str(tmp_path / "é.yaml"), [])]
+    assert jobs == [["group=é", "output_dir='~/o (1)'", f"dataset.path='{path}'"] for path in ("~/a", "/b é")]
 
 
 def test_what_bounds_memory_alone_does_not_name_a_run():

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import os
@@ -9,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from pspo import dataset
 from pspo.base.schema import ConfigError, build
@@ -22,10 +21,6 @@ DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}; set PSPO_DATA")
 NAMES = sorted(file.stem for file in (ROOT / "conf" / "dataset").glob("*.yaml"))
 GSM8K = {"question": "How many?", "answer": "6*<<6*7=42>>7.\n#### 1,042"}
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} ; {% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
-)
 
 
 def config(name, **changes):
@@ -45,15 +40,6 @@ def write(path, *rows):
     else:
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-def tokenizer(template=TEMPLATE):
-    words = ["system", "user", "assistant", ":", ";", "Be", "brief", ".", "How", "many", "?", "eggs"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
-    made.chat_template = template
-    return made
 
 
 # --- configuration
@@ -324,6 +310,32 @@ def test_the_cache_that_hf_download_fills_serves_offline(tmp_path, monkeypatch):
     assert sizes(dataset.load(config("gsm8k", num_validation=1), seed=0)) == (1, 1, {"gsm8k": 2})
 
 
+def test_digests_name_the_bytes_of_files_and_the_commits_of_repositories(tmp_path, monkeypatch):
+    assert dataset.digests(config("embedded")) == {}
+    folder = tmp_path / "mine"
+    train, test = (write(folder / f"{split}.jsonl", {"question": "1+1?", "answer": 2}) for split in ("train", "test"))
+    write(folder / "notes.jsonl", "not read")
+    before = dataset.digests(config("jsonl", path=str(folder)))
+    assert before == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in (train, test)}
+    write(test, {"question": "1+2?", "answer": 3})
+    after = dataset.digests(config("jsonl", path=str(folder)))
+    assert [name for name in before if before[name] != after[name]] == [str(test)]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for repo, file, commit in (
+        ("EleutherAI/hendrycks_math", "algebra/train.parquet", "a" * 40),
+        ("HuggingFaceH4/MATH-500", "test.jsonl", "b" * 40),
+    ):
+        root = tmp_path / f"datasets--{repo.replace('/', '--')}"
+        write(root / "snapshots" / commit / file, {"problem": "x"})
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(commit)
+    assert dataset.digests(config("math")) == {
+        "EleutherAI/hendrycks_math": "a" * 40,
+        "HuggingFaceH4/MATH-500": "b" * 40,
+    }
+
+
 # --- a user's own problems
 
 
@@ -346,7 +358,7 @@ def test_jsonl_file_is_for_training(tmp_path):
     ("line", "message"),
     [
         ('{"question": "a", "ans', "train.jsonl line 2 is not JSON"),
-        ("[1]", "line 2 must be an object with named fields, got list"),
+        ("[1]", "line 2: must be an object with named fields, got list"),
         ({"question": "a"}, "line 2: answer is missing; the row has question"),
         ({"answer": "a"}, "line 2: question or prompt is missing"),
         ({"question": 3, "answer": "a"}, "line 2: question must be text that is not blank, got 3"),
@@ -355,6 +367,17 @@ def test_jsonl_file_is_for_training(tmp_path):
         ('{"question": "a", "answer": NaN}', "line 2: answer must be a finite number"),
         ({"question": "a", "answer": "1+1=2 #### 2"}, "line 2: answer must be the final answer alone"),
         ({"question": "a", "answer": 1, "id": 7}, "line 2: id 7 stands here for the second time"),
+        ('{"question": "\\ud800", "answer": 1}', "line 2 is not JSON in UTF-8: .* surrogates not allowed"),
+        ('{"question": "a", "answer": 1, "extra": ["\\udc00"]}', "line 2 is not JSON in UTF-8: .* surrogates"),
+        ('{"\\ud800": "a", "answer": 1}', "line 2 is not JSON in UTF-8: .* surrogates not allowed"),
+        (
+            f'{{"question": "a", "answer": {"9" * 5000}}}',
+            "line 2 is not JSON in UTF-8: Exceeds the limit .*digits; rep",
+        ),
+        (f'{{"question": "a", "answer": {"[" * 100_000}', "line 2 is not JSON in UTF-8: .*(recursion|overflow)"),
+        ('{"question": "a", "answer": 1e999}', "line 2: answer must be a finite number, got inf"),
+        ('{"question": "a", "answer": -Infinity}', "line 2: answer must be a finite number, got -inf"),
+        ('{"question": "a\x00", "answer": 1}', "line 2 is not JSON in UTF-8: Invalid control character"),
     ],
 )
 def test_broken_line_is_named(tmp_path, line, message):
@@ -372,13 +395,29 @@ def test_broken_line_is_named(tmp_path, line, message):
             b'{"question": "a", "answer": "no mark"}',
             "line 1: answer must end in '#### <number>'",
         ),
-        ("gsm8k", "train.jsonl", b'{"question": "\xff", "answer": "#### 1"}', "line 1 is not UTF-8"),
-        ("gsm8k", "test.parquet", b"version https://git-lfs", "test.parquet is not Parquet"),
-        ("gsm8k", "test.arrow", b"nothing of the kind", "test.arrow is not an Arrow stream"),
+        (
+            "gsm8k",
+            "train.jsonl",
+            b'{"question": "\xff", "answer": "#### 1"}',
+            "line 1 is not JSON in UTF-8: .* can't decode byte 0xff",
+        ),
+        (
+            "gsm8k",
+            "test.parquet",
+            b"version https://git-lfs",
+            "test.parquet cannot be read: .*a Git LFS pointer is not data",
+        ),
+        ("gsm8k", "test.arrow", b"nothing of the kind", "test.arrow cannot be read"),
         ("gsm8k", "test.jsonl", b"", "test.jsonl has no rows"),
-        ("asdiv", "ASDiv.xml", b"<a><Problem></a>", "ASDiv.xml is not XML"),
+        ("asdiv", "ASDiv.xml", b"<a><Problem></a>", "ASDiv.xml cannot be read: mismatched tag"),
         ("asdiv", "ASDiv.xml", b"<a><Problem ID='n1'><Body>b</Body></Problem></a>", "problem n1: answer is missing"),
         ("svamp", "SVAMP.json", b"[{]", "SVAMP.json is not JSON"),
+        ("asdiv", "ASDiv.xml", b"<a>&#xD800;</a>", "ASDiv.xml cannot be read: reference to invalid character"),
+        ("asdiv", "ASDiv.xml", b"<?xml version='1.0' encoding='gbk'?><a/>", "ASDiv.xml cannot be read"),
+        ("svamp", "SVAMP.json", b'[{"ID": "\\ud800"}]', "SVAMP.json is not JSON in UTF-8"),
+        ("gsm8k", "train.jsonl", '{"question": "a"}'.encode("utf-16"), "line 1 is not JSON in UTF-8|answer is missing"),
+        ("gsm8k", "train.jsonl", b"\x1f\x8b\x08\x00", "line 1 is not JSON in UTF-8"),  # compressed
+        ("gsm8k", "train.jsonl.gz", b"\x1f\x8b\x08\x00", "holds no train, validation or test file"),
         ("math500", "train.jsonl", b"{}", "holds no test file, only train; dataset=math500 needs it"),
         ("svamp", "notes.json", b"{}", "holds no SVAMP.json or train, validation or test file"),
     ],
@@ -387,6 +426,59 @@ def test_broken_files_are_named(tmp_path, name, file, content, message):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         dataset.load(config(name, path=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_broken_row_of_a_table_is_named(tmp_path, suffix):
+    """A table's text is promised to be UTF-8, which the writer of the file need not have looked at."""
+    half = pa.array([b"ok?", b"caf\xe9?"]).view(pa.string())
+    table, path = pa.table({"question": half, "answer": ["1", "2"]}), tmp_path / f"train.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    with pytest.raises(ConfigError, match=rf"train\.{suffix} row 2 is not UTF-8"):
+        dataset.load(config("jsonl", path=str(tmp_path)), seed=0)
+
+
+def test_a_torn_table_is_named(tmp_path):
+    for suffix in ("parquet", "arrow"):
+        path = write(tmp_path / suffix / f"train.{suffix}", *gsm8k_rows("train", 100))
+        path.write_bytes(path.read_bytes()[:-300])
+        with pytest.raises(ConfigError, match=rf"train\.{suffix} cannot be read"):
+            dataset.load(config("gsm8k", path=str(path)), seed=0)
+
+
+def test_what_the_system_refuses_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="cannot be read: File name too long; mend its name"):
+        dataset.check(config("jsonl", path="x" * 300))
+    with pytest.raises(ConfigError, match="does not exist"):
+        dataset.check(config("jsonl", path="a\0b"))
+    write(tmp_path / "train.jsonl", {"question": "1+1?", "answer": 2})
+    made = config("jsonl", path=str(tmp_path))
+
+    def refuse(path, *mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)  # the user who runs the tests may be allowed to read all files
+    with pytest.raises(ConfigError, match=r"train\.jsonl cannot be read: Permission denied; mend its name or perm"):
+        dataset.load(made, seed=0)
+
+
+def test_a_folder_is_no_data_file(tmp_path):
+    (tmp_path / "train.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="holds no train, validation or test file"):
+        dataset.check(config("jsonl", path=str(tmp_path)))
+    write(tmp_path / "train.jsonl" / "train.jsonl", {"question": "1+1?", "answer": 2})
+    assert sizes(dataset.load(config("jsonl", path=str(tmp_path), num_validation=0), seed=0)) == (1, 0, {})
+
+
+def test_a_byte_order_mark_and_a_long_line_are_read(tmp_path):
+    row = json.dumps({"question": "a " * 10**6, "answer": 2})
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
+    splits = dataset.load(config("jsonl", path=str(tmp_path), num_validation=0), seed=0)
+    assert len(splits.train[0].question) == 2 * 10**6 - 1
 
 
 def test_unknown_format_and_two_formats(tmp_path):
@@ -404,32 +496,6 @@ def test_too_few_problems_for_validation(tmp_path, files):
         write(tmp_path / f"{split}.jsonl", *[{"question": f"{split} {i}", "answer": i} for i in range(num)])
     with pytest.raises(ConfigError, match=r"dataset\.num_validation=3: "):
         dataset.load(config("jsonl", path=str(tmp_path), num_validation=3), seed=0)
-
-
-# --- prompts
-
-
-def test_render_sends_a_system_message_only_if_there_is_one():
-    made = tokenizer()
-    assert made.decode(dataset.render(made, "Be brief .", "How many ?")) == (
-        "system : Be brief . ; user : How many ? ; assistant :"
-    )
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
-
-
-def test_render_without_a_chat_template():
-    with pytest.raises(ConfigError, match="has no chat template"):
-        dataset.render(tokenizer(None), "", "How many ?")
-
-
-def test_long_prompts_are_dropped_and_counted():
-    short, long = Problem("a", "How many ?", "1", ""), Problem("b", "How many eggs ?", "1", "")
-    made = tokenizer()
-    length = len(dataset.render(made, "", short.question))
-    prompts, num_dropped = dataset.encode(made, config("embedded", max_prompt_tokens=length), [short, long, short])
-    assert [prompt.problem for prompt in prompts] == [short, short]
-    assert num_dropped == 1
-    assert all(len(prompt.token_ids) == length for prompt in prompts)
 
 
 # --- order

@@ -8,6 +8,7 @@ that tree and refuses, in one sentence, what does not fit.
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,12 +20,12 @@ class ConfigError(ValueError):
     """A user's mistake, told in one sentence: the key, the value got, the values allowed, the remedy."""
 
 
-def key(meaning: str, *, within: str | None = None, why: str | None = None) -> Any:
+def key(meaning: str, *, within: str | None = None, why: str | None = None, path: bool = False) -> Any:
     """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``.
 
-    ``why`` is told with the interval where that is not plain.
+    ``why`` is told with the interval where that is not plain. In a ``path`` the home directory may be written ``~``.
     """
-    return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why})
+    return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why, "path": path})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
     made = {name: _value(cls.dotted(name), hint, values[name]) for name, hint in hints.items()}
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("path") and made[field.name] is not None:
+            made[field.name] = os.path.expanduser(made[field.name])
     return cls(**made)
 
 
@@ -124,7 +128,10 @@ def _value(name: str, hint: Any, value: Any) -> Any:
 def check(name: str, value: Any, hint: Any, within: str | None = None, why: str | None = None) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
     if not any(_fits(value, option) for option in _options(hint)):
-        raise ConfigError(f"{name} must be {' or '.join(_describe(o) for o in _options(hint))}, got {value!r}")
+        text = f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
+        raise ConfigError(f"{name} must be {' or '.join(_describe(o) for o in _options(hint))}, got {value!r}{text}")
+    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+        raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
     if within is not None and value is not None and not _inside(float(value), within):
         raise ConfigError(f"{name} must be in {within}, got {value!r}" + (f": {why}" if why else ""))
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pspo.base.files import digest
@@ -11,27 +12,16 @@ from pspo.base.schema import ConfigError, Schema, key
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
+from pspo.dataset.prompt import prompt_date, render, render_all
 from pspo.host import hub
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
-    "DatasetConfig",
-    "EmbeddedConfig",
-    "Problem",
-    "Prompt",
-    "Splits",
-    "check",
-    "digests",
-    "encode",
-    "is_test_set",
-    "load",
-    "order",
-    "refuse_training",
-    "render",
-    "render_all",
-]
+    "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "digests", "encode", "is_test_set",
+    "load", "order", "prompt_date", "refuse_training", "render", "render_all",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +31,7 @@ class DatasetConfig(Schema, block="dataset"):
     """Which problems, and what a prompt looks like."""
 
     name: Literal["embedded", "gsm8k", "svamp", "asdiv", "math500", "math", "jsonl"] = key("the data set")
-    path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null")
+    path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null", path=True)
     system_prompt: str = key("the system message before each question; empty for none")
     num_validation: int = key("training problems held out for validation", within="[0, inf)")
     test_limit: int | None = key("test problems to evaluate, a fixed random choice; null for all", within="[1, inf)")
@@ -150,34 +140,17 @@ def load(config: DatasetConfig, seed: int) -> Splits:
     return Splits(train, validation, {name: _limit(problems, config.test_limit) for name, problems in test.items()})
 
 
-def render(tokenizer: "PreTrainedTokenizerBase", system_prompt: str, question: str) -> list[int]:
-    """The chat template's token ids, up to where the assistant begins to write. Raises ConfigError without a template.
-
-    An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does.
-    """
-    return render_all(tokenizer, system_prompt, [question])[0]
-
-
-def render_all(tokenizer: "PreTrainedTokenizerBase", system_prompt: str, questions: Sequence[str]) -> list[list[int]]:
-    """The same of many questions, in half the time."""
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template to write prompts with; "
-            "choose a model that has one, or put a chat_template.jinja into the model's folder"
-        )
-    if not questions:
-        return []
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages = [[*system, {"role": "user", "content": question}] for question in questions]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return cast(list[list[int]], ids)
-
-
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", config: DatasetConfig, problems: list[Problem]
+    tokenizer: "Tokenizer", config: DatasetConfig, problems: list[Problem], today: date | None = None
 ) -> tuple[list[Prompt], int]:
-    """The prompts of at most ``max_prompt_tokens``, in order, and how many longer ones were dropped, never cut."""
-    rendered = render_all(tokenizer, config.system_prompt, [problem.question for problem in problems])
+    """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
+
+    ``today`` is what ``prompt_date`` returned. Raises ConfigError where the chat template refuses a prompt, or leaves
+    the system prompt out.
+    """
+    rendered = render_all(tokenizer, config.system_prompt, [problem.question for problem in problems], today)
+    if config.system_prompt and problems and rendered[0] == render(tokenizer, "", problems[0].question, today):
+        raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
     prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
     return kept, len(prompts) - len(kept)

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pspo.dataset.problem import Problem, worked
@@ -19,67 +18,38 @@ from pspo.dataset.problem import Problem, worked
 class Family:
     """A story, its two steps over the numbers a, b, c and the first result x, and what each step counts."""
 
-    story: str
     first: str
     second: str
+    story: str
     counts: tuple[str, str] = ("{things}", "{things}")
 
 
 FAMILIES = {
-    "gain": Family(
-        "{name} has {a} {bags} with {b} {things} each and {c} more {things}. How many {things} does {name} have?",
-        "a*b",
-        "x+c",
-    ),
-    "sell": Family(
-        "{name} has {a} {bags} with {b} {things} each and sells {c} {things}. How many {things} are left?",
-        "a*b",
-        "x-c",
-    ),
-    "fill": Family(
-        "{name} puts {a} red and {b} blue {things} in each of {c} {bags}. How many {things} are in the {bags}?",
-        "a+b",
-        "x*c",
-    ),
-    "remove": Family(
-        "{name} has {c} {bags} with {a} {things} each and sells {b} from each. How many {things} are left?",
-        "a-b",
-        "x*c",
-    ),
-    "share": Family(
-        "{name} has {a} {bags} with {b} {things} each for {c} friends. How many {things} does each friend get?",
-        "a*b",
-        "x/c",
-    ),
-    "pack": Family(
+    "gain": Family("a*b", "x+c",
+        "{name} has {a} {bags} with {b} {things} each and {c} more {things}. How many {things} does {name} have?"),
+    "sell": Family("a*b", "x-c",
+        "{name} has {a} {bags} with {b} {things} each and sells {c} {things}. How many {things} are left?"),
+    "fill": Family("a+b", "x*c",
+        "{name} puts {a} red and {b} blue {things} in each of {c} {bags}. How many {things} are in the {bags}?"),
+    "remove": Family("a-b", "x*c",
+        "{name} has {c} {bags} with {a} {things} each and sells {b} from each. How many {things} are left?"),
+    "share": Family("a*b", "x/c",
+        "{name} has {a} {bags} with {b} {things} each for {c} friends. How many {things} does each friend get?"),
+    "pack": Family("a+b", "x/c",
         "{name} has {a} red and {b} blue {things} and puts {c} in each {bag}. How many {bags} are there?",
-        "a+b",
-        "x/c",
-        ("{things}", "{bags}"),
-    ),
-    "trade": Family(
-        "{name} has {a} {things}, gets {b} more and sells {c}. How many {things} are left?",
-        "a+b",
-        "x-c",
-    ),
-    "join": Family(
-        "{name} has {a} {things} and gets {b} {bags} with {c} {things} each. How many {things} does {name} have?",
-        "b*c",
-        "a+x",
-    ),
-}
+        ("{things}", "{bags}")),
+    "trade": Family("a+b", "x-c",
+        "{name} has {a} {things}, gets {b} more and sells {c}. How many {things} are left?"),
+    "join": Family("b*c", "a+x",
+        "{name} has {a} {things} and gets {b} {bags} with {c} {things} each. How many {things} does {name} have?"),
+}  # fmt: skip
 NAMES = ("Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Zoe", "Leo", "Amy")
 THINGS = ("pens", "books", "cards", "coins", "eggs", "nuts", "toys", "balls")
 BAGS = ("bag", "jar", "tray", "tin", "crate", "pack")
 NUMBERS = range(2, 11)
 LARGEST = 100  # so that the facts to know are few, and the warm start short
 SHARES = {"test": 1 / 8, "validation": 1 / 16}  # of all (family, numbers); the rest is for training
-OPERATIONS: dict[str, Callable[[int, int], int]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.floordiv,
-}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 Tale = tuple[str, int, int, int]  # family, a, b, c
 
@@ -100,14 +70,10 @@ def make(tale: Tale, variant: int) -> Problem:
     kind, a, b, c = tale
     family = FAMILIES[kind]
     name = f"embedded/{kind}/{a}-{b}-{c}/{variant}"
-    draw = _digest(name)
-    bag = BAGS[draw[2] % len(BAGS)]
-    words = {
-        "name": NAMES[draw[0] % len(NAMES)],
-        "things": THINGS[draw[1] % len(THINGS)],
-        "bag": bag,
-        "bags": f"{bag}s",
-    }
+    person, things, bag = (
+        words[drawn % len(words)] for words, drawn in zip((NAMES, THINGS, BAGS), _digest(name), strict=False)
+    )
+    words = {"name": person, "things": things, "bag": bag, "bags": f"{bag}s"}
     first, second = results(tale)
     values = {"a": a, "b": b, "c": c, "x": first}
     steps = [
@@ -135,7 +101,7 @@ def _apply(step: str, values: dict[str, int]) -> int:
     left, sign, right = step[0], step[1], step[2]
     if sign == "/" and values[left] % values[right]:
         return 0  # a remainder: not a result that a story can have
-    return OPERATIONS[sign](values[left], values[right])
+    return int(OPERATIONS[sign](values[left], values[right]))
 
 
 @functools.cache

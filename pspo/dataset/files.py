@@ -1,12 +1,14 @@
 """Rows from files: which files of a folder belong to which split, and what stands in them."""
 
+import contextlib
 import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pspo.base.schema import ConfigError
 
@@ -52,6 +54,21 @@ class Row:
         raise self.error(f"{' or '.join(names)} is missing; the row has {', '.join(self.fields) or 'no fields'}")
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the system and the file formats' libraries say of a file that cannot be read into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, ET.ParseError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} cannot be read: {reason}; mend its name or permissions, or copy it again (a Git LFS pointer is "
+            "not data)"
+        ) from error
+
+
 def find(path: Path, *, subset: str, whole: str, lone: str) -> dict[str, list[Path]]:
     """The files of each split under ``path``, a file or a folder.
 
@@ -70,7 +87,7 @@ def find(path: Path, *, subset: str, whole: str, lone: str) -> dict[str, list[Pa
     root = path / subset if (path / subset).is_dir() else path
     found: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
-        split = _split(file.relative_to(root)) if file.suffix in READERS else None
+        split = _split(file.relative_to(root)) if file.suffix in READERS and file.is_file() else None
         if split is not None:
             found.setdefault(split, []).append(file)
     if not found:
@@ -88,7 +105,11 @@ def find(path: Path, *, subset: str, whole: str, lone: str) -> dict[str, list[Pa
 
 def read(path: Path) -> Iterator[Row]:
     """The rows of one file, in order. Raises ConfigError, naming the file and the line, on what cannot be read."""
-    return READERS[path.suffix](path)
+    with readable(path):
+        for row in READERS[path.suffix](path):
+            if not isinstance(row.fields, dict):
+                raise row.error(f"must be an object with named fields, got {type(row.fields).__name__}")
+            yield row
 
 
 def _split(relative: Path) -> str | None:
@@ -102,63 +123,52 @@ def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:  # bytes, so that only \n ends a line
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _record(_parse(line, f"{path} line {number}"), f"{path} line {number}")
+                yield Row(_parse(line, f"{path} line {number}"), f"{path} line {number}")
 
 
 def _json(path: Path) -> Iterator[Row]:
     content = _parse(path.read_bytes(), str(path))
     for number, item in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield _record(item, f"{path} item {number}")
+        yield Row(item, f"{path} item {number}")
 
 
-def _parse(content: bytes, where: str) -> object:
+def _parse(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}; repair or remove it") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8: {error}; repair or remove it") from error
-
-
-def _record(item: object, where: str) -> Row:
-    if not isinstance(item, dict):
-        raise ConfigError(f"{where} must be an object with named fields, got {type(item).__name__}")
-    return Row(item, where)
+        parsed = json.loads(content)
+        json.dumps(parsed, ensure_ascii=False).encode()  # fails for half a character, a lone "\\ud800"
+    except (ValueError, RecursionError) as error:  # ValueError: also for an integer of more digits than Python reads
+        told = str(error).partition(";")[0]
+        raise ConfigError(f"{where} is not JSON in UTF-8: {told}; repair or remove it") from error
+    return parsed
 
 
 def _xml(path: Path) -> Iterator[Row]:
-    try:
-        root = ET.parse(path).getroot()
-    except ET.ParseError as error:
-        raise ConfigError(f"{path} is not XML: {error}; repair it or copy it again") from error
-    for number, problem in enumerate(root.iter("Problem"), start=1):
+    for number, problem in enumerate(ET.parse(path).getroot().iter("Problem"), start=1):
         fields = {child.tag.lower(): child.text or "" for child in problem}
         yield Row(fields, f"{path} problem {problem.get('ID', number)}")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import datasets  # here, as it is slow to import
-    import pyarrow
+    from pyarrow import parquet  # here, as it is slow to import
 
-    datasets.disable_progress_bars()
-    try:
-        return _rows(datasets.Dataset.from_parquet(str(path)), path)
-    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        raise ConfigError(f"{path} is not Parquet; copy it again (a Git LFS pointer is not data)") from error
+    return _rows(parquet.ParquetFile(path).read(), path)
 
 
 def _arrow(path: Path) -> Iterator[Row]:
-    import datasets
-    import pyarrow
+    """What ``save_to_disk`` of the library ``datasets`` writes: a stream, not a file, of Arrow's formats."""
+    from pyarrow import ipc
 
-    try:
-        return _rows(datasets.Dataset.from_file(str(path)), path)
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{path} is not an Arrow stream: {error}; save it again with save_to_disk") from error
+    return _rows(ipc.open_stream(path.read_bytes()).read_all(), path)
 
 
-def _rows(records: Iterable[dict[str, object]], path: Path) -> Iterator[Row]:
-    return (Row(record, f"{path} row {number}") for number, record in enumerate(records, start=1))
+def _rows(table: Any, path: Path) -> Iterator[Row]:
+    for number, values in enumerate(zip(*table.columns, strict=True), start=1):
+        where = f"{path} row {number}"
+        try:
+            fields = {name: value.as_py() for name, value in zip(table.column_names, values, strict=True)}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where} is not UTF-8: {error}; repair or remove it") from error
+        yield Row(fields, where)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -37,6 +37,11 @@ class Source:
     lone: str = "test"  # the split of such a file, and of any file whose name tells none
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # theirs -> ours
 
+    def find(self, path: Path) -> dict[str, list[Path]]:
+        """The files under ``path``, by their split. Raises ConfigError."""
+        with files.readable(path):
+            return files.find(path, subset=self.subset, whole=self.whole, lone=self.lone)
+
 
 def gsm8k(row: Row) -> Parsed:
     """The answer follows ``####``; calculator marks ``<<48/2=24>>`` go, as a policy should not learn to write them."""
@@ -117,16 +122,27 @@ def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Pat
     """The files of each split, by our names, for each source of data set ``name``. Raises ConfigError."""
     located = []
     for source in SETS[name]:
-        folder = _download(source, name) if path is None else Path(path).expanduser()
-        if path is not None and len(SETS[name]) > 1:
-            folder /= source.repo.partition("/")[2]  # MATH stands in two repositories, so in two folders
-        found = files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)
+        place = folder(source, name, path)
+        found = source.find(place)
         ours = {source.splits[split]: paths for split, paths in found.items() if split in source.splits}
         if not ours:
             wanted = " or ".join(source.splits)
-            raise ConfigError(f"{folder} holds no {wanted} file, only {', '.join(found)}; dataset={name} needs it")
+            raise ConfigError(f"{place} holds no {wanted} file, only {', '.join(found)}; dataset={name} needs it")
         located.append((source, ours))
     return located
+
+
+def folder(source: Source, name: str, path: str | None) -> Path:
+    """Where the files of a source are: under ``path``, else in the hub's cache, fetched if need be. Raises ConfigError.
+
+    Not ``datasets.load_dataset``: offline it finds only what it has itself prepared before, not what ``hf download``
+    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0).
+    """
+    if path is not None:  # MATH stands in two repositories, so in two folders
+        return Path(path) / source.repo.partition("/")[2] if len(SETS[name]) > 1 else Path(path)
+    asked, instead = f"dataset={name}", "set dataset.path=<folder with the files>"
+    patterns = ["*.parquet", "*.jsonl"]
+    return hub.locate(source.repo, patterns, source.find, asked=asked, kind="dataset", instead=instead)
 
 
 def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
@@ -143,29 +159,9 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     return list(problems.values())
 
 
-def _download(source: Source, name: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched if need be.
-
-    Not ``datasets.load_dataset``: offline it finds only what it has itself prepared before, not what ``hf download``
-    or a copied cache holds, and without a network it retries for 23 s (datasets 5.2.0). Its readers do the rest.
-    """
-    return hub.locate(
-        source.repo,
-        ["*.parquet", "*.jsonl"],
-        lambda folder: _check(source, folder),
-        asked=f"dataset={name}",
-        kind="dataset",
-        instead="set dataset.path=<folder with the files>",
-    )
-
-
 def cached(source: Source) -> Path:
     """The snapshot of a repository in the hub's cache; no network. Raises ConfigError where there is none."""
     try:
         return Path(snapshot_download(source.repo, repo_type="dataset", local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise ConfigError(f"dataset {source.repo} is not in the cache; run `python -m pspo.prefetch`") from error
-
-
-def _check(source: Source, folder: Path) -> None:
-    files.find(folder, subset=source.subset, whole=source.whole, lone=source.lone)

@@ -19,7 +19,7 @@ def commit(snapshot: Path) -> str:
 
 
 def locate(
-    repo: str, patterns: list[str], check: Callable[[Path], None], *, asked: str, kind: str, instead: str
+    repo: str, patterns: list[str], check: Callable[[Path], object], *, asked: str, kind: str, instead: str
 ) -> Path:
     """The local snapshot of ``repo``, a "model" or "dataset"; ``check`` raises ConfigError where files are missing.
 

@@ -99,7 +99,7 @@ def check_directory(directory: Path, asked: str) -> None:
 def _local(path: str) -> Path:
     """The file or folder that ``model.path`` means; a package is looked up, not imported. Raises ConfigError."""
     if not path.startswith("package:"):
-        return Path(path).expanduser()
+        return Path(path)
     package, _, name = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or spec.origin is None:

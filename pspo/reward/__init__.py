@@ -78,7 +78,7 @@ class PlainConfig(RewardConfig):
 class CustomConfig(RewardConfig):
     """A user's own function of (completion, problem), returning a number or a ``Score``."""
 
-    function: str = key("path/to/file.py:function or package.module:function")
+    function: str = key("path/to/file.py:function or package.module:function", path=True)
 
     def source_files(self) -> list[Path]:
         """The file of the function, where it is named by its file."""

@@ -51,6 +51,8 @@ def prepare(config: Config, directory: Path) -> Prepared:
     history = earlier.look(config, directory)
     problems = dataset.load(config.dataset, config.seed)
     _check_enough(config, len(problems.train))
+    one = next(split for split in (problems.train, *problems.test.values()) if split)[:1]
+    dataset.encode(model.tokenizer(config.model), config.dataset, one)  # refuses a chat template that fails
     return Prepared(directory, history, problems, reward)
 
 
@@ -197,8 +199,12 @@ class _Run:
     def _encode(self, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[str]]:
         """The prompts of every split, and a note on each split that lost problems with too long a prompt."""
         prompts, notes, limit = {}, [], self.config.dataset.max_prompt_tokens
+        today = dataset.prompt_date(tokenizer, Path(self.config.continue_from or self.directory).parent)
+        if today is not None:
+            notes.append(f"the model's chat template prints a date, {today} in all runs of this group")
+            log.info(notes[-1])
         for name, problems in self._splits().items():
-            prompts[name], dropped = dataset.encode(tokenizer, self.config.dataset, problems)
+            prompts[name], dropped = dataset.encode(tokenizer, self.config.dataset, problems, today)
             if dropped:
                 notes.append(f"{dropped} of {len(problems)} {name} problems were dropped: prompts over {limit} tokens")
                 log.warning(notes[-1])

@@ -1,0 +1,96 @@
+"""Prompts from chat templates: one date for all runs of a group, and one sentence where a template refuses."""
+
+import contextlib
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import filelock
+from jinja2 import TemplateError
+
+from pspo.base.files import write_text
+from pspo.base.schema import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+CLOCK = "strftime_now"
+"""The one function by which transformers lets a chat template see the clock, as Llama 3.2's does."""
+
+DIRECTIVES = [*"aAbBcdGHIjmMpSuUVwWxXyYzZ", *(f"-{letter}" for letter in "dHIjmMSUWy")]
+"""What may follow ``%`` in a format of ``strftime``."""
+
+
+def render(tokenizer: "Tokenizer", system_prompt: str, question: str, today: date | None = None) -> list[int]:
+    """The chat template's token ids, up to where the assistant begins to write.
+
+    An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does. A
+    template that prints the date prints ``today``, by default the day of the call. Raises ConfigError for no template,
+    and for one that refuses.
+    """
+    return render_all(tokenizer, system_prompt, [question], today)[0]
+
+
+def render_all(
+    tokenizer: "Tokenizer", system_prompt: str, questions: Sequence[str], today: date | None = None
+) -> list[list[int]]:
+    """``render`` of many questions, in half the time."""
+    template = (_clock(today) if today else "") + _template(tokenizer)
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [[*system, {"role": "user", "content": question}] for question in questions]
+    if not messages:
+        return []
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        remedy = "mend chat_template.jinja in the model's folder, or choose another model"
+        if system_prompt:
+            with contextlib.suppress(ConfigError):
+                render_all(tokenizer, "", questions[:1], today)
+                remedy = 'it writes prompts without a system message alone; set dataset.system_prompt=""'
+        raise ConfigError(f"the chat template of {_name(tokenizer)} refuses: {error}; {remedy}") from error
+    return cast(list[list[int]], ids)
+
+
+def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
+    """The day that all prompts of a group print, or None where the chat template does not print the date.
+
+    The group's first run writes the file ``prompt_date`` into the group's directory. A run that is resumed on another
+    day, and an arm that begins on another day, so see the same prompts. Raises ConfigError.
+    """
+    if CLOCK not in _template(tokenizer):
+        return None
+    path = group_directory / "prompt_date"
+    try:
+        with filelock.FileLock(path.with_name(".prompt_date.lock")):
+            if not path.is_file():
+                write_text(path, f"{date.today()}\n")
+            return date.fromisoformat(path.read_text().strip())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}, which holds a day such as 2026-01-31, cannot be read or written: {error}"
+        ) from error
+
+
+def _template(tokenizer: "Tokenizer") -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # none, or several with names
+        several = f"the chat templates {', '.join(sorted(tokenizer.chat_template or {}))} and none named default"
+        raise ConfigError(
+            f"the tokenizer of {_name(tokenizer)} has {several if tokenizer.chat_template else 'no chat template'}; "
+            "choose a model that has one, or put a chat_template.jinja into the model's folder"
+        ) from None
+
+
+def _clock(today: date) -> str:
+    """A macro that replaces ``CLOCK`` in the template behind it, as transformers 5.23 lets no function be passed in."""
+    replaced = "".join(f"|replace('%{letter}', {today.strftime(f'%{letter}')!r})" for letter in DIRECTIVES)
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+
+
+def _name(tokenizer: "Tokenizer") -> str:
+    return tokenizer.name_or_path or "this model"
