@@ -14,10 +14,11 @@ import yaml
 
 from pspo.base.schema import ConfigError
 from pspo.config import CONF, compose, run_directory
-from pspo.launcher import Job, RunsFailed, configure, make_plan, result
+from pspo.launcher import Job, RunsFailed, configure, make_plan
 from pspo.launcher.local import Local
 from pspo.launcher.plan import Planned
 from pspo.launcher.slurm import Slurm
+from pspo.run.outcome import result
 
 
 def preset(kind, **values):

@@ -17,9 +17,11 @@ from pspo.launcher import make_plan
 from pspo.launcher.settings import configure
 from pspo.status import collect
 from pspo.status.__main__ import cancel, retry
+from pspo.sync import Outcome, sync
 from tests.cluster import alive, cluster, wait_for  # noqa: F401
-from tests.test_run import SMALL, fingerprint, only_run, start
-from tests.test_tracker import wandb_history
+from tests.forked import SMALL, fingerprint, only_run
+from tests.test_run import start
+from tests.wandb_server import serving
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -120,11 +122,9 @@ def lasting(directory):
 
 def assert_unbroken(directory, unbroken):
     assert lasting(directory) == lasting(unbroken)
-    assert [item["step"] for item in wandb_history(directory)] == list(range(STEPS + 1))
-
-
-def num_parts(directory):
-    return len(list(directory.glob("wandb/offline-run-*")))
+    with serving() as server:
+        assert sync(directory.parent) == [Outcome(directory.name, STEPS + 1, "")]
+        assert server.steps(directory) == list(range(STEPS + 1))
 
 
 @pytest.mark.slurm
@@ -136,7 +136,6 @@ def test_usr2(node, settings, unbroken):
     assert state(directory).state in ("requeued", "running")
     wait_for_end(directory)
     assert_unbroken(directory, unbroken)
-    assert num_parts(directory) == 2
     assert "restart 1" in (directory / "run.log").read_text()
     assert state(directory).restarts == 1
 

@@ -77,14 +77,7 @@ class _Run:
             log.warning("%s", sentence)
         policy = model.load(self.config.model, self.config.seed, self.device)
         prompts, notes = self._encode(policy.tokenizer)
-        tracker = Tracker(
-            self.config.tracker,
-            self.directory,
-            run_name=self.directory.name,
-            group=self.config.group,
-            job_type=self.config.objective.name,
-            resolved_config=as_dict(self.config),
-        )
+        tracker = Tracker(self.config.tracker, self.directory)
         try:
             with lanes.beside(policy, threads):
                 summary = self._train_and_evaluate(policy, prompts, notes, tracker, started)
