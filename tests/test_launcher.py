@@ -172,6 +172,52 @@ def test_waiting_ends_when_slurm_has_forgotten_the_jobs_and_a_failed_one_is_told
     assert re.fullmatch(r"1 of 2 runs failed: \S+/main/b \(job 7_1 is unknown to SLURM\)", str(failed))
 
 
+@pytest.mark.parametrize(
+    ("max_array_size", "parallelism", "arrays"),
+    [
+        (3, 64, ["0-2%3", "0-2%3", "0-2%3"]),
+        (4, 7, ["0-2%2", "0-2%2", "0-2%2"]),
+        (8, 6, ["0-3%3", "0-4%3"]),
+        (9, 6, ["0-8%6"]),
+        (1001, 6, ["0-8%6"]),
+        (5, 1, ["0-3%1", "0-4%1"]),
+    ],
+)
+def test_a_sweep_above_the_clusters_array_size_is_split(commands, tmp_path, max_array_size, parallelism, arrays):
+    """The largest index of an array is MaxArraySize - 1; the bound on jobs at one time is divided among the arrays."""
+    commands(
+        scontrol=f"echo 'MaxArraySize            = {max_array_size}'",
+        sbatch=f"echo x >> {tmp_path}/calls; n=0; while read -r _; do n=$((n+1)); done < {tmp_path}/calls; "
+        "echo Submitted batch job $n",
+        srun="",
+        squeue="exit 0",
+    )
+    planned = runs(tmp_path, *"abcdefghi")
+    configure("slurm", preset("slurm", array_parallelism=parallelism), []).launch(planned)
+    group = tmp_path / "main" / ".submitit"
+    records = [json.loads((group / str(i + 1) / "runs.json").read_text()) for i in range(len(arrays))]
+    assert [Path(run["directory"]).name for record in records for run in record["runs"]] == list("abcdefghi")
+    scripts = [(group / str(i + 1) / f"{i + 1}_submission.sh").read_text() for i in range(len(arrays))]
+    assert [re.search("--array=(.*)", script)[1] for script in scripts] == arrays
+    for i, record in enumerate(records):
+        assert [run["task"] for run in record["runs"]] == [f"{i + 1}_{j}" for j in range(len(record["runs"]))]
+
+
+def test_what_was_submitted_before_a_refusal_is_recorded_and_told(commands, tmp_path):
+    refuse = "sbatch: error: AssocMaxSubmitJobLimit"
+    commands(
+        scontrol="echo MaxArraySize = 2",
+        sbatch=f"[ -e {tmp_path}/called ] && echo '{refuse}' >&2 && exit 1; : > {tmp_path}/called; "
+        "echo Submitted batch job 7",
+        srun="",
+        squeue="exit 0",
+    )
+    with pytest.raises(ConfigError, match=rf"refuses: {refuse}; 2 of 4 runs are in the queue, and this command submits"):
+        configure("slurm", preset("slurm"), []).launch(runs(tmp_path, *"abcd"))
+    record = json.loads((tmp_path / "main" / ".submitit" / "7" / "runs.json").read_text())
+    assert [Path(run["directory"]).name for run in record["runs"]] == ["a", "b"]
+
+
 def test_a_dry_run_tells_the_cost_and_the_sbatch_text(tmp_path, capsys):
     launcher = configure("slurm", preset("slurm", dry_run=True, gpus=2, hours_per_run=1.5, gpu_type="a100"), [])
     planned = [*runs(tmp_path, "a", "b"), *runs(tmp_path, "c", state="resume"), *runs(tmp_path, "d", state="done")]
