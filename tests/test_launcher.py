@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -212,7 +213,9 @@ def test_what_was_submitted_before_a_refusal_is_recorded_and_told(commands, tmp_
         srun="",
         squeue="exit 0",
     )
-    with pytest.raises(ConfigError, match=rf"refuses: {refuse}; 2 of 4 runs are in the queue, and this command submits"):
+    with pytest.raises(
+        ConfigError, match=rf"refuses: {refuse}; 2 of 4 runs are in the queue, and this command submits"
+    ):
         configure("slurm", preset("slurm"), []).launch(runs(tmp_path, *"abcd"))
     record = json.loads((tmp_path / "main" / ".submitit" / "7" / "runs.json").read_text())
     assert [Path(run["directory"]).name for run in record["runs"]] == ["a", "b"]
@@ -256,34 +259,23 @@ def test_the_result_is_the_last_validation_reward(tmp_path):
     assert result(tmp_path) is None
 
 
-def stub():
-    """A class of jobs that record when, where and with what they ran; pickled by value, so that they start soon."""
-
-    class Stub:
-        def __init__(self, overrides):
-            self.name, self.directory, self.seconds = (each.partition("=")[2] for each in overrides)
-
-        def __call__(self):
-            import json
-            import os
-            import pathlib
-            import time
-
-            began, place = time.time(), pathlib.Path(self.directory)
-            place.mkdir(parents=True)
-            time.sleep(float(self.seconds))
-            if self.name == "bad":
-                raise RuntimeError("no luck")
-            names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
-            told = {"began": began, "ended": time.time(), "processors": sorted(os.sched_getaffinity(0))}
-            (place / "told.json").write_text(json.dumps(told | {name: os.environ.get(name) for name in names}))
-            (place / "DONE").touch()
-
-    return Stub
+STUB = """# A run that records when, where and with what it ran.
+import json, os, pathlib, sys, time
+name, directory, seconds = (each.partition("=")[2] for each in sys.argv[1:])
+began, place = time.time(), pathlib.Path(directory)
+place.mkdir(parents=True)
+time.sleep(float(seconds))
+if name == "bad":
+    raise RuntimeError("no luck")
+names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
+told = {"began": began, "ended": time.time(), "processors": sorted(os.sched_getaffinity(0))}
+(place / "told.json").write_text(json.dumps(told | {name: os.environ.get(name) for name in names}))
+(place / "DONE").touch()
+"""
 
 
 def slots(tmp_path, monkeypatch, names, seconds=0.5, **values):
-    monkeypatch.setattr(Local, "job", stub())
+    monkeypatch.setattr(Local, "command", (sys.executable, "-c", STUB))
     launcher = configure("local", preset("local", **values), [])
     planned = [
         Planned(overrides=[f"name={name}", f"directory={place}", f"seconds={seconds}"], directory=place, state="new")
@@ -340,12 +332,11 @@ def sigint(request):
 
 
 def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch, sigint):
-    for name in ("STOP_S", "KILL_S"):
-        monkeypatch.setattr(f"pspo.launcher.local.{name}", 0.5)
+    monkeypatch.setattr("pspo.launcher.local.STOP_TIMEOUT_S", 0.5)
     launcher, planned = slots(tmp_path, monkeypatch, ["a", "b"], seconds=600, slots=1)
 
     def terminate():
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not planned[0].directory.is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -357,7 +348,7 @@ def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch, sigint):
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not planned[1].directory.exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while (alive := at_work(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive

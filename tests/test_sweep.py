@@ -239,7 +239,9 @@ def test_submissions_at_the_same_time_lose_no_run(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert sorted(row["directory"] for row in json.loads((tmp_path / "mine" / "sweep.json").read_text())) == sorted(names)
+    assert sorted(row["directory"] for row in json.loads((tmp_path / "mine" / "sweep.json").read_text())) == sorted(
+        names
+    )
 
 
 @pytest.mark.slow

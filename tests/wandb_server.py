@@ -81,7 +81,11 @@ class Server:
             tails = {"historyTail": json.dumps((lines or [])[-1:]), "eventsTail": "[]"}
             texts = {"summaryMetrics": "{}", "config": "{}", "wandbConfig": '{"t": 1}'}
             bucket = {"id": "b", "name": id, **counts, **tails, **texts}
-            return {"data": {"model": {"id": "p", "name": "pspo", "entity": owner, "bucket": None if lines is None else bucket}}}
+            return {
+                "data": {
+                    "model": {"id": "p", "name": "pspo", "entity": owner, "bucket": None if lines is None else bucket}
+                }
+            }
         return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}}
 
 

@@ -132,7 +132,10 @@ class Slurm(Launcher):
             before = todo.index(array[0])
             raise ConfigError(
                 f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}"
-                + (f"; {before} of {len(todo)} runs are in the queue, and this command submits the others" * (before > 0))
+                + (
+                    f"; {before} of {len(todo)} runs are in the queue, and this command submits the others"
+                    * (before > 0)
+                )
             ) from error
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
@@ -150,7 +153,10 @@ class Slurm(Launcher):
         return notes
 
     def _parameters(self, array: list[Planned], todo: list[Planned]) -> dict[str, Any]:
-        """Of one array of a sweep's ``todo``, for submitit. srun is needed: without it USR2 does not reach Python; it must be told the processors again."""
+        """What submitit is told of one array of a sweep's ``todo``.
+
+        srun is needed, as USR2 does not reach Python without it; srun must be told the processors again.
+        """
         gpu = f"gpu:{self.gpu_type}:{self.gpus}" if self.gpu_type else f"gpu:{self.gpus}"
         memory = None if self.memory_gib is None else f"{round(self.memory_gib * 1024)}M"
         given = {
