@@ -101,7 +101,7 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
     prompts, held_out = (
         dataset.encode(policy.tokenizer, config.dataset, some)[0] for some in (problems.train, problems.validation)
     )
-    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
+    tracker = Tracker(config.tracker, directory)
     reward = _in_turns() if shape else make_reward(config.reward)
     return Trainer(config, directory, policy, prompts, held_out, reward, tracker)
 

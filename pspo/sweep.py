@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -29,6 +30,9 @@ from pspo.launcher import Planned, make_plan
 
 SWEEPS = CONF.parent / "sweeps"
 """The files: beside ``conf/``, in a checkout and in an installed wheel."""
+
+LOCK_TIMEOUT_S = 60
+"""Longest wait for another submission that writes ``sweep.json``, which takes it milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +99,27 @@ def plan(file: str | None, jobs: Sequence[Job]) -> list[Planned]:
 def record(file: str, planned: Sequence[Planned]) -> None:
     """Add the runs to ``sweep.json`` of their group's directory, for reports to group by; the newest word counts.
 
-    Raises ConfigError where that cannot be written.
+    Submissions at the same time add to it one after another. Raises ConfigError where it cannot be written.
     """
     for parent in {run.directory.parent for run in planned}:
         path = parent / "sweep.json"
-        known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
-        for run in planned:
-            if run.directory.parent == parent:
-                about = {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
-                known[run.directory.name] = about | {"directory": run.directory.name}
+        rows = {
+            run.directory.name: {
+                "sweep": Path(file).stem,
+                "arm": dict(run.arm),
+                "overrides": run.overrides,
+                "directory": run.directory.name,
+            }
+            for run in planned
+            if run.directory.parent == parent
+        }
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, list(known.values()))
+            with filelock.FileLock(parent / ".sweep.lock", timeout=LOCK_TIMEOUT_S):
+                known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
+                write_json(path, list((known | rows).values()))
+        except filelock.Timeout as error:
+            raise ConfigError(f"another submission holds {error.lock_file}; wait until it has ended") from error
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
 

@@ -1,115 +1,92 @@
-"""Upload what runs recorded offline to Weights & Biases, from a node with internet; safe to repeat.
+"""Send Weights & Biases what it lacks of a group's runs, from a machine with a network; safe to repeat.
 
 python -m pspo.sync outputs/<group>
 """
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pspo.base.files import write_json
+from pspo.base.files import read_lines, write_json
 from pspo.base.schema import ConfigError
-from pspo.status import held
+from pspo.tracker.wandb import Mirror
 
-COMMAND = [sys.executable, "-m", "wandb", "sync", "--include-synced"]  # which parts are new is decided here
-RECORD = ".uploaded.json"
-"""Beside the parts: the name of each uploaded one with its size."""
-
-REACH_S = 10
-UPLOAD_S = 1800
-"""W&B retries for ever; what one run has not uploaded by then is told, and left for the next time."""
+REACH_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run: parts uploaded now, and parts left, with the reason."""
+    """What became of one run: rows sent now, and why not all of them were; "" where W&B took all."""
 
     run: str
-    uploaded: int
-    left: int
-    why: str = ""
+    num_sent: int
+    error: str
 
 
 def sync(directory: Path) -> list[Outcome]:
-    """Upload the new parts of every run of a group, those of one run in the order of their start.
+    """Send the rows that W&B lacks of every run of a group with ``tracker=wandb``, and the summary of a finished run.
 
-    A requeued run has one part for each of its processes, all with one id, and each goes on with the steps where the
-    one before ended. The part of a process at work is left until it has ended. Raises ConfigError.
+    A run that is not DONE may take back the rows after its newest checkpoint, so they are left for a later call. A run
+    is passed over once W&B's own last step has shown that all its rows arrived. Raises ConfigError.
     """
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; give outputs/<group>")
-    runs = [path.parent for path in sorted(directory.rglob("wandb.json")) if (path.parent / "wandb").is_dir()]
-    new = {run: parts for run in runs if (parts := _new_parts(run))}
-    if new:
-        _check_reach()
-    return [_upload(run, parts) for run, parts in new.items()]
+    runs = [path.parent for path in sorted(directory.rglob("wandb.json"))]
+    lacking = [run for run in runs if (rows := _durable_rows(run)) and _record(run).get("arrived") != _state(run, rows)]
+    if lacking:
+        _check_login()
+    return [_send(run) for run in lacking]
 
 
-def _parts(run: Path) -> list[Path]:
-    """The transaction logs of a run's offline processes; a folder's name begins with the time of its start."""
-    identity = json.loads((run / "wandb.json").read_text())["id"]
-    return [path for folder in sorted(run.glob(f"wandb/offline-run-*-{identity}")) for path in folder.glob("*.wandb")]
+def _send(run: Path) -> Outcome:
+    rows, num_sent = _durable_rows(run), 0
+    for _ in range(2):  # the second mirror learns from W&B's last step whether the rows of the first arrived
+        mirror = Mirror(run, replay=True)
+        mirror.send(rows)
+        if (run / "DONE").is_file():
+            mirror.summarize(json.loads((run / "summary.json").read_text()))
+        mirror.close(int((run / "FAILED").is_file()))
+        if mirror.error or not mirror.num_sent:
+            break
+        num_sent = num_sent or mirror.num_sent
+    error = mirror.error or (f"W&B still lacks {mirror.num_sent}; see {run / 'wandb'}" if mirror.num_sent else "")
+    if not error:
+        write_json(run / "wandb.json", _record(run) | {"arrived": _state(run, rows)})
+    return Outcome(run.name, num_sent, " ".join(error.split()))
 
 
-def _new_parts(run: Path) -> list[Path]:
-    done = _uploaded(run)
-    return [part for part in _parts(run) if done.get(part.parent.name) != part.stat().st_size]
+def _durable_rows(run: Path) -> list[dict[str, Any]]:
+    rows = read_lines(run / "metrics.jsonl")
+    if (run / "DONE").is_file():
+        return rows
+    newest = max((int(path.name.split("_")[1]) for path in run.glob("checkpoints/step_*")), default=-1)
+    return [row for row in rows if row["step"] <= newest]
 
 
-def _uploaded(run: Path) -> dict[str, int]:
-    path = run / "wandb" / RECORD
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+def _record(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "wandb.json").read_text()))
 
 
-def _upload(run: Path, parts: list[Path]) -> Outcome:
-    at_work = held(run)
-    ready = [part for part in parts if not (at_work and part == _parts(run)[-1])]
-    if not ready:
-        return Outcome(run.name, 0, len(parts), "the run is at work; repeat this when it has ended")
-    sizes = {part: part.stat().st_size for part in ready}
-    for part in ready:  # W&B puts its mark there only when all has arrived: its exit status is 0 in any case
-        _mark(part).unlink(missing_ok=True)
-    try:
-        done = subprocess.run(
-            [*COMMAND, *[str(part.parent.relative_to(run)) for part in ready]],
-            cwd=run,  # where W&B leaves its own log
-            capture_output=True,
-            text=True,
-            timeout=UPLOAD_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        lines = [line.removeprefix("wandb: ").strip() for line in (done.stdout + done.stderr).splitlines()]
-    except subprocess.TimeoutExpired:
-        lines = [f"not done after {UPLOAD_S} s"]
-    if any("No API key" in line or "Not authenticated" in line for line in lines):
-        raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")
-    arrived = {part.parent.name: sizes[part] for part in ready if _mark(part).exists()}
-    write_json(run / "wandb" / RECORD, _uploaded(run) | arrived)
-    errors = [line for line in lines if "error" in line.lower()] or lines
-    if len(arrived) < len(ready):
-        why = f"W&B says: {errors[-1] if errors else 'nothing'}"
-    else:
-        why = "the run is at work; its last part is left until it has ended" if at_work else ""
-    return Outcome(run.name, len(arrived), len(parts) - len(arrived), why)
+def _state(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What W&B is to have of a run: all rows up to a step, and the summary where the run is done."""
+    return {"step": rows[-1]["step"], "done": (run / "DONE").is_file()}
 
 
-def _mark(part: Path) -> Path:
-    return part.with_suffix(".wandb.synced")
-
-
-def _check_reach() -> None:
-    """Refuse a server that cannot be reached, which ``wandb sync`` would ask for ever. Raises ConfigError."""
+def _check_login() -> None:
+    """Refuse a server that does not answer, which W&B would ask again for every run, and a missing login."""
     import wandb
 
-    url = str(wandb.setup().settings.base_url)
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise ConfigError("WANDB_MODE=disabled forbids to send anything to W&B; unset it, then repeat this command")
+    url = str(wandb.setup(settings=wandb.Settings(mode="online", silent=True)).settings.base_url)
     try:
-        urllib.request.urlopen(url, timeout=REACH_S).close()
+        urllib.request.urlopen(url, timeout=REACH_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         pass  # it answers
     except OSError as error:
@@ -117,10 +94,12 @@ def _check_reach() -> None:
             f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)}); run this on a node with internet, "
             "or set WANDB_BASE_URL"
         ) from error
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")
 
 
 def main() -> None:
-    """``python -m pspo.sync``: exit status 1 where something is left, 2 for a mistake."""
+    """``python -m pspo.sync``: exit status 1 where W&B still lacks rows, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.sync", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
     try:
@@ -129,12 +108,11 @@ def main() -> None:
         sys.stderr.write(f"pspo: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("\npspo: stopped; the same command uploads what is left")
-    for outcome in outcomes:
-        told = f"{outcome.uploaded} uploaded, {outcome.left} left" + (f": {outcome.why}" if outcome.why else "")
-        sys.stdout.write(f"{outcome.run}: {told}\n")
-    sys.stdout.write("" if outcomes else "nothing new to upload\n")
-    sys.exit(1 if any(outcome.left for outcome in outcomes) else 0)
+        sys.exit("\npspo: stopped; the same command sends what W&B lacks")
+    for run in outcomes:
+        sys.stdout.write(f"{run.run}: {run.num_sent} rows sent{f', not all: {run.error}' if run.error else ''}\n")
+    sys.stdout.write("" if outcomes else "W&B has all rows\n")
+    sys.exit(1 if any(run.error for run in outcomes) else 0)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ WHY_NOT = (
     else ""
 )
 
+WAIT_S = 900
+"""For what must come about, however busy the machine; a test that works waits for none of it in full."""
+
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -50,7 +53,7 @@ SwitchType=switch/none
 MpiDefault=none
 PropagateResourceLimits=NONE
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=20
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
@@ -59,14 +62,15 @@ DefMemPerCPU=200
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 JobRequeue=1
-KillWait=3
+KillWait=30
+MaxArraySize=1000
 MinJobAge=86400
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 AccountingStorageType=accounting_storage/none
 NodeName={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=8 RealMemory=8000 Gres=gpu:fake:2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 
@@ -132,28 +136,36 @@ class Cluster:
     def start_node(self):
         self.call("slurmd", "-f", f"{self.root}/slurm.conf")
         states = ("idle", "mixed", "allocated", "completing")
-        wait_for(lambda: self.call("sinfo", "-h", "-p", "main", "-o", "%T").rstrip("*") in states, 60, self._logs)
+        wait_for(lambda: self.call("sinfo", "-h", "-p", "main", "-o", "%T").rstrip("*") in states, what=self._logs)
 
     def stop_node(self):
         """Kill slurmd as when its machine fails; what runs under it goes on, as when only the network fails."""
         self._end(self.root / "slurmd.pid", signal.SIGKILL)
 
     @contextlib.contextmanager
-    def without(self, line):
-        """The cluster with one line of its configuration taken out."""
+    def configured(self, line, instead):
+        """The cluster with another line in the place of one of its configuration."""
         conf = self.root / "slurm.conf"
         before = conf.read_text()
         assert f"\n{line}\n" in before
-        conf.write_text(before.replace(f"{line}\n", ""))
-        self.call("scontrol", "reconfigure")
+        conf.write_text(before.replace(f"\n{line}\n", f"\n{instead}\n"))
+        self._restart_controller()
         try:
             yield
         finally:
             conf.write_text(before)
-            self.call("scontrol", "reconfigure")
+            self._restart_controller()
+
+    def _restart_controller(self):
+        """Some settings, such as MaxArraySize, are read at a start alone; jobs survive it."""
+        self._end(self.root / "slurmctld.pid", signal.SIGTERM)
+        self.call("slurmctld", "-f", f"{self.root}/slurm.conf")
+        self.call("scontrol", "reconfigure")
 
     def call(self, *command, check=True):
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -164,7 +176,7 @@ class Cluster:
     def state(self, job):
         return self.call("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T", check=False)
 
-    def wait_for_state(self, job, *states, timeout=90):
+    def wait_for_state(self, job, *states, timeout=WAIT_S):
         return wait_for(lambda: (state := self.state(job)) in states and state, timeout, lambda: f"{job} {states}")
 
     def _end(self, pid_file, number):
@@ -173,7 +185,7 @@ class Cluster:
             os.kill(pid, number)
         except (FileNotFoundError, ProcessLookupError, ValueError):
             return
-        wait_for(lambda: not alive(pid), 20, lambda: f"{pid_file.name} to end")
+        wait_for(lambda: not alive(pid), what=lambda: f"{pid_file.name} to end")
         pid_file.unlink(missing_ok=True)
 
     def _logs(self):
@@ -189,7 +201,7 @@ def alive(pid):
         return False
 
 
-def wait_for(condition, timeout, what="", *, strict=True):
+def wait_for(condition, timeout=WAIT_S, what="", *, strict=True):
     """The first true value of ``condition()``, asked again and again."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,10 +16,11 @@ import yaml
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
 from pspo.config import compose, run_directory
-from pspo.launcher import Job, RunsFailed, configure, make_plan, result
+from pspo.launcher import Job, RunsFailed, configure, make_plan
 from pspo.launcher.local import Local
 from pspo.launcher.plan import Planned
 from pspo.launcher.slurm import Slurm
+from pspo.run.outcome import result
 
 
 def preset(kind, **values):
@@ -172,6 +174,54 @@ def test_waiting_ends_when_slurm_has_forgotten_the_jobs_and_a_failed_one_is_told
     assert re.fullmatch(r"1 of 2 runs failed: \S+/main/b \(job 7_1 is unknown to SLURM\)", str(failed))
 
 
+@pytest.mark.parametrize(
+    ("max_array_size", "parallelism", "arrays"),
+    [
+        (3, 64, ["0-2%3", "0-2%3", "0-2%3"]),
+        (4, 7, ["0-2%2", "0-2%2", "0-2%2"]),
+        (8, 6, ["0-3%3", "0-4%3"]),
+        (9, 6, ["0-8%6"]),
+        (1001, 6, ["0-8%6"]),
+        (5, 1, ["0-3%1", "0-4%1"]),
+    ],
+)
+def test_a_sweep_above_the_clusters_array_size_is_split(commands, tmp_path, max_array_size, parallelism, arrays):
+    """The largest index of an array is MaxArraySize - 1; the bound on jobs at one time is divided among the arrays."""
+    commands(
+        scontrol=f"echo 'MaxArraySize            = {max_array_size}'",
+        sbatch=f"echo x >> {tmp_path}/calls; n=0; while read -r _; do n=$((n+1)); done < {tmp_path}/calls; "
+        "echo Submitted batch job $n",
+        srun="",
+        squeue="exit 0",
+    )
+    planned = runs(tmp_path, *"abcdefghi")
+    configure("slurm", preset("slurm", array_parallelism=parallelism), []).launch(planned)
+    group = tmp_path / "main" / ".submitit"
+    records = [json.loads((group / str(i + 1) / "runs.json").read_text()) for i in range(len(arrays))]
+    assert [Path(run["directory"]).name for record in records for run in record["runs"]] == list("abcdefghi")
+    scripts = [(group / str(i + 1) / f"{i + 1}_submission.sh").read_text() for i in range(len(arrays))]
+    assert [re.search("--array=(.*)", script)[1] for script in scripts] == arrays
+    for i, record in enumerate(records):
+        assert [run["task"] for run in record["runs"]] == [f"{i + 1}_{j}" for j in range(len(record["runs"]))]
+
+
+def test_what_was_submitted_before_a_refusal_is_recorded_and_told(commands, tmp_path):
+    refuse = "sbatch: error: AssocMaxSubmitJobLimit"
+    commands(
+        scontrol="echo MaxArraySize = 2",
+        sbatch=f"[ -e {tmp_path}/called ] && echo '{refuse}' >&2 && exit 1; : > {tmp_path}/called; "
+        "echo Submitted batch job 7",
+        srun="",
+        squeue="exit 0",
+    )
+    with pytest.raises(
+        ConfigError, match=rf"refuses: {refuse}; 2 of 4 runs are in the queue, and this command submits"
+    ):
+        configure("slurm", preset("slurm"), []).launch(runs(tmp_path, *"abcd"))
+    record = json.loads((tmp_path / "main" / ".submitit" / "7" / "runs.json").read_text())
+    assert [Path(run["directory"]).name for run in record["runs"]] == ["a", "b"]
+
+
 def test_a_dry_run_tells_the_cost_and_the_sbatch_text(tmp_path, capsys):
     launcher = configure("slurm", preset("slurm", dry_run=True, gpus=2, hours_per_run=1.5, gpu_type="a100"), [])
     planned = [*runs(tmp_path, "a", "b"), *runs(tmp_path, "c", state="resume"), *runs(tmp_path, "d", state="done")]
@@ -210,34 +260,23 @@ def test_the_result_is_the_last_validation_reward(tmp_path):
     assert result(tmp_path) is None
 
 
-def stub():
-    """A class of jobs that record when, where and with what they ran; pickled by value, so that they start soon."""
-
-    class Stub:
-        def __init__(self, overrides):
-            self.name, self.directory, self.seconds = (each.partition("=")[2] for each in overrides)
-
-        def __call__(self):
-            import json
-            import os
-            import pathlib
-            import time
-
-            began, place = time.time(), pathlib.Path(self.directory)
-            place.mkdir(parents=True)
-            time.sleep(float(self.seconds))
-            if self.name == "bad":
-                raise RuntimeError("no luck")
-            names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
-            told = {"began": began, "ended": time.time(), "processors": sorted(os.sched_getaffinity(0))}
-            (place / "told.json").write_text(json.dumps(told | {name: os.environ.get(name) for name in names}))
-            (place / "DONE").touch()
-
-    return Stub
+STUB = """# A run that records when, where and with what it ran.
+import json, os, pathlib, sys, time
+name, directory, seconds = (each.partition("=")[2] for each in sys.argv[1:])
+began, place = time.time(), pathlib.Path(directory)
+place.mkdir(parents=True)
+time.sleep(float(seconds))
+if name == "bad":
+    raise RuntimeError("no luck")
+names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_CPUS_PER_TASK")
+told = {"began": began, "ended": time.time(), "processors": sorted(os.sched_getaffinity(0))}
+(place / "told.json").write_text(json.dumps(told | {name: os.environ.get(name) for name in names}))
+(place / "DONE").touch()
+"""
 
 
 def slots(tmp_path, monkeypatch, names, seconds=0.5, **values):
-    monkeypatch.setattr(Local, "job", stub())
+    monkeypatch.setattr(Local, "command", (sys.executable, "-c", STUB))
     launcher = configure("local", preset("local", **values), [])
     planned = [
         Planned(overrides=[f"name={name}", f"directory={place}", f"seconds={seconds}"], directory=place, state="new")
@@ -294,12 +333,11 @@ def sigint(request):
 
 
 def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch, sigint):
-    for name in ("STOP_S", "KILL_S"):
-        monkeypatch.setattr(f"pspo.launcher.local.{name}", 0.5)
+    monkeypatch.setattr("pspo.launcher.local.STOP_TIMEOUT_S", 0.5)
     launcher, planned = slots(tmp_path, monkeypatch, ["a", "b"], seconds=600, slots=1)
 
     def terminate():
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not planned[0].directory.is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -311,7 +349,7 @@ def test_a_stopped_launcher_stops_its_runs(tmp_path, monkeypatch, sigint):
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not planned[1].directory.exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while (alive := at_work(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive

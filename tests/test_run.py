@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pspo import checkpoint, evaluate, report, trainer
 from pspo.config import run_directory
 from pspo.report import meaning
+from pspo.sync import Outcome, sync
 from pspo.tracker import Tracker
-from tests.test_tracker import wandb_history
+from tests.wandb_server import serving
 
 DATA = Path(os.environ.get("PSPO_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -171,11 +172,18 @@ def test_a_second_process_in_one_directory_is_refused(cache, tmp_path):
         wait(first)
 
 
-def test_wandb_gets_the_same_numbers_offline(cache, tmp_path):
-    assert make(tmp_path, cache, ["tracker=wandb", "budget.steps=2"]) == 0, output_of(tmp_path)
-    directory = only_run(tmp_path)
-    assert [row["step"] for row in rows_of(directory)] == [0, 1, 2]
-    assert [(item["step"], item["_step"]) for item in wandb_history(directory)] == [(0, 0), (1, 1), (2, 2)]
+def test_wandb_gets_the_same_numbers_online_and_later(cache, tmp_path):
+    with serving() as server:
+        for name, mode in {"online": "online", "later": "offline"}.items():
+            overrides, environment = ["tracker=wandb", "budget.steps=2"], {"WANDB_MODE": mode}
+            assert make(tmp_path / name, cache, overrides, environment=environment) == 0, output_of(tmp_path / name)
+            directory = only_run(tmp_path / name)
+            if mode == "offline":
+                assert sync(directory.parent) == [Outcome(directory.name, 3, "")]
+            assert [row["step"] for row in rows_of(directory)] == server.steps(directory) == [0, 1, 2]
+            assert [row["reward/mean"] for row in rows_of(directory)[1:]] == [
+                row["reward/mean"] for row in server.history(directory)[1:]
+            ]
 
 
 def test_a_step_without_spread_of_rewards_is_told(cache, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from pspo import sweep
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
 from pspo.config import compose, groups, run_directory
-from pspo.launcher import make_plan
+from pspo.launcher import Planned, make_plan
 
 TWO_FACTORS = """
 common: [optimizer.lr=1e-5, rollout.prompts=8]
@@ -223,6 +224,25 @@ def test_the_arm_of_every_run_is_kept_for_reports(command, tmp_path, write):
     for row, run in zip(rows, planned, strict=True):
         assert row["overrides"] == run.overrides
         assert run_directory(compose(run.overrides), run.overrides).name == row["directory"]
+
+
+def test_submissions_at_the_same_time_lose_no_run(tmp_path):
+    context, names = multiprocessing.get_context("fork"), [f"{i}_{j}" for i in range(6) for j in range(15)]
+
+    def submit(i):
+        for name in names:
+            if name.startswith(f"{i}_"):
+                sweep.record("mine.yaml", [Planned(overrides=[], directory=tmp_path / "mine" / name, state="new")])
+
+    processes = [context.Process(target=submit, args=(i,)) for i in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert sorted(row["directory"] for row in json.loads((tmp_path / "mine" / "sweep.json").read_text())) == sorted(
+        names
+    )
 
 
 @pytest.mark.slow

@@ -8,59 +8,57 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pytest
-from forked import make, output_of
+import yaml
 
 from pspo.base.schema import ConfigError, build
 from pspo.tracker import Tracker, TrackerConfig, WandbConfig
+from tests.wandb_server import CONFIG, make_run, serving, wait_for
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf" / "tracker"
 JSONL = {"name": "jsonl"}
-WANDB = {"name": "wandb", "project": "pspo-test", "entity": None}
+WANDB = CONFIG["tracker"]
 
 
 def open_tracker(directory, values):
-    return Tracker(
-        build(TrackerConfig, values),
-        directory,
-        run_name="pspo-seed0",
-        group="smoke",
-        job_type="train",
-        resolved_config={"objective": {"name": "pspo", "alpha": 0.1}},
-    )
+    return Tracker(build(TrackerConfig, values), directory)
 
 
 def rows(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def wandb_records(directory):
-    """Every record of every offline part, in order, as W&B's own reader tells them."""
-    from wandb.util import get_core_path
+def record(directory, *steps, values=WANDB, state=None):
+    """One process of a run, from the checkpoint ``state`` on."""
+    tracker = open_tracker(directory, values)
+    tracker.rewind(state)
+    for step in steps:
+        tracker.log({"reward/mean": step / 7}, step)
+        tracker.commit(step)
+    state = tracker.state()
+    tracker.close()
+    return state
 
-    records = []
-    for part in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        place = ["--run-file", str(part), str(directory / "wandb")]  # as `wandb leet inspect` asks it, in no time
-        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *place]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        records += [json.loads(line) for line in output.splitlines()]
-    return records
 
-
-def wandb_history(directory):
-    return [record["history"]["item"] for record in wandb_records(directory) if record["type"] == "history"]
+@pytest.fixture(autouse=True)
+def no_login_of_this_machine(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no-config"))
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """W&B as on a machine without a login; the session of an earlier test does not leak in."""
-    wandb = pytest.importorskip("wandb")
-    wandb.teardown()
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    yield wandb
-    wandb.teardown()
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "outputs" / "smoke" / "pspo_seed0")
 
 
 @pytest.fixture
@@ -72,7 +70,6 @@ def warnings(caplog):
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configuration_files_build(path):
-    yaml = pytest.importorskip("yaml")
     config = build(TrackerConfig, yaml.safe_load(path.read_text()))
     assert config.name == path.stem
     assert isinstance(config, WandbConfig) == (path.stem == "wandb")
@@ -88,8 +85,7 @@ def test_configuration_errors_name_the_choices():
 def test_jsonl_does_not_import_wandb(tmp_path):
     code = (
         "import sys; from pathlib import Path; from pspo.base.schema import build; from pspo.tracker import *\n"
-        "t = Tracker(build(TrackerConfig, {'name': 'jsonl'}), Path(sys.argv[1]),"
-        " run_name='r', group='g', job_type='train', resolved_config={})\n"
+        "t = Tracker(build(TrackerConfig, {'name': 'jsonl'}), Path(sys.argv[1]))\n"
         "t.log({'a/b_mean': 1}, 1); t.commit(1); t.summarize({}); t.close(); assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
@@ -114,10 +110,7 @@ def test_rewound_file_equals_an_unbroken_one(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    tracker = open_tracker(whole, JSONL)
-    for step in range(1, 7):
-        tracker.log({"reward/mean": step / 7}, step)
-
+    record(whole, *range(1, 7), values=JSONL)
     tracker = open_tracker(broken, JSONL)
     for step in range(1, 4):
         tracker.log({"reward/mean": step / 7}, step)
@@ -125,10 +118,7 @@ def test_rewound_file_equals_an_unbroken_one(tmp_path):
     tracker.log({"reward/mean": 4 / 7}, 4)
     with (broken / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "rewa')  # killed while writing
-    tracker = open_tracker(broken, JSONL)
-    tracker.rewind(state)
-    for step in range(4, 7):
-        tracker.log({"reward/mean": step / 7}, step)
+    record(broken, *range(4, 7), values=JSONL, state=state)
     assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
@@ -141,208 +131,226 @@ def test_rewind_to_nothing_and_to_more_than_there_is(tmp_path):
     assert rows(tmp_path) == []
 
 
-def test_wandb_gets_the_same_numbers(tmp_path, offline):
-    tracker = open_tracker(tmp_path, WANDB)
+def test_wandb_gets_the_same_numbers(run, server, warnings):
+    tracker = open_tracker(run, WANDB)
     tracker.log({"validation/greedy_accuracy": 0.25}, step=0)
     for step in (1, 2):
         tracker.log({"reward/mean": step / 7, "loss/mean": math.nan}, step)
     tracker.commit(1)
     tracker.log({"reward/mean": 3 / 7}, 3)
     tracker.commit(3)
+    tracker.log({"reward/mean": 4 / 7}, 4)  # not committed, so not sent
     tracker.summarize({"evaluation": {"embedded": {"after": {"accuracy": 0.5}}}, "notes": ["one"]})
     tracker.close()
     tracker.close()
 
-    records = wandb_records(tmp_path)
-    history = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [item["step"] for item in history] == [item["_step"] for item in history] == [0, 1, 2, 3]
-    assert history[1]["loss/mean"] == "NaN"
-    for item, row in zip(history, rows(tmp_path), strict=True):
+    assert warnings() == []
+    assert server.steps(run) == [0, 1, 2, 3]
+    history = server.history(run)
+    assert math.isnan(history[1]["loss/mean"])
+    for item, row in zip(history, rows(run), strict=False):
         assert {name: item[name] for name, value in row.items() if value is not None}.items() <= row.items()
-
-    run = next(record["run"] for record in records if record["type"] == "run")
-    saved = json.loads((tmp_path / "wandb.json").read_text())
-    assert saved == {"id": run["run_id"], "sent": 3}
-    assert (run["display_name"], run["run_group"], run["job_type"]) == ("pspo-seed0", "smoke", "train")
-    assert run["config"]["update"]["objective"] == {"name": "pspo", "alpha": 0.1}
-    updates = [record["summary"]["update"].items() for record in records if record["type"] == "summary"]
-    assert ("evaluation/embedded/after/accuracy", 0.5) in [item for update in updates for item in update]
-    assert any(record["metric"].get("step_metric") == "step" for record in records if record["type"] == "metric")
+    (id,) = server.lines
+    told, summary = server.told[id], server.summary[id]
+    assert (told["displayName"], told["groupName"], told["jobType"]) == (run.name, "smoke", "pspo")
+    assert json.loads(told["config"])["objective"]["value"] == {"name": "pspo", "alpha": 0.1}
+    assert summary["evaluation/embedded/after/accuracy"] == 0.5
+    assert summary["notes"] == ["one"]
 
 
-def record_and_die(directory, wait_s):
-    """Five steps, of which checkpoints keep four; then the process goes, and W&B's own with it."""
-    os.setsid()
-    tracker = open_tracker(directory, WANDB)
-    tracker.rewind(None)
-    for step in range(1, 6):
-        tracker.log({"reward/mean": step / 7}, step)
-        if step in (2, 4):
-            (directory / "state.json").write_text(json.dumps(tracker.state()))
-            tracker.commit(step)
-    time.sleep(wait_s)
-    os.killpg(0, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("wait_s", [0, 0.5], ids=["before-flush", "after-flush"])
-def test_a_kill_leaves_wandb_neither_gap_nor_double_step(tmp_path, offline, wait_s):
-    killed = make(tmp_path, tmp_path, work=lambda: record_and_die(tmp_path, wait_s))
-    assert killed == -signal.SIGKILL, output_of(tmp_path)
-    assert json.loads((tmp_path / "wandb.json").read_text())["sent"] == -1  # nothing is certain within a second
-
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.rewind(json.loads((tmp_path / "state.json").read_text()))
-    for step in range(5, 8):
-        tracker.log({"reward/mean": step / 7}, step)
-    tracker.commit(7)
-    tracker.close()
-    records = wandb_records(tmp_path)
-    history = [record["history"]["item"] for record in records if record["type"] == "history"]
-    assert [item["step"] for item in history] == [row["step"] for row in rows(tmp_path)] == list(range(1, 8))
-    assert [item["reward/mean"] for item in history] == [step / 7 for step in range(1, 8)]
-    assert len({record["run"]["run_id"] for record in records if record["type"] == "run"}) == 1
-
-
-def test_an_sdk_error_midway_costs_one_warning_and_resume_fills_the_gap(tmp_path, offline, warnings):
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-
-    def fail(*args, **kwargs):
-        raise offline.Error("gone")
-
-    tracker._wandb._run.log = fail
-    for step in (2, 3):
-        tracker.log({"reward/mean": step}, step)
+ATTEMPT = """
+import json, pathlib, signal, sys
+from pspo.base.schema import build
+from pspo.tracker import Tracker, TrackerConfig
+directory = pathlib.Path(sys.argv[1])
+tracker = Tracker(build(TrackerConfig, json.loads(sys.argv[2])), directory)
+saved = directory / "state.json"
+state = json.loads(saved.read_text()) if saved.exists() else {"metrics_rows": 0}
+tracker.rewind(state)
+first = state["metrics_rows"]
+for step in range(first, first + 5):  # checkpoints keep four of the five steps
+    tracker.log({"reward/mean": step / 7}, step)
+    if step - first in (1, 3):
+        saved.write_text(json.dumps(tracker.state()))
         tracker.commit(step)
-    state = tracker.state()
-    tracker.summarize({"steps": 3})
-    tracker.close()
-    assert warnings() == ["W&B is off for the rest of this run, metrics.jsonl goes on: Error: gone"]
-    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
-
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.rewind(state)
-    tracker.close()
-    assert [item["step"] for item in wandb_history(tmp_path)] == [1, 2, 3]
+(directory / "logged").touch()
+signal.pause()
+"""
 
 
-def test_a_killed_service_costs_one_warning_and_the_next_run_gets_a_new_one(tmp_path, offline, warnings):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    tracker = open_tracker(first, WANDB)
-    tracker.commit(0)  # which waits for W&B
-    children = f"/proc/self/task/{os.getpid()}/children"
-    services = [
-        pid for pid in Path(children).read_text().split() if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()
+def attempt(run, until, *, whole_group=True):
+    """A process of a run, killed as soon as ``until()``, with W&B's own process or without it."""
+    (run / "logged").unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ATTEMPT, str(run), json.dumps(WANDB)], cwd=ROOT, start_new_session=True
+    )
+    try:
+        wait_for(lambda: until() or process.poll() is not None, "the attempt")
+    finally:
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def finish(run):
+    """The last process of a run, in this one."""
+    state = json.loads((run / "state.json").read_text())
+    last = state["metrics_rows"]
+    record(run, *range(last, last + 3), state=state)
+    assert [row["step"] for row in rows(run)] == list(range(last + 3))
+
+
+@pytest.mark.parametrize("arrived", [0, 2, 4])
+def test_kills_online_leave_neither_gap_nor_double_step(run, server, arrived, monkeypatch):
+    """Killed twice: when all is logged and when the server has so many rows of the attempt."""
+    monkeypatch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")
+    for before in (0, 4):
+
+        def until(before=before):
+            return (run / "logged").exists() and (
+                not arrived or ((run / "wandb.json").exists() and len(server.steps(run)) >= before + arrived)
+            )
+
+        attempt(run, until)
+    finish(run)
+    assert server.steps(run) == list(range(11))
+    assert [row["reward/mean"] for row in server.history(run)] == [step / 7 for step in range(11)]
+    assert len(server.lines) == 1
+
+
+def test_a_kill_that_wandbs_own_process_survives(run, server):
+    attempt(run, lambda: (run / "logged").exists() and (run / "wandb.json").exists(), whole_group=False)
+    finish(run)
+    assert server.steps(run) == list(range(7))
+
+
+def test_a_run_that_was_offline_for_a_while_leaves_no_gap(run, server, monkeypatch):
+    state = record(run, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        state = record(run, 2, 3, state=state)
+    assert server.steps(run) == [0, 1]
+    record(run, 4, state=state)
+    assert server.steps(run) == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_the_server_has_beyond_a_checkpoint_are_not_sent_again(run, server):
+    record(run, 0, 1, 2, 3)
+    record(run, 2, 3, 4, state={"metrics_rows": 2})  # the newest checkpoint was torn, an older one counts
+    assert server.steps(run) == [0, 1, 2, 3, 4]
+
+
+def test_an_error_midway_costs_one_warning_and_resume_fills_the_gap(run, server, warnings, monkeypatch):
+    import wandb
+
+    def fail(self, *args, step, **kwargs):
+        if step == 2:
+            raise RuntimeError("an error of no public class")
+        log(self, *args, step=step, **kwargs)
+
+    with monkeypatch.context() as patch:
+        log = wandb.Run.log
+        patch.setattr(wandb.Run, "log", fail)
+        state = record(run, 1, 2, 3)
+    assert warnings() == [
+        "W&B is off for the rest of this run (RuntimeError: an error of no public class); metrics.jsonl goes on, and "
+        f"python -m pspo.sync {run.parent} sends W&B what it lacks"
     ]
-    for pid in services:
-        os.kill(int(pid), signal.SIGKILL)
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    record(run, 4, state=state)
+    assert server.steps(run) == [1, 2, 3, 4]
+
+
+def services():
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    threads = [Path(f"{task}/children") for task in Path("/proc/self/task").iterdir()]
+    pids = {pid for path in (children, *threads) if path.exists() for pid in path.read_text().split()}
+    return [int(pid) for pid in pids if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()]
+
+
+def test_a_killed_service_costs_one_warning_and_the_next_run_gets_a_new_one(run, server, warnings):
+    tracker = open_tracker(run, WANDB)
+    wait_for(lambda: server.told, "the start of W&B's service")
+    for pid in services():
+        os.kill(pid, signal.SIGKILL)
     for step in (1, 2, 3):
         tracker.log({"reward/mean": step}, step)
         tracker.commit(step)
     tracker.close()
     assert len(warnings()) == 1
-    assert [row["step"] for row in rows(first)] == [1, 2, 3]
+    assert [row["step"] for row in rows(run)] == [1, 2, 3]
 
-    tracker = open_tracker(second, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-    tracker.close()
-    assert [item["step"] for item in wandb_history(second)] == [1]
+    second = make_run(run.with_name("second"))
+    record(second, 1)
+    assert server.steps(second) == [1]
     assert len(warnings()) == 1
 
 
-def test_an_error_that_wandb_has_no_name_for_costs_one_warning(tmp_path, offline, warnings):
-    (tmp_path / "wandb.json").write_text("torn")
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-    tracker.close(exit_code=1)
-    tracker.close()
-    assert len(warnings()) == 1
-    assert [row["step"] for row in rows(tmp_path)] == [1]
-
-
-def test_an_unwritable_wandb_folder_costs_one_warning(tmp_path, offline, warnings):
-    (tmp_path / "wandb").write_text("in the way")
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-    tracker.close()
+@pytest.mark.parametrize("broken", ["torn record", "no folder", "bad variable", "bad key", "unreachable", "refused"])
+def test_what_hinders_wandb_costs_one_warning(run, server, warnings, monkeypatch, broken):
+    monkeypatch.setattr("pspo.tracker.wandb.INIT_TIMEOUT_S", 1.0)
+    if broken == "torn record":
+        (run / "wandb.json").write_text("torn")
+    if broken == "no folder":
+        (run / "wandb").write_text("in the way")
+    if broken == "bad variable":
+        monkeypatch.setenv("WANDB_MODE", "sometimes")
+    if broken == "bad key":
+        monkeypatch.setenv("WANDB_API_KEY", "short")
+    if broken == "unreachable":
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    if broken == "refused":
+        server.status.append(("", 401))
+    record(run, 1)
     assert len(warnings()) == 1
     assert "W&B is off" in warnings()[0]
-    assert len(rows(tmp_path)) == 1
+    assert [row["step"] for row in rows(run)] == [1]
 
 
-@pytest.mark.parametrize(
-    "environment", [{"WANDB_MODE": "online"}, {"WANDB_API_KEY": "short"}], ids=["no-key", "bad-key"]
-)
-def test_without_a_usable_login_it_records_offline_and_never_prompts(
-    tmp_path, offline, warnings, monkeypatch, environment
-):
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.delenv("WANDB_MODE")
+@pytest.mark.parametrize("silent", ["RunResumeStatus", "file_stream"])
+def test_a_silent_server_holds_up_nobody(run, server, warnings, monkeypatch, silent):
+    """The bound is on the waiting in ``close``, measured against a server that would hold it for ever."""
+    monkeypatch.setattr("pspo.tracker.wandb.INIT_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr("pspo.tracker.wandb.FINISH_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr("pspo.tracker.wandb.CLOSE_TIMEOUT_S", 0.5)
+    server.status.append((silent, 0))
+    tracker = open_tracker(run, WANDB)
+    for step in (1, 2):
+        tracker.log({"reward/mean": step}, step)
+        tracker.commit(step)
+    wait_for(lambda: server.told or silent == "RunResumeStatus", "the start of the run")
+    mirror, begun = tracker._mirror, time.monotonic()
+    tracker.close()
+    assert time.monotonic() - begun < 600
+    assert len(warnings()) == 1
+    assert "no end after 0.5 s" in warnings()[0]
+    server.status.clear()
+    server.stopped.set()
+    mirror._thread.join(120)
+    assert not mirror._thread.is_alive()
+    assert len(warnings()) == 1
+
+
+@pytest.mark.parametrize("environment", [{"WANDB_MODE": "offline"}, {}], ids=["offline", "no-login"])
+def test_offline_nothing_is_sent_and_nobody_is_asked(run, warnings, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked for a key"))
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-    tracker.close()
-    assert [item["step"] for item in wandb_history(tmp_path)] == [1]
-    assert len(warnings()) == ("WANDB_API_KEY" in environment)
+    record(run, 1)
+    assert warnings() == []
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "wandb.json", ".wandb.lock"}
 
 
-def test_an_unreachable_server_leaves_an_offline_run(tmp_path, offline, warnings, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr("pspo.tracker.INIT_TIMEOUT_S", 0.5)
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-    tracker.close()
-    assert [message[:39] for message in warnings()] == ["W&B cannot be reached and is recorded o"]
-    assert [item["step"] for item in wandb_history(tmp_path)] == [1]
-
-
-def test_disabled_by_the_environment_leaves_no_trace(tmp_path, offline, monkeypatch):
+def test_disabled_by_the_environment_leaves_no_trace(run, server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.log({"reward/mean": 1}, 1)
-    tracker.commit(1)
-    tracker.summarize({"steps": 1})
-    tracker.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    record(run, 1)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert server.told == {}
 
 
-def test_online_the_server_says_what_it_lacks(tmp_path, offline, monkeypatch):
-    class Server:
-        """A resumed online run that has steps 0 to 2, although three were sent by the record."""
-
-        offline, starting_step = False, 3
-
-        def __init__(self):
-            self.steps = []
-
-        def log(self, row, step, commit):
-            self.steps.append(step)
-
-        def define_metric(self, *args, **kwargs): ...
-
-        def finish(self, exit_code): ...
-
-    server = Server()
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(offline, "login", lambda **kwargs: True)
-    monkeypatch.setattr(offline, "init", lambda **kwargs: server)
-    (tmp_path / "wandb.json").write_text('{"id": "abc", "sent": 5}')
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(6)))
-    tracker = open_tracker(tmp_path, WANDB)
-    tracker.rewind({"metrics_rows": 6})
-    tracker.log({"reward/mean": 1}, 6)
-    tracker.commit(6)
-    tracker.close()
-    assert server.steps == [3, 4, 5, 6]
+def test_one_mirror_at_a_time(run, server, warnings, monkeypatch):
+    monkeypatch.setattr("pspo.tracker.wandb.INIT_TIMEOUT_S", 0.1)
+    with filelock.FileLock(run / ".wandb.lock", timeout=0):
+        record(run, 1)
+    assert len(warnings()) == 1
+    assert "another process sends it the rows of this run" in warnings()[0]
+    assert server.told == {}

@@ -13,7 +13,7 @@ from pspo.trainer import State, Trainer
 
 def idle_trainer(policy, directory, *overrides):
     config = configured("tracker=jsonl", "optimizer.decay=linear", *overrides)
-    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
+    tracker = Tracker(config.tracker, directory)
     return Trainer(config, directory, policy, [], [], None, tracker)
 
 

@@ -68,7 +68,7 @@ def make_trainer(policy, directory, *overrides, reward=by_length, num_problems=8
     """A trainer of steps of eight completions, from its newest checkpoint on, killed after so many of them."""
     directory.mkdir(exist_ok=True)
     config = configured("tracker=jsonl", "checkpoint.every=2", "budget.steps=4", *SMALL, *overrides)
-    tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
+    tracker = Tracker(config.tracker, directory)
     seen = []
 
     def counted(completions):

@@ -1,6 +1,7 @@
 """What SLURM knows of jobs, asked through its own commands; where there is no SLURM, nothing is known."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,13 @@ def cancel(job_ids: Sequence[str]) -> str:
     """Cancel jobs; returns what scancel complains of, "" for nothing."""
     done = _run(["scancel", *job_ids])
     return "scancel cannot be run or does not answer" if done is None else done.stderr.strip()
+
+
+def max_array_size() -> int | None:
+    """How many jobs an array may have on this cluster (``MaxArraySize``); None where SLURM cannot be asked."""
+    done = _run(["scontrol", "show", "config"])
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE) if done is not None else None
+    return max(1, int(found[1])) if found else None  # 0 switches arrays off
 
 
 def _ask(job_ids: Iterable[str]) -> tuple[dict[str, JobState], bool]:

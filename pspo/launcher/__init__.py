@@ -9,14 +9,4 @@ from pspo.launcher.job import Job
 from pspo.launcher.plan import Planned, counted, make_plan, show
 from pspo.launcher.settings import configure
 
-__all__ = [
-    "Job",
-    "Launcher",
-    "Planned",
-    "RunsFailed",
-    "configure",
-    "counted",
-    "make_plan",
-    "open_keys",
-    "show",
-]
+__all__ = ["Job", "Launcher", "Planned", "RunsFailed", "configure", "counted", "make_plan", "open_keys", "show"]

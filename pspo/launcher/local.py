@@ -1,32 +1,27 @@
-"""Slots on this machine: so many runs at one time, each in a process of its own, through submitit."""
+"""Slots on this machine: a run per slot at one time, each a ``python -m pspo.run`` of its own."""
 
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import submitit
 import torch
 
 from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
 from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
-from pspo.launcher.job import Job
 from pspo.launcher.plan import Planned, counted
 from pspo.run.outcome import failure
 
-NO_LIMIT_MIN = 366 * 24 * 60
 POLL_S = 0.2
-STOP_S = 60.0
-"""How long runs may take to save when they are told to stop."""
-
-KILL_S = 5.0
-"""How long submitit may then take to end them."""
+STOP_TIMEOUT_S = 60.0
+"""Longest time that runs may take to save when the launcher is stopped; they are killed then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +31,7 @@ class Local(Launcher):
     slots: int | None = key("runs at one time; null takes as many as there are GPUs for, or one", within="[1, inf)")
     gpus: int | None = key("GPUs of one run; null takes one where there are any", within="[0, inf)")
 
-    job = Job  # what a slot runs, made from overrides
+    command = (sys.executable, "-m", "pspo.run")  # to which a slot adds the overrides of its run
 
     def check(self) -> None:
         """Raise ConfigError where there are not enough GPUs or processors for the slots."""
@@ -77,90 +72,69 @@ class Local(Launcher):
             todo[0].directory.parent.absolute() / ".submitit" / f"local_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
         )
         try:
-            executor = submitit.LocalExecutor(folder, max_num_timeout=NO_LIMIT_MIN)
+            folder.mkdir(parents=True)
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
-        free, busy, tasks = (
-            list(range(self._num_slots()))[::-1],
-            dict[int, tuple[Any, Planned, float]](),
-            [""] * len(todo),
-        )
+        free, busy = list(range(self._num_slots()))[::-1], dict[int, tuple[subprocess.Popen[bytes], Planned, float]]()
+        tasks, waiting = [""] * len(todo), list(enumerate(todo))
         record_runs(self, "local", folder, todo, tasks)
         log.info("logs in %s", folder)
-        waiting = list(enumerate(todo))
         with _stoppable():
             try:
                 while waiting or busy:
                     while waiting and free:
                         slot, (number, run) = free.pop(), waiting.pop(0)
-                        with self._in_slot(slot, executor):
-                            process = executor.submit(self.job(run.overrides))
-                        busy[slot], tasks[number] = (process, run, time.monotonic()), process.job_id
+                        tasks[number] = str(number)
+                        busy[slot] = (self._start(slot, run, folder / f"{number}_0_log"), run, time.monotonic())
                         record_runs(self, "local", folder, todo, tasks)
                         log.info("started  %d of %d: %s", number + 1, len(todo), run.directory.name)
                     for slot, (process, run, begun) in list(busy.items()):
-                        if process.done():
+                        if process.poll() is not None:
                             del busy[slot]
                             free.append(slot)
-                            _tell_end(run, process, time.monotonic() - begun)
+                            _tell_end(run, time.monotonic() - begun)
                     time.sleep(POLL_S)
             except KeyboardInterrupt:
                 _stop([process for process, *_ in busy.values()])
                 raise
 
-    @contextlib.contextmanager
-    def _in_slot(self, slot: int, executor: submitit.LocalExecutor) -> Iterator[None]:
-        """What a process that is started in the block inherits: its GPUs and its processors.
+    def _start(self, slot: int, run: Planned, logs: Path) -> subprocess.Popen[bytes]:
+        """A run's process with the GPUs and processors of a slot, in a process group that Ctrl-C does not reach.
 
         A run takes as many threads as it has processors; what SLURM and the shell say of threads is for all slots.
         """
-        gpus = _gpus()[slot * self._num_gpus() : (slot + 1) * self._num_gpus()]
-        executor.update_parameters(timeout_min=NO_LIMIT_MIN, gpus_per_node=len(gpus), visible_gpus=gpus)
-        all_processors, environment = _processors(), dict(os.environ)
-        each = len(all_processors) // self._num_slots()
-        _pin(all_processors[slot * each : (slot + 1) * each])
-        os.environ.pop("SLURM_CPUS_PER_TASK", None)
-        os.environ["OMP_NUM_THREADS"] = str(each)
+        processors, gpus = _processors(), _gpus()[slot * self._num_gpus() : (slot + 1) * self._num_gpus()]
+        each = len(processors) // self._num_slots()
+        environment = os.environ | {"OMP_NUM_THREADS": str(each), "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        environment.pop("SLURM_CPUS_PER_TASK", None)
+        _pin(processors[slot * each : (slot + 1) * each])  # a child inherits them
         try:
-            yield
+            with logs.with_suffix(".out").open("wb") as out, logs.with_suffix(".err").open("wb") as err:
+                command = [*self.command, *run.overrides]
+                return subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
         finally:
-            os.environ.clear()
-            os.environ.update(environment)
-            _pin(all_processors)
+            _pin(processors)
 
 
-def _tell_end(run: Planned, process: Any, seconds: float) -> None:
+def _tell_end(run: Planned, seconds: float) -> None:
     if (run.directory / "DONE").is_file():
         log.info("done     %s (%.0f s)", run.directory.name, seconds)
     else:
-        log.error("failed   %s: %s", run.directory.name, failure(run.directory) or f"see {process.paths.stderr}")
+        log.error("failed   %s: %s", run.directory.name, failure(run.directory) or "see its log")
 
 
-def _stop(jobs: list[Any]) -> None:
-    """Tell all to save and leave; end those that do not. Ctrl-C on a terminal reaches, and ends, them all itself."""
-    log.warning("stopping %d runs", len(jobs))
-    for tell, seconds in ((_terminate, STOP_S), (submitit.LocalJob.cancel, KILL_S), (_kill, KILL_S)):
-        deadline = time.monotonic() + seconds
-        for job in jobs:
-            if not job.done():
-                tell(job)
-        while time.monotonic() < deadline and not all(job.done() for job in jobs):
-            time.sleep(POLL_S)
-
-
-def _terminate(job: Any) -> None:
-    job._process.terminate()  # submitit hands it on to the run
-
-
-def _kill(job: Any) -> None:
-    """End submitit's process and the run, its child. Its SIGINT does nothing where a shell's ``&`` began us."""
-    pid = job._process.pid
-    os.kill(pid, signal.SIGSTOP)  # so that it starts no other
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
-                os.kill(int(stat.parent.name), signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Tell all runs to save and leave; kill those that do not, and what they have started."""
+    log.warning("stopping %d runs", len(processes))
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @contextlib.contextmanager

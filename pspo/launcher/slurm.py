@@ -1,6 +1,7 @@
-"""One array of SLURM jobs for a sweep, through submitit."""
+"""Arrays of SLURM jobs for a sweep, through submitit: one, or several where the cluster bounds the size of an array."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -48,7 +49,9 @@ class Slurm(Launcher):
     constraint: str | None = key("features that a node must have")
     exclude: str | None = key("nodes not to use")
     comment: str | None = key("kept with the job")
-    array_parallelism: int = key("jobs of the sweep that may run at one time", within="[1, inf)")
+    array_parallelism: int = key(
+        "jobs of the sweep that may run at one time, divided among its arrays, at least one each", within="[1, inf)"
+    )
     notice_s: int = key(
         "seconds before the time limit, or a preemption, when a run is told to save", within="[10, inf)"
     )
@@ -95,10 +98,10 @@ class Slurm(Launcher):
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
         tasks = _queued(runs)
         lines = [f"{counted(runs)}; {len(todo)} submitted"]
-        if todo:
-            folder, submitted = self._submit(todo)
+        for array in self._arrays(todo):
+            folder, submitted = self._submit(array, todo)
             tasks |= submitted
-            lines += [f"jobs   {folder.name}, {len(todo)} in all", f"logs   {folder}"]
+            lines += [f"jobs   {folder.name}, {len(array)} in all", f"logs   {folder}"]
         groups = sorted({str(run.directory.parent) for run in runs})
         sys.stdout.write("\n".join([*lines, *(f"watch  python -m pspo.status {group}" for group in groups)]) + "\n")
         sys.stdout.flush()
@@ -110,37 +113,54 @@ class Slurm(Launcher):
             log.warning("the jobs go on; python -m pspo.status --cancel %s ends them", groups[0])
             raise
 
-    def _submit(self, todo: list[Planned]) -> tuple[Path, dict[Path, str]]:
-        """One array: its folder, and the job id of each run."""
-        folder = todo[0].directory.parent.absolute() / ".submitit" / ("%A" if len(todo) > 1 else "%j")
+    def _arrays(self, todo: list[Planned]) -> list[list[Planned]]:
+        """The runs in as few arrays as the cluster's ``MaxArraySize`` allows, all nearly equally long."""
+        num_arrays = -(-len(todo) // (slurm.max_array_size() or len(todo) or 1))
+        bounds = [len(todo) * i // num_arrays for i in range(num_arrays + 1)] if todo else []
+        return [todo[first:last] for first, last in itertools.pairwise(bounds)]
+
+    def _submit(self, array: list[Planned], todo: list[Planned]) -> tuple[Path, dict[Path, str]]:
+        """Submit one array of a sweep's ``todo``: its folder, and the job id of each run."""
+        folder = _folder(array)
         try:
             with _outside_of_jobs():
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
-                executor.update_parameters(**self._parameters(todo))
-                jobs = executor.submit_array([Job(run.overrides) for run in todo])
+                executor.update_parameters(**self._parameters(array, todo))
+                jobs = executor.submit_array([Job(run.overrides) for run in array])
         except submitit.core.utils.FailedJobError as error:
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
-            raise ConfigError(f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}") from error
+            before = todo.index(array[0])
+            raise ConfigError(
+                f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}"
+                + (
+                    f"; {before} of {len(todo)} runs are in the queue, and this command submits the others"
+                    * (before > 0)
+                )
+            ) from error
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
         place, tasks = jobs[0].paths.folder, [job.job_id for job in jobs]
-        record_runs(self, "slurm", place, todo, tasks)
-        return place, dict(zip((run.directory for run in todo), tasks, strict=True))
+        record_runs(self, "slurm", place, array, tasks)
+        return place, dict(zip((run.directory for run in array), tasks, strict=True))
 
     def _notes(self, todo: list[Planned]) -> list[str]:
-        if not todo:
-            return []
-        folder = todo[0].directory.parent.absolute() / ".submitit" / "%A"
-        command = f"{sys.executable} -u -m submitit.core._submit {folder}"
-        text = _make_sbatch_string(command=command, folder=folder, map_count=len(todo), **self._parameters(todo))
-        return ["", text]
+        notes = []
+        for array in self._arrays(todo):
+            folder = _folder(array)
+            command = f"{sys.executable} -u -m submitit.core._submit {folder}"
+            parameters = self._parameters(array, todo)
+            notes += ["", _make_sbatch_string(command=command, folder=folder, map_count=len(array), **parameters)]
+        return notes
 
-    def _parameters(self, todo: list[Planned]) -> dict[str, Any]:
-        """For submitit. srun is needed: without it USR2 does not reach Python; it must be told the processors again."""
+    def _parameters(self, array: list[Planned], todo: list[Planned]) -> dict[str, Any]:
+        """What submitit is told of one array of a sweep's ``todo``.
+
+        srun is needed, as USR2 does not reach Python without it; srun must be told the processors again.
+        """
         gpu = f"gpu:{self.gpu_type}:{self.gpus}" if self.gpu_type else f"gpu:{self.gpus}"
         memory = None if self.memory_gib is None else f"{round(self.memory_gib * 1024)}M"
         given = {
-            "job_name": f"pspo-{todo[0].directory.parent.name}",
+            "job_name": f"pspo-{array[0].directory.parent.name}",
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
@@ -153,13 +173,18 @@ class Slurm(Launcher):
             "constraint": self.constraint,
             "exclude": self.exclude,
             "comment": self.comment,
-            "array_parallelism": self.array_parallelism,
+            "array_parallelism": max(1, self.array_parallelism // len(self._arrays(todo))),
             "signal_delay_s": self.notice_s,
             "setup": self.setup or None,
             "srun_args": [f"--cpus-per-task={self.cpus}"],
             "additional_parameters": {"requeue": True} | self.additional,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _folder(array: list[Planned]) -> Path:
+    """Where submitit keeps the pickles and logs of an array, or of a job."""
+    return array[0].directory.parent.absolute() / ".submitit" / ("%A" if len(array) > 1 else "%j")
 
 
 def _queued(runs: list[Planned]) -> dict[Path, str]:

@@ -112,14 +112,7 @@ class _Run:
             log.warning("%s", sentence)
         prompts, dropped = self._encode(model.tokenizer(config.model))
         policy = model.load(config.model, config.seed, self.device)
-        tracker = Tracker(
-            config.tracker,
-            directory,
-            run_name=directory.name,
-            group=config.group,
-            job_type=config.objective.name,
-            resolved_config=as_dict(config),
-        )
+        tracker = Tracker(config.tracker, directory)
         try:
             summary = self._train_and_evaluate(policy, prompts, notes + dropped, tracker, started)
             model.save(

@@ -1,0 +1,174 @@
+"""Weights & Biases as the mirror of a run: it gets the rows of ``metrics.jsonl`` after its own last step."""
+
+import json
+import logging
+import math
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from pspo.base.files import write_json
+
+log = logging.getLogger("pspo")
+
+INIT_TIMEOUT_S = 20.0
+"""Longest wait for a server's answer when a mirror opens; only the mirror's own thread waits."""
+
+FINISH_TIMEOUT_S = 20.0
+"""Longest wait for the last uploads of a run."""
+
+CLOSE_TIMEOUT_S = 30.0
+"""Longest time that a mirror holds up the end of a run, whatever W&B does."""
+
+UPLOAD_TIMEOUT_S = 1800.0
+"""Longest replay of one run; what W&B lacks then is sent by the next one."""
+
+
+class Mirror:
+    """Sends rows of one run directory to W&B from a thread, so that a slow, silent or dead server holds up nobody.
+
+    W&B's own last step is the cursor: the first row sent is the one after it. So there is neither a gap nor a double
+    step, whichever processes sent the earlier rows and whenever they were killed. A file lock admits one mirror of a
+    run directory at a time. Where W&B is offline or has no login nothing is sent, and ``pspo.sync`` does it later, by
+    a mirror with ``replay``. The first error ends a mirror and is told in one warning.
+
+    Attributes:
+        num_sent: rows sent so far.
+        error: what ended this mirror early; "" where nothing did.
+    """
+
+    def __init__(self, directory: Path, *, replay: bool = False) -> None:
+        self.directory = directory.absolute()
+        self.num_sent, self.error = 0, ""
+        self._replay, self._next_step = replay, 0
+        self._run: Any = None
+        self._calls: queue.SimpleQueue[Callable[[Any], None] | int] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def send(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log the rows that W&B lacks, ``rows`` in the order of their steps."""
+
+        def call(run: Any) -> None:
+            for row in rows:
+                if row["step"] >= self._next_step:
+                    values = {name: math.nan if value is None else value for name, value in row.items()}
+                    run.log(values, step=row["step"], commit=True)
+                    self._next_step, self.num_sent = row["step"] + 1, self.num_sent + 1
+
+        self._put(call)
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Update the summary of the W&B run, nested keys joined by ``/``."""
+        self._put(lambda run: run.summary.update(_flatten(summary)))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the W&B run, as failed if ``exit_code`` is not 0; returns in bounded time, whatever W&B does."""
+        self._put(exit_code)
+        timeout_s = UPLOAD_TIMEOUT_S if self._replay else CLOSE_TIMEOUT_S
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._fail(f"no end after {timeout_s:g} s")
+
+    def _put(self, call: Callable[[Any], None] | int) -> None:
+        if self._thread.is_alive():
+            self._calls.put(call)
+
+    def _work(self) -> None:
+        for act in (self._mirror, self._abandon, _tear_down):
+            try:
+                act()
+            except (Exception, SystemExit) as error:  # noqa: BLE001  W&B's own, when its service is gone, are not public
+                self._fail(f"{type(error).__name__}: {error}")
+
+    def _mirror(self) -> None:
+        try:
+            timeout_s = 0 if self._replay else INIT_TIMEOUT_S
+            held = filelock.FileLock(self.directory / ".wandb.lock", timeout=timeout_s).acquire()
+        except filelock.Timeout:
+            return self._fail("another process sends it the rows of this run")
+        with held:
+            run = self._run = self._open()
+            if run is None:
+                return
+            self._next_step = run.starting_step
+            while not isinstance(call := self._calls.get(), int):
+                call(run)
+            run.finish(exit_code=call)
+
+    def _abandon(self) -> None:
+        """Stop the threads of a W&B run that an error has left open; nothing where it is finished."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
+    def _open(self) -> Any:
+        """The W&B run under the id of ``wandb.json``; None where W&B is offline."""
+        import wandb  # half a second that tracker=jsonl does not pay
+
+        record = self.directory / "wandb.json"
+        if not record.exists():
+            write_json(record, {"id": secrets.token_hex(4)})
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            reinit="create_new",  # a run that W&B holds open in this process, of ours or of a user's, stays as it is
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
+        )
+        if self._replay:  # long, wanted even under WANDB_MODE=offline, and on another machine than the run's
+            settings.mode, settings.finish_timeout = "online", 0.0
+            settings.x_disable_stats = settings.x_disable_machine_info = True
+        mode = wandb.setup(settings=settings).settings.mode
+        # Without a stored login wandb.init would ask for one at a terminal; login(prompt=False) only looks.
+        if mode in ("offline", "dryrun", "disabled") or not wandb.login(prompt=False, verify=False):
+            log.info("W&B is offline; python -m pspo.sync %s sends it the metrics later", self.directory.parent)
+            return None
+        config = yaml.safe_load((self.directory / "config.yaml").read_text())
+        run = wandb.init(
+            project=config["tracker"]["project"],
+            entity=config["tracker"]["entity"],
+            name=self.directory.name,
+            group=config["group"],
+            job_type=config["objective"]["name"],
+            id=json.loads(record.read_text())["id"],
+            resume="allow",
+            dir=str(self.directory),
+            config=config,
+            settings=settings,
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _fail(self, error: str) -> None:
+        if self.error:
+            return
+        self.error = error
+        if not self._replay:
+            log.warning(
+                "W&B is off for the rest of this run (%s); metrics.jsonl goes on, and python -m pspo.sync %s sends W&B "
+                "what it lacks",
+                error,
+                self.directory.parent,
+            )
+
+
+def _tear_down() -> None:
+    """End W&B's service process: a broken one would serve the next run, a waiting one hold up this process's exit."""
+    import wandb
+
+    wandb.teardown()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
