@@ -20,7 +20,7 @@ from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
 from pspo.diagnostics import Diagnostics
-from pspo.evaluate import Evaluation
+from pspo.evaluate import EvaluateConfig
 from pspo.loss import Loss
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective
@@ -64,7 +64,7 @@ class Config(Schema):
     update: Update
     optimizer: Optimizer
     budget: Budget
-    evaluation: Evaluation
+    evaluate: EvaluateConfig
     diagnostics: Diagnostics
     checkpoint: Checkpoint
     tracker: TrackerConfig

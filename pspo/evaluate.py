@@ -17,7 +17,7 @@ from pspo.rollout import Completion, Rollout, sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Schema, block="evaluation"):
+class EvaluateConfig(Schema, block="evaluate"):
     """When and how held-out problems are answered."""
 
     every: int = key("steps from one validation to the next, on held-out training problems", within="[1, inf)")

@@ -98,7 +98,7 @@ class Trainer:
                         state.row, self.unsaved = self._step(), True
                         self.random = checkpoint.random_state()  # a user's reward may draw from it
                     last = config.budget.spent(progress)
-                    if progress.steps % config.evaluation.every == 0 or last:
+                    if progress.steps % config.evaluate.every == 0 or last:
                         state.row |= self._validate()
                     self.check_owner()
                     self.tracker.log(state.row, progress.steps)

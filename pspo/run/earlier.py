@@ -80,11 +80,11 @@ def check(config: Config, directory: Path) -> None:
         raise config.refuse(
             "continue_from", f"has spent {spent} {config.budget.unit} already; set a longer budget.{config.budget.unit}"
         )
-    if config.selection == "best" and progress.steps % config.evaluation.every:
+    if config.selection == "best" and progress.steps % config.evaluate.every:
         raise config.refuse(
             "continue_from",
-            f"its last validation, at step {progress.steps}, is one that a longer run with evaluation.every="
-            f"{config.evaluation.every} does not make, and selection=best may have gone by it; run it anew",
+            f"its last validation, at step {progress.steps}, is one that a longer run with evaluate.every="
+            f"{config.evaluate.every} does not make, and selection=best may have gone by it; run it anew",
         )
 
 
@@ -100,7 +100,7 @@ def carry_over(config: Config, directory: Path) -> None:
         raise config.refuse("continue_from", f"its last checkpoint, of step {steps}, is missing or torn; run it anew")
     path, saved, meta = found
     rows = read_lines(source / "metrics.jsonl")[: saved["tracker"]["metrics_rows"]]
-    if steps % config.evaluation.every:  # validated because it was the last, which it no longer is
+    if steps % config.evaluate.every:  # validated because it was the last, which it no longer is
         validated = ("validation/", "time/validation_s")
         rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

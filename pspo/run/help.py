@@ -24,7 +24,7 @@ MOST_USED = (
     "model.path",
     "dataset.path",
     "dataset.test_limit",
-    "evaluation.every",
+    "evaluate.every",
     "diagnostics.counterfactual_every",
     "group",
     "device",
