@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import yaml
 
 from pspo import dataset, model
 from pspo.advantage import Advantage
-from pspo.base.schema import ConfigError, Schema, as_dict, build, key
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of, short_names, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
@@ -100,6 +101,10 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
 
 
+LABEL_CHARACTERS = 100
+"""What does not fit into a run's name is counted there: ``_+2``. The names of files may have 255 bytes."""
+
+
 def resolve(values: Mapping[str, Any]) -> Config:
     """The typed tree of a composed configuration. Raises ConfigError."""
     smoothing, objective = values.get("smoothing", {}), values.get("objective", {})
@@ -116,12 +121,15 @@ def resolve(values: Mapping[str, Any]) -> Config:
 
 
 def read(path: Path) -> Config:
-    """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError."""
+    """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError, also for another version's."""
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(values, dict)
-    return build(Config, {str(name): value for name, value in values.items()})
+    try:
+        return build(Config, {str(name): value for name, value in values.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{path} was written by another version of pspo, with other keys: {error}") from error
 
 
 def no_alpha(smoothing: str, objective: str) -> ConfigError:
@@ -155,7 +163,7 @@ def identity(config: Config) -> str:
 
 
 def run_directory(config: Config, overrides: Sequence[str]) -> Path:
-    """``output_dir/group/<objective>_<what was set>_seed<seed>_<identity>``; the identity alone decides.
+    """``output_dir/group/<objective>_<its keys>_<what else was set>_seed<seed>_<identity>``; the identity alone decides.
 
     The same run asked for in other words (a default spelt out, say) finds the directory that it already has.
     """
@@ -165,12 +173,25 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
 
 def _label(config: Config, overrides: Sequence[str]) -> str:
-    told = []
-    for override in sorted(overrides):
+    """The objective, its keys as they were set, then what else was set, in whole words of letters that any shell takes.
+
+    An option is told by its name alone and a key by its last part, wherever no other group or key has the same.
+    """
+    short = short_names(each.dotted for each in keys_of(Config, as_dict(config)))
+    options = Counter(option for names in groups().values() for option in names)
+    told: dict[str, str] = {}
+    for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        if name.split(".")[0] not in (*NOT_SCIENCE, "objective", "seed") or name.startswith("objective."):
-            told.append(f"{name.removeprefix('objective.')}={Path(value).name}")
-    return re.sub(r"[^\w.=,+-]", "", "_".join([config.objective.name, *told]))[:120]
+        value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
+        if name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed") or name.startswith("objective."):
+            alone = name in groups() and options[value] == 1
+            told[name] = value if alone else f"{short.get(name, name)}={value}"
+    words = [config.objective.name]
+    for name in sorted(told, key=lambda name: (not name.startswith("objective."), name)):
+        if len("_".join([*words, told[name]])) <= LABEL_CHARACTERS:
+            words.append(told[name])
+    left = len(told) + 1 - len(words)
+    return "_".join([*words, f"+{left}"] if left else words)
 
 
 @functools.cache
@@ -199,21 +220,54 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
-    """The configurations of many jobs; Hydra is set up once. Raises ConfigError at the first that does not fit."""
+    """The configurations of many jobs. Raises ConfigError at the first that does not fit."""
+    return [resolve(values) for values in compose_values(jobs)]
+
+
+def compose_values(jobs: Iterable[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    """The values of many jobs as Hydra composes them, which is set up once; ``???`` where one has to be given.
+
+    Raises ConfigError where Hydra refuses the overrides.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    made = []
     ready = GlobalHydra.instance().is_initialized()  # as in a multirun
     with contextlib.nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in jobs:
-            composed = hydra_compose("config", overrides=open_keys(overrides))
+            try:
+                composed = hydra_compose("config", overrides=open_keys(overrides))
+            except HydraException as error:
+                raise in_our_words(error) from error
             values = OmegaConf.to_container(composed, resolve=True)
             assert isinstance(values, dict)
-            made.append(resolve({str(name): value for name, value in values.items()}))
-    return made
+            yield {str(name): value for name, value in values.items()}
+
+
+MEANT = {
+    "model": "model=hf model.hub_id={0}, or model.path={0} for a folder",
+    "dataset": "dataset=jsonl dataset.path={0}",
+    "reward": "reward=custom reward.function={0}",
+    "objective": "objective=custom objective.function={0}",
+}
+"""How to ask for what is no option, by its group: a model of the hub, a file of problems, a function in a file."""
+
+
+def in_our_words(error: Exception) -> ConfigError:
+    """A refusal of Hydra's in one sentence: an option that there is not, several values for one run, or its own."""
+    given, options = str(getattr(error, "missing_cfg_file", None)), getattr(error, "options", None)
+    group = next((name for name in groups() if given.startswith(f"{name}/")), given.rpartition("/")[0])
+    option = given.removeprefix(f"{group}/")
+    if options and group in MEANT and re.search(r"[/.:]", option):
+        return ConfigError(f"{group}={option} is no option; write {MEANT[group].format(option)}")
+    if options:
+        return unknown(option, options, group)
+    if several := re.match(r"Ambiguous value for argument '\+*(.*)'", str(error)):
+        return ConfigError(f"{several[1]} gives several values to one run; add -m to make a run with each of them")
+    return ConfigError(" ".join(str(error).split()))
 
 
 def check(config: Config) -> None:

@@ -58,7 +58,7 @@ def validate(
     seeds = [seed, Stream.VALIDATION, step]
     with random_state_kept():
         greedy, sampled = (
-            summarize([row for chunk in track(chunks, "validation", len(prompts)) for row in chunk])
+            summarize([row for chunk in track(chunks, "validation", len(prompts), "problems") for row in chunk])
             for chunks in (
                 answer(policy, prompts, reward, rollout, seed=seeds, greedy=greedy) for greedy in (True, False)
             )

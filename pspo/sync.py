@@ -12,6 +12,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from pspo.base.command import answering
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
 from pspo.status import held
@@ -123,13 +124,8 @@ def main() -> None:
     """``python -m pspo.sync``: exit status 1 where something is left, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.sync", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
-    try:
+    with answering(ConfigError, after="; the same command uploads what is left"):
         outcomes = sync(parser.parse_args().group)
-    except ConfigError as error:
-        sys.stderr.write(f"pspo: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\npspo: stopped; the same command uploads what is left")
     for outcome in outcomes:
         told = f"{outcome.uploaded} uploaded, {outcome.left} left" + (f": {outcome.why}" if outcome.why else "")
         sys.stdout.write(f"{outcome.run}: {told}\n")

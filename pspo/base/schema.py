@@ -10,9 +10,10 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union
 
 
 class ConfigError(ValueError):
@@ -80,9 +81,9 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     """Construct ``cls`` from a plain mapping. Raises ConfigError on unknown, missing, mistyped or out-of-range keys."""
     cls = cls.select(values)
     hints = fields_of(cls)
-    for name in values:
+    for name, value in values.items():
         if name not in hints:
-            raise unknown(cls.dotted(name), [cls.dotted(known) for known in hints])
+            raise _unknown_key(cls, cls.dotted(name), value, values)
     missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
@@ -90,12 +91,54 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     return cls(**made)
 
 
-def unknown(name: str, known: Iterable[str], noun: str = "key") -> ConfigError:
-    """The error for a misspelt name: what it was, the nearest known one and all the known ones."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(known)}")
+def unknown(name: str, known: Iterable[str], noun: str = "key", near: Sequence[str] = ()) -> ConfigError:
+    """The error for a misspelt name: what it was, ``near`` or else the nearest known one, and all the known ones."""
+    by_lower = {each.lower(): each for each in known}
+    near = near or [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=1)]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(by_lower.values())}")
+
+
+def _unknown_key(cls: type[Schema], name: str, value: Any, values: Mapping[str, Any]) -> ConfigError:
+    """The error for a key that a block does not have; ``lr`` is near to ``optimizer.lr``, whose last part it is."""
+    known = [cls.dotted(each) for each in fields_of(cls)]
+    dotted = [each.dotted for each in keys_of(cls, values)]
+    if isinstance(value, Mapping) and value:  # a block that does not exist: its first key was meant
+        name = f"{name}.{next(iter(value))}"
+    near = [each for each in dotted if each.endswith(f".{name}")]
+    meant = {each.rpartition(".")[2]: each for each in dotted} | {each: each for each in (*dotted, *known)}
+    near = near or [meant[match] for match in difflib.get_close_matches(name, meant, n=1)]
+    return unknown(name, known, near=near)
+
+
+class Key(NamedTuple):
+    """One key of a configuration: ``optimizer.lr``, its meaning, the values it takes, their interval, its value."""
+
+    dotted: str
+    meaning: str
+    allowed: str
+    within: str
+    value: Any
+
+
+def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[Key]:
+    """Every key of the blocks that describe ``values``, in order. Raises ConfigError where ``select`` does."""
+    cls = cls.select(values)
+    for name, hint in fields_of(cls).items():
+        blocks = [option for option in _options(hint) if isinstance(option, type) and issubclass(option, Schema)]
+        value = values.get(name)
+        if blocks and isinstance(value, Mapping):
+            yield from keys_of(blocks[0], value)
+        else:
+            meaning, within = (cls._told(name, what) or "" for what in ("meaning", "within"))
+            yield Key(cls.dotted(name), meaning, describe(hint), within, value)
+
+
+def short_names(dotted: Iterable[str]) -> dict[str, str]:
+    """``lr`` for ``optimizer.lr``: the shortest end of each key, in whole words, that no other key ends with."""
+    ends = {key: [key.split(".", at)[-1] for at in range(key.count("."), -1, -1)] for key in dotted}
+    taken = Counter(end for known in ends.values() for end in known)
+    return {key: next(end for end in known if taken[end] == 1 or end == key) for key, known in ends.items()}
 
 
 def as_dict(node: Any) -> Any:
@@ -116,9 +159,16 @@ def _value(name: str, hint: Any, value: Any) -> Any:
 def check(name: str, value: Any, hint: Any, within: str | None = None, why: str | None = None) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
     if not any(_fits(value, option) for option in _options(hint)):
-        raise ConfigError(f"{name} must be {' or '.join(_describe(o) for o in _options(hint))}, got {value!r}")
+        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in _options(hint))
+        told = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
+        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{told}")
     if within is not None and value is not None and not _inside(float(value), within):
         raise ConfigError(f"{name} must be in {within}, got {value!r}" + (f": {why}" if why else ""))
+
+
+def describe(hint: Any) -> str:
+    """The values that a key of this type takes, in words."""
+    return " or ".join(_describe(option) for option in _options(hint))
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

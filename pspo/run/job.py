@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from pspo import checkpoint, dataset, lanes, model
-from pspo.base.console import log, log_to_console, log_to_file, track
+from pspo.base.console import Phase, log, log_to_console, log_to_file, track
 from pspo.base.files import JsonLines, read_lines, write_json, write_text
 from pspo.base.schema import as_dict
 from pspo.base.stream import Stream
@@ -75,6 +75,7 @@ class _Run:
         log.info("%s on %s with %d CPU threads", self.directory, self.device, threads)
         for sentence in advice(self.config):
             log.warning("%s", sentence)
+        Phase("loading the model")
         policy = model.load(self.config.model, self.config.seed, self.device)
         prompts, notes = self._encode(policy.tokenizer)
         tracker = Tracker(
@@ -95,6 +96,8 @@ class _Run:
         tracker.close()
         write_json(self.directory / "summary.json", summary)
         from pspo import report
+
+        Phase("writing the report")
 
         report.write_curves(self.directory)
         report.write_report(self.directory)
@@ -120,6 +123,7 @@ class _Run:
             log.info("restart %d: %s, resumed from step %d", self.owner.restart, self.owner, steps)
         state = trainer.run()
         after = {name: self._evaluate(policy, name, prompts[name], "after") for name in tests}
+        Phase("saving the model")
         model.save(policy, self.directory / "model")
         return {
             "status": "done",
@@ -180,7 +184,7 @@ class _Run:
             seed = [self.config.seed, Stream.TEST]
             chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
             with checkpoint.random_state_kept():  # those of a user's reward
-                for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
+                for rows in track(chunks, f"testing on {name}, {when}", len(prompts), "problems"):
                     for row in rows:
                         beside.append(row)
             beside.sync()
