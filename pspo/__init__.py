@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # and no longer keeps the speed of an idle machine (measured in LOG.md). It is read when torch is imported, hence here.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-if sys.argv[:1] == ["-m"]:  # under python -m, for as long as Python looks for the module to run
-    from pspo.base.command import refuse_module
+if sys.argv[:1] == ["-m"]:  # under python -m, while Python looks for the module to run
+    from pspo.base.command import refuse_other_modules
 
-    refuse_module(sys.orig_argv)
+    refuse_other_modules(next((word for word in sys.orig_argv if word.startswith("pspo.")), ""))

@@ -2,8 +2,6 @@
 
 import sys
 
-from pspo import __doc__ as about
 from pspo.base.command import overview
 
-if __name__ == "__main__":
-    sys.stdout.write(f"{about}\n\n{overview()}\nEach of them has --help.\n")
+sys.stdout.write(overview() + "Each of them has --help.\n")

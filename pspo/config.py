@@ -163,7 +163,7 @@ def identity(config: Config) -> str:
 
 
 def run_directory(config: Config, overrides: Sequence[str]) -> Path:
-    """``output_dir/group/<objective>_<its keys>_<what else was set>_seed<seed>_<identity>``; the identity alone decides.
+    """``output_dir/group/<objective>_<its keys>_<other keys>_seed<seed>_<identity>``; the identity alone decides.
 
     The same run asked for in other words (a default spelt out, say) finds the directory that it already has.
     """
@@ -177,21 +177,20 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
 
     An option is told by its name alone and a key by its last part, wherever no other group or key has the same.
     """
-    short = short_names(each.dotted for each in keys_of(Config, as_dict(config)))
+    short = short_names(dotted for dotted, _, _ in keys_of(Config, as_dict(config)))
     options = Counter(option for names in groups().values() for option in names)
-    told: dict[str, str] = {}
+    words: dict[str, str] = {}
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
-        if name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed") or name.startswith("objective."):
-            alone = name in groups() and options[value] == 1
-            told[name] = value if alone else f"{short.get(name, name)}={value}"
-    words = [config.objective.name]
-    for name in sorted(told, key=lambda name: (not name.startswith("objective."), name)):
-        if len("_".join([*words, told[name]])) <= LABEL_CHARACTERS:
-            words.append(told[name])
-    left = len(told) + 1 - len(words)
-    return "_".join([*words, f"+{left}"] if left else words)
+        if name.startswith("objective.") or name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed"):
+            value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
+            words[name] = value if name in groups() and options[value] == 1 else f"{short.get(name, name)}={value}"
+    label = [config.objective.name]
+    for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
+        if len("_".join([*label, words[name]])) <= LABEL_CHARACTERS:
+            label.append(words[name])
+    left = len(words) + 1 - len(label)
+    return "_".join([*label, f"+{left}"] if left else label)
 
 
 @functools.cache
@@ -220,31 +219,25 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
-    """The configurations of many jobs. Raises ConfigError at the first that does not fit."""
-    return [resolve(values) for values in compose_values(jobs)]
-
-
-def compose_values(jobs: Iterable[Sequence[str]]) -> Iterator[dict[str, Any]]:
-    """The values of many jobs as Hydra composes them, which is set up once; ``???`` where one has to be given.
-
-    Raises ConfigError where Hydra refuses the overrides.
-    """
+    """The configurations of many jobs; Hydra is set up once. Raises ConfigError at the first that does not fit."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
+    made = []
     ready = GlobalHydra.instance().is_initialized()  # as in a multirun
     with contextlib.nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in jobs:
             try:
                 composed = hydra_compose("config", overrides=open_keys(overrides))
             except HydraException as error:
-                raise in_our_words(error) from error
+                raise told(error) from error
             values = OmegaConf.to_container(composed, resolve=True)
             assert isinstance(values, dict)
-            yield {str(name): value for name, value in values.items()}
+            made.append(resolve({str(name): value for name, value in values.items()}))
+    return made
 
 
 MEANT = {
@@ -253,21 +246,21 @@ MEANT = {
     "reward": "reward=custom reward.function={0}",
     "objective": "objective=custom objective.function={0}",
 }
-"""How to ask for what is no option, by its group: a model of the hub, a file of problems, a function in a file."""
+"""What was meant by a path, a function or a name on the hub in the place of a group's option."""
 
 
-def in_our_words(error: Exception) -> ConfigError:
-    """A refusal of Hydra's in one sentence: an option that there is not, several values for one run, or its own."""
-    given, options = str(getattr(error, "missing_cfg_file", None)), getattr(error, "options", None)
-    group = next((name for name in groups() if given.startswith(f"{name}/")), given.rpartition("/")[0])
-    option = given.removeprefix(f"{group}/")
-    if options and group in MEANT and re.search(r"[/.:]", option):
-        return ConfigError(f"{group}={option} is no option; write {MEANT[group].format(option)}")
-    if options:
+def told(error: Exception) -> ConfigError:
+    """A refusal of Hydra's as one sentence of ours."""
+    if options := getattr(error, "options", None):
+        file = str(getattr(error, "missing_cfg_file", ""))
+        group = next((name for name in groups() if file.startswith(f"{name}/")), file.rpartition("/")[0])
+        option = file.removeprefix(f"{group}/")
+        if group in MEANT and re.search(r"[/.:]", option):
+            return ConfigError(f"{group}={option} is no option; write {MEANT[group].format(option)}")
         return unknown(option, options, group)
     if several := re.match(r"Ambiguous value for argument '\+*(.*)'", str(error)):
-        return ConfigError(f"{several[1]} gives several values to one run; add -m to make a run with each of them")
-    return ConfigError(" ".join(str(error).split()))
+        return ConfigError(f"{several[1]} gives one run several values; add -m to make a run with each of them")
+    return ConfigError(str(error))
 
 
 def check(config: Config) -> None:

@@ -121,7 +121,7 @@ def main() -> None:
         return
     log_to_console()
     overrides = [argument for argument in sys.argv[1:] if argument != VERIFY]
-    with answering(*EXPECTED, after="; the same command fetches what is missing"):
+    with answering(*EXPECTED, stopped="stopped; the same command fetches what is missing"):
         if VERIFY in sys.argv[1:]:
             for config in _compose(overrides):
                 verify(config)

@@ -124,7 +124,7 @@ def main() -> None:
     """``python -m pspo.sync``: exit status 1 where something is left, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.sync", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
-    with answering(ConfigError, after="; the same command uploads what is left"):
+    with answering(ConfigError, stopped="stopped; the same command uploads what is left"):
         outcomes = sync(parser.parse_args().group)
     for outcome in outcomes:
         told = f"{outcome.uploaded} uploaded, {outcome.left} left" + (f": {outcome.why}" if outcome.why else "")

@@ -92,7 +92,7 @@ class Trainer:
         self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
         try:
             begun, total = getattr(progress, unit), config.budget.total
-            with Phase("training", total, done=begun, unit=unit.replace("_", " "), transient=False) as told:
+            with Phase("training", total, done=begun, unit=unit.replace("_", " ")) as told:
                 while state.row or not config.budget.spent(progress):
                     if state.row is None:
                         state.row, self.unsaved = self._step(), True

@@ -1,4 +1,4 @@
-"""What a person sees: one console, one log, and the phase of the work: a bar on a terminal, lines in a log elsewhere."""
+"""What a person sees: one console, one log, and the phase of the work, on a terminal as a line that is rewritten."""
 
 import contextlib
 import json
@@ -6,13 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 
 from pspo.base.files import write_text
 
@@ -25,83 +24,78 @@ TELL_S = 30.0
 
 
 class Phase:
-    """A part of the work that a person waits for: ``with Phase("training", total=30) as told: ... told(done)``.
+    """A part of the work that a person waits for: ``with Phase("training", 30, unit="steps") as told: ... told(12)``.
 
-    Without ``with`` it lasts until the next one. A phase inside one that counts, as a validation in the training, is
-    told only if it is at work when a line is due.
-
-    Args:
-        name: what is done, for ``status`` and for logs.
-        total: how much there is to do, in ``unit``; None where nothing is counted.
-        done: how much of it was done before.
-        unit: what ``total`` counts.
-        transient: whether the bar disappears at the end.
+    Without ``with`` it lasts until the next one. One inside another that counts, as a validation in the training, is
+    told only if it is at work when a line is due. ``done`` of ``total`` (None: not counted) were done before.
     """
 
-    current: "Phase | None" = None
-    file: Path | None = None  # where a run tells its phase to other processes
+    current: ClassVar["Phase | None"] = None
+    file: ClassVar[Path | None] = None  # where a run tells its phase to other processes
 
-    def __init__(
-        self, name: str, total: float | None = None, *, done: float = 0, unit: str = "", transient: bool = True
-    ) -> None:
-        self.name, self.total, self.unit, self.done, self.info = name, total, unit, done, ""
-        self.first, self.begun, self.outer, Phase.current = done, time.monotonic(), Phase.current, self
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-        quiet = total is None or not console.is_terminal
-        info = TextColumn("{task.fields[info]}")
-        self.bar = Progress(*columns, info, console=console, disable=quiet, transient=transient)
-        self.bar.add_task(name, total=total, completed=int(done), info="")
+    def __init__(self, name: str, total: float | None = None, *, done: float = 0, unit: str = "") -> None:
+        self.name, self.total, self.done, self.unit, self.info = name, total, done, unit, ""
+        self.first, self.begun, self.outer = done, time.monotonic(), Phase.current
+        self.line, Phase.current = console.status(name), self
         if self.outer is None or self.outer.total is None:
             self.tell()
 
     def __call__(self, done: float, info: str = "") -> None:
         """Note how much is done, with a word on how it goes."""
         self.done, self.info = done, info
-        self.bar.update(self.bar.task_ids[0], completed=int(done), info=info)
+        self.line.update(escape(str(self)))
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        if console.is_terminal:
+            self.line.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.bar.stop()
+    def __exit__(self, *raised: object) -> None:
+        self.line.stop()
         Phase.current = self.outer
 
     @property
     def left_s(self) -> float | None:
         """Seconds to the end at the mean pace since the phase began; None where none can be told."""
-        if self.total is None or self.done <= self.first:
-            return None
-        return (self.total - self.done) * (time.monotonic() - self.begun) / (self.done - self.first)
+        done = self.done - self.first
+        return (
+            None
+            if self.total is None or done <= 0
+            else (time.monotonic() - self.begun) * (self.total - self.done) / done
+        )
+
+    def __str__(self) -> str:
+        share = f", {100 * self.done / self.total:.0f} %" if self.total else ""
+        counts = "" if self.total is None else f": {self.done:.0f} of {self.total:.0f} {self.unit}{share}"
+        left = "" if self.left_s is None else f"{duration(self.left_s)} left"
+        return ", ".join(filter(None, [self.name + counts, self.info, left]))
 
     def tell(self) -> None:
-        """A line in the logs that are no terminal, and the content of ``.phase``."""
-        left_s, told = self.left_s, self.name
-        if self.total is not None:
-            told += f": {self.done:.0f} of {self.total:.0f} {self.unit}".rstrip()
-            told += f", {100 * self.done / self.total:.0f} %" if self.total else ""
-        told += (f", {self.info}" if self.info else "") + ("" if left_s is None else f", {duration(left_s)} left")
-        log.info("%s", told, extra={"phase": True})
+        """A line in every log that is no terminal, and the content of ``.phase``."""
+        log.info("%s", self, extra={"phase": True})
         if self.file is not None:
-            about = {"phase": self.name, "done": self.done, "total": self.total, "left_s": left_s, "time": time.time()}
-            with contextlib.suppress(OSError):  # a full disk is the business of what must be saved
-                write_text(self.file, json.dumps(about))
+            now = {
+                "phase": self.name,
+                "done": self.done,
+                "total": self.total,
+                "left_s": self.left_s,
+                "time": time.time(),
+            }
+            with contextlib.suppress(OSError):  # a full disk stops a run where it must save
+                write_text(self.file, json.dumps(now))
 
 
 def track(chunks: Iterable[Sequence[T]], name: str, total: int, unit: str = "") -> Iterator[Sequence[T]]:
-    """Iterate over chunks of ``total`` items as a phase that counts items, with their rate."""
+    """Iterate over chunks of ``total`` items as a phase that counts items."""
     with Phase(name, total, unit=unit) as told:
         for chunk in chunks:
             yield chunk
-            spent_s = time.monotonic() - told.begun
-            done = told.done + len(chunk)
-            told(done, f"{done / spent_s:.1f}/s" if spent_s else "")
+            told(told.done + len(chunk))
 
 
 def duration(seconds: float) -> str:
     """``1:20:00``."""
-    minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+    return str(timedelta(seconds=int(seconds)))
 
 
 def log_to_console() -> None:
@@ -143,11 +137,11 @@ def _tell(ended: threading.Event) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines above a progress bar, not wrapped, so that a path can be copied; no traceback, which stands in run.log."""
+    """Lines above the phase, not wrapped, so that a path can be copied; no traceback, which stands in run.log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "phase") and console.is_terminal:
-            return  # which has a bar
+            return  # where the phase is shown already
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
         console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 

@@ -13,7 +13,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
 
 class ConfigError(ValueError):
@@ -83,7 +83,9 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     hints = fields_of(cls)
     for name, value in values.items():
         if name not in hints:
-            raise _unknown_key(cls, cls.dotted(name), value, values)
+            inner = f".{next(iter(value))}" if isinstance(value, Mapping) and value else ""
+            tree = [dotted for dotted, _, _ in keys_of(cls, values)]
+            raise unknown(cls.dotted(name) + inner, [cls.dotted(known) for known in hints], tree=tree)
     missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
@@ -91,52 +93,33 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     return cls(**made)
 
 
-def unknown(name: str, known: Iterable[str], noun: str = "key", near: Sequence[str] = ()) -> ConfigError:
-    """The error for a misspelt name: what it was, ``near`` or else the nearest known one, and all the known ones."""
-    by_lower = {each.lower(): each for each in known}
-    near = near or [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=1)]
+def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
+    """The error for a misspelt name: what it was, the nearest one, all the known ones.
+
+    In the keys of a ``tree`` a name is looked for by its last part too: ``lr`` is near to ``optimizer.lr``.
+    """
+    known = list(known)
+    by_end = {key.rpartition(".")[2]: key for key in tree} | {key.lower(): key for key in (*tree, *known)}
+    near = [key for key in tree if key.endswith(f".{name}")]
+    near = near or [by_end[match] for match in difflib.get_close_matches(name.lower(), by_end, n=1)]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(by_lower.values())}")
+    return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(known)}")
 
 
-def _unknown_key(cls: type[Schema], name: str, value: Any, values: Mapping[str, Any]) -> ConfigError:
-    """The error for a key that a block does not have; ``lr`` is near to ``optimizer.lr``, whose last part it is."""
-    known = [cls.dotted(each) for each in fields_of(cls)]
-    dotted = [each.dotted for each in keys_of(cls, values)]
-    if isinstance(value, Mapping) and value:  # a block that does not exist: its first key was meant
-        name = f"{name}.{next(iter(value))}"
-    near = [each for each in dotted if each.endswith(f".{name}")]
-    meant = {each.rpartition(".")[2]: each for each in dotted} | {each: each for each in (*dotted, *known)}
-    near = near or [meant[match] for match in difflib.get_close_matches(name, meant, n=1)]
-    return unknown(name, known, near=near)
-
-
-class Key(NamedTuple):
-    """One key of a configuration: ``optimizer.lr``, its meaning, the values it takes, their interval, its value."""
-
-    dotted: str
-    meaning: str
-    allowed: str
-    within: str
-    value: Any
-
-
-def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[Key]:
-    """Every key of the blocks that describe ``values``, in order. Raises ConfigError where ``select`` does."""
+def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every key of the blocks that describe ``values``, as ``optimizer.lr``, with its field and its value."""
     cls = cls.select(values)
     for name, hint in fields_of(cls).items():
-        blocks = [option for option in _options(hint) if isinstance(option, type) and issubclass(option, Schema)]
-        value = values.get(name)
-        if blocks and isinstance(value, Mapping):
-            yield from keys_of(blocks[0], value)
+        block, value = _options(hint)[0], values.get(name)
+        if isinstance(block, type) and issubclass(block, Schema) and isinstance(value, Mapping):
+            yield from keys_of(block, value)
         else:
-            meaning, within = (cls._told(name, what) or "" for what in ("meaning", "within"))
-            yield Key(cls.dotted(name), meaning, describe(hint), within, value)
+            yield cls.dotted(name), cls.__dataclass_fields__[name], value
 
 
 def short_names(dotted: Iterable[str]) -> dict[str, str]:
     """``lr`` for ``optimizer.lr``: the shortest end of each key, in whole words, that no other key ends with."""
-    ends = {key: [key.split(".", at)[-1] for at in range(key.count("."), -1, -1)] for key in dotted}
+    ends = {key: [key.split(".", at)[-1] for at in reversed(range(key.count(".") + 1))] for key in dotted}
     taken = Counter(end for known in ends.values() for end in known)
     return {key: next(end for end in known if taken[end] == 1 or end == key) for key, known in ends.items()}
 
@@ -199,14 +182,8 @@ def _describe(hint: Any) -> str:
         return f"a table, each item {_describe(typing.get_args(hint)[1])}"
     if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        types.NoneType: "null",
-        Any: "anything",
-    }
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
+    names[types.NoneType] = "null"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

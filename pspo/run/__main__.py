@@ -19,12 +19,10 @@ from pspo.base.command import answering, leave
 from pspo.base.console import log
 from pspo.base.files import SaveError
 from pspo.base.schema import ConfigError
-from pspo.config import CONF, in_our_words, open_keys, resolve
+from pspo.config import CONF, open_keys, resolve, told
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed, make_plan
-from pspo.launcher.local import Local
-from pspo.launcher.slurm import Slurm
-from pspo.run.help import help_text, keys_text
+from pspo.run.help import help_text
 from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import NonFiniteError
@@ -32,9 +30,6 @@ from pspo.update import NonFiniteError
 FAILED = (NonFiniteError, NoRoomError, SaveError, RunsFailed)
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
-
-HELP = {"-h", "--help"}
-SHOW = {"-c", "--cfg"}
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -55,16 +50,15 @@ def main(composed: DictConfig) -> float | None:
 def cli() -> None:
     """``python -m pspo.run``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
     given = sys.argv[1:]
-    if HELP & set(given):
-        launchers = {"slurm": Slurm, "local": Local}
-        sys.stdout.write(keys_text(launchers) if set(given) - HELP == {"keys"} else help_text())
+    if {"-h", "--help"} & set(given):
+        sys.stdout.write(help_text())
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
     sys.argv[1:] = open_keys(given)
-    with answering(after="; the same command resumes from the last checkpoint"):
+    with answering(stopped="stopped; the same command resumes from the last checkpoint"):
         try:
             main()
-            if SHOW & {argument.partition("=")[0] for argument in given}:  # Hydra has shown it, unread
+            if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in given}:  # Hydra shows it unread
                 make_plan([[argument for argument in given if re.match(r"[^-].*=|~", argument)]])
         except EXPECTED as error:
             _leave(error)
@@ -72,7 +66,7 @@ def cli() -> None:
 
 def _leave(error: Exception) -> NoReturn:
     """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
-    leave(in_our_words(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
+    leave(told(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pspo.base.command import answering
 from pspo.base.console import duration
-from pspo.base.schema import ConfigError, build, short_names
+from pspo.base.schema import ConfigError, build
 from pspo.host import slurm
 from pspo.status.state import RETRIED, STATES, Group, Row, collect
 
@@ -34,7 +34,7 @@ def table(group: Group, width: int) -> RenderableType:
     columns = [column for column in zip(*map(_numbers, group.rows), strict=True) if any(column)]
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
-    names = _names(group)
+    names = _names(group.rows)
     column = max(map(len, names), default=0) + 2
     in_one = column + max(map(len, lines), default=0) <= width
     made: list[RenderableType] = [Text(f"{group.directory}: {', '.join([f'{len(group.rows)} runs', *counts])}")]
@@ -57,24 +57,28 @@ def _numbers(row: Row) -> list[str]:
 
 
 def _notes(row: Row) -> str:
-    """What a run does and how long that will take, how often it was started again, and the last line of what it says."""
+    """What a run does, with the time that is left; its restarts; and the last line of why it ended or waits."""
     left = "" if row.eta_s is None else f", {duration(row.eta_s)} left"
     restarts = f"{row.restarts} restart{'s' * (row.restarts != 1)}" if row.restarts else ""
     return "; ".join(filter(None, [row.phase + left, restarts, row.why and row.why.splitlines()[-1]]))
 
 
-def _names(group: Group) -> list[str]:
+def _names(rows: list[Row]) -> list[str]:
     """What sets each run apart, and the end of its directory's name; all of that name where nothing does."""
-    overrides = [dict(override.split("=", 1) for override in row.overrides if "=" in override) for row in group.rows]
-    given = {name for each in overrides for name in each}
-    short = short_names(given | group.keys)
-    apart = [
-        " ".join(
-            f"{short[name]}={value}" for name, value in each.items() if {o.get(name) for o in overrides} != {value}
-        )
-        for each in overrides
-    ]
-    return [f"{words} …{row.run[-8:]}" if words else row.run for words, row in zip(apart, group.rows, strict=True)]
+    shared = set[str]().union(*(row.overrides for row in rows)).intersection(*(row.overrides for row in rows))
+    names = []
+    for row in rows:
+        words = " ".join(_short(override, row.run) for override in row.overrides if override not in shared)
+        names.append(f"{words} …{row.run[-8:]}" if words else row.run)
+    return names
+
+
+def _short(override: str, run: str) -> str:
+    """``lr=1e-5`` for ``optimizer.lr=1e-5``, where the directory's name says ``lr`` too."""
+    name, _, value = override.partition("=")
+    parts = name.split(".")
+    ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
+    return next((f"{end}={value}" for end in ends if f"_{end}=" in run), override)
 
 
 def cancel(group: Group) -> None:

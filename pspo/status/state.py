@@ -87,13 +87,6 @@ class Group:
     rows: list[Row]
 
     @property
-    def keys(self) -> set[str]:
-        """The keys of a run's whole configuration; empty before the first run has begun."""
-        paths = (self.directory / row.run / "config.yaml" for row in self.rows)
-        path = next((path for path in paths if path.is_file()), None)
-        return set(_dotted(yaml.safe_load(path.read_text()) or {})) if path else set()
-
-    @property
     def unfinished(self) -> bool:
         """Whether any run is at work or waits."""
         return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
@@ -125,13 +118,6 @@ def collect(directory: Path) -> Group:
     group = Group(directory, tasks, jobs, slurm.gone(ids - jobs.keys()), [])
     group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | tasks.keys())]
     return group
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield prefix + name
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
 
 
 def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
@@ -170,7 +156,7 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
 
 
 def _phase(directory: Path) -> tuple[str, float | None]:
-    """What the process at work in a run directory does, with how much of it is done, and the seconds that it has left."""
+    """The phase that a running process tells in ``.phase``, with how much of it is done, and the seconds left in it."""
     told = _read_json(directory / ".phase")
     if not told:
         return IMPORTING, None
