@@ -1,4 +1,4 @@
-"""Prints ``keys.md``: every key of every option, from the schemas and ``conf/``: python docs/keys.py > docs/keys.md"""
+"""Print ``keys.md``, every key of every option: ``python docs/keys.py > docs/keys.md``."""
 
 import json
 import sys
@@ -60,6 +60,7 @@ def composed(override: str) -> dict[str, Any]:
 
 
 def name_of(block: Any) -> str | None:
+    """The option that a block is made by, where it is a group's."""
     return block.get("name") if isinstance(block, dict) else None
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -177,14 +177,18 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
 
     An option is told by its name alone and a key by its last part, wherever no other group or key has the same.
     """
-    short = short_names(dotted for dotted, _, _ in keys_of(Config, as_dict(config)))
+    short = short_names(dotted.removeprefix("objective.") for dotted, _, _ in keys_of(Config, as_dict(config)))
     options = Counter(option for names in groups().values() for option in names)
     words: dict[str, str] = {}
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
         if name.startswith("objective.") or name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed"):
             value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
-            words[name] = value if name in groups() and options[value] == 1 else f"{short.get(name, name)}={value}"
+            words[name] = (
+                value
+                if name in groups() and options[value] == 1
+                else f"{short.get(name.removeprefix('objective.'), name)}={value}"
+            )
     label = [config.objective.name]
     for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
         if len("_".join([*label, words[name]])) <= LABEL_CHARACTERS:

@@ -321,12 +321,13 @@ def test_a_run_of_a_sweep_is_called_by_what_sets_it_apart(tmp_path, no_slurm):
 
 
 def test_a_key_is_told_as_short_as_the_directory_tells_it(tmp_path, no_slurm):
-    for run, overrides in {
-        "pspo_alpha=0.1_lr=1e-05_evaluate.every=3_seed0_12345678": "[objective.alpha=0.1, optimizer.lr=1e-5, evaluate.every=3]",
+    given = {
+        "pspo_alpha=0.1_lr=1e-05_every=3_seed0_12345678": "[objective.alpha=0.1, optimizer.lr=1e-5, x.every=3]",
         "clip_optimizer.lr=1e-06_seed0_00000000": "[objective=clip, optimizer.lr=1e-6]",
-    }.items():
+    }
+    for run, overrides in given.items():
         (make(tmp_path / "g", run) / "overrides.yaml").write_text(overrides)
-    assert "\nalpha=0.1 lr=1e-5 evaluate.every=3 …12345678" in shown(tmp_path / "g")
+    assert "\nalpha=0.1 lr=1e-5 every=3 …12345678" in shown(tmp_path / "g")
     assert "\nobjective=clip optimizer.lr=1e-6 …00000000" in shown(tmp_path / "g")
 
 
@@ -372,7 +373,7 @@ def test_a_run_directory_of_the_version_before_rooms_is_read(tmp_path, no_slurm)
     group = tmp_path / "main"
     directory = group / "pspo_alpha=0.3_optimizer.lr=1e-05_seed1_d4d609e9"
     (directory / "evaluation").mkdir(parents=True)
-    config = "group: main\nseed: 1\nobjective: {name: pspo, alpha: 0.3}\nevaluation: {every: 2}\nbudget: {steps: 2, prompts: null}\n"
+    config = "group: main\nobjective: {name: pspo, alpha: 0.3}\nevaluation: {every: 2}\nbudget: {steps: 2}\n"
     result = {"accuracy": 0.75, "ci95_low": 0.4, "ci95_high": 0.9, "n": 8, "reward_mean": 0.8, "length_mean": 9.0}
     result |= {"truncated_rate": 0.0, "unparsed_rate": 0.1}
     row = {"step": 1, "reward/mean": 0.3, "budget/steps": 1, "policy/kl_old_new_k3": 0.01, "time/step_s": 0.2}

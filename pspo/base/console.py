@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -66,13 +66,13 @@ class Phase:
 
     def __str__(self) -> str:
         share = f", {100 * self.done / self.total:.0f} %" if self.total else ""
-        counts = "" if self.total is None else f": {self.done:.0f} of {self.total:.0f} {self.unit}{share}"
+        counts = "" if self.total is None else f": {self.done:.0f} of {self.total:.0f} {self.unit}".rstrip() + share
         left = "" if self.left_s is None else f"{duration(self.left_s)} left"
         return ", ".join(filter(None, [self.name + counts, self.info, left]))
 
     def tell(self) -> None:
         """A line in every log that is no terminal, and the content of ``.phase``."""
-        log.info("%s", self, extra={"phase": True})
+        log.info("%s", str(self), extra={"phase": True})
         if self.file is not None:
             now = {
                 "phase": self.name,
@@ -95,7 +95,8 @@ def track(chunks: Iterable[Sequence[T]], name: str, total: int, unit: str = "") 
 
 def duration(seconds: float) -> str:
     """``1:20:00``."""
-    return str(timedelta(seconds=int(seconds)))
+    minutes, left = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{left:02d}"
 
 
 def log_to_console() -> None:

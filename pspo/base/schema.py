@@ -10,7 +10,6 @@ import difflib
 import math
 import types
 import typing
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union
@@ -98,9 +97,10 @@ def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[s
 
     In the keys of a ``tree`` a name is looked for by its last part too: ``lr`` is near to ``optimizer.lr``.
     """
-    known = list(known)
-    by_end = {key.rpartition(".")[2]: key for key in tree} | {key.lower(): key for key in (*tree, *known)}
+    known, tree = list(known), sorted(tree, key=lambda key: key.count("."))
     near = [key for key in tree if key.endswith(f".{name}")]
+    near = [key for key in near if key.count(".") == near[0].count(".")]  # optimizer.lr, not model.warm_start.lr
+    by_end = {key.rpartition(".")[2]: key for key in reversed(tree)} | {key.lower(): key for key in (*tree, *known)}
     near = near or [by_end[match] for match in difflib.get_close_matches(name.lower(), by_end, n=1)]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(known)}")
@@ -118,10 +118,14 @@ def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def short_names(dotted: Iterable[str]) -> dict[str, str]:
-    """``lr`` for ``optimizer.lr``: the shortest end of each key, in whole words, that no other key ends with."""
-    ends = {key: [key.split(".", at)[-1] for at in reversed(range(key.count(".") + 1))] for key in dotted}
-    taken = Counter(end for known in ends.values() for end in known)
-    return {key: next(end for end in known if taken[end] == 1 or end == key) for key, known in ends.items()}
+    """``lr`` for ``optimizer.lr``: each key's shortest end, in whole words, that is of no other key as short as it."""
+    parts = {key: key.split(".") for key in dotted}
+    ends = sorted((len(words), ".".join(words[at:]), key) for key, words in parts.items() for at in range(len(words)))
+    owners: dict[str, list[tuple[int, str]]] = {}
+    for depth, end, key in ends:
+        owners.setdefault(end, []).append((depth, key))
+    own = [(key, end) for end, [(depth, key), *others] in owners.items() if not others or others[0][0] > depth]
+    return dict(sorted(own, key=lambda pair: -len(pair[1])))
 
 
 def as_dict(node: Any) -> Any:

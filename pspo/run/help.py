@@ -5,7 +5,7 @@ import textwrap
 from pspo.base.schema import as_dict, keys_of
 from pspo.config import Config, compose, groups
 
-MOST_USED = (
+MOST_USED = (  # noqa: SIM905  one a line would fill a page
     "seed objective.alpha loss.importance loss.aggregation loss.kl_weight optimizer.lr budget.steps rollout.prompts "
     "rollout.group_size rollout.max_new_tokens rollout.temperature update.num_epochs update.num_minibatches "
     "update.max_tokens model.path dataset.path dataset.test_limit evaluate.every diagnostics.counterfactual_every "
