@@ -101,7 +101,7 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
 
 
-LABEL_CHARACTERS = 100
+LABEL_CHARACTERS = 80
 """What does not fit into a run's name is counted there: ``_+2``. The names of files may have 255 bytes."""
 
 
@@ -184,11 +184,8 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
         name, _, value = override.lstrip("+").partition("=")
         if name.startswith("objective.") or name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed"):
             value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
-            words[name] = (
-                value
-                if name in groups() and options[value] == 1
-                else f"{short.get(name.removeprefix('objective.'), name)}={value}"
-            )
+            shown = short.get(name.removeprefix("objective."), name)
+            words[name] = value if name in groups() and options[value] == 1 else f"{shown}={value}"
     label = [config.objective.name]
     for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
         if len("_".join([*label, words[name]])) <= LABEL_CHARACTERS:
@@ -237,7 +234,7 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
             try:
                 composed = hydra_compose("config", overrides=open_keys(overrides))
             except HydraException as error:
-                raise told(error) from error
+                raise explained(error) from error
             values = OmegaConf.to_container(composed, resolve=True)
             assert isinstance(values, dict)
             made.append(resolve({str(name): value for name, value in values.items()}))
@@ -253,7 +250,7 @@ MEANT = {
 """What was meant by a path, a function or a name on the hub in the place of a group's option."""
 
 
-def told(error: Exception) -> ConfigError:
+def explained(error: Exception) -> ConfigError:
     """A refusal of Hydra's as one sentence of ours."""
     if options := getattr(error, "options", None):
         file = str(getattr(error, "missing_cfg_file", ""))

@@ -58,11 +58,9 @@ class Phase:
     def left_s(self) -> float | None:
         """Seconds to the end at the mean pace since the phase began; None where none can be told."""
         done = self.done - self.first
-        return (
-            None
-            if self.total is None or done <= 0
-            else (time.monotonic() - self.begun) * (self.total - self.done) / done
-        )
+        if self.total is None or done <= 0:
+            return None
+        return (time.monotonic() - self.begun) * (self.total - self.done) / done
 
     def __str__(self) -> str:
         share = f", {100 * self.done / self.total:.0f} %" if self.total else ""
@@ -74,15 +72,9 @@ class Phase:
         """A line in every log that is no terminal, and the content of ``.phase``."""
         log.info("%s", str(self), extra={"phase": True})
         if self.file is not None:
-            now = {
-                "phase": self.name,
-                "done": self.done,
-                "total": self.total,
-                "left_s": self.left_s,
-                "time": time.time(),
-            }
+            now = {"phase": self.name, "done": self.done, "total": self.total, "left_s": self.left_s}
             with contextlib.suppress(OSError):  # a full disk stops a run where it must save
-                write_text(self.file, json.dumps(now))
+                write_text(self.file, json.dumps(now | {"time": time.time()}))
 
 
 def track(chunks: Iterable[Sequence[T]], name: str, total: int, unit: str = "") -> Iterator[Sequence[T]]:

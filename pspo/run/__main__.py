@@ -19,7 +19,7 @@ from pspo.base.command import answering, leave
 from pspo.base.console import log
 from pspo.base.files import SaveError
 from pspo.base.schema import ConfigError
-from pspo.config import CONF, open_keys, resolve, told
+from pspo.config import CONF, explained, open_keys, resolve
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed, make_plan
 from pspo.run.help import help_text
@@ -66,7 +66,7 @@ def cli() -> None:
 
 def _leave(error: Exception) -> NoReturn:
     """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
-    leave(told(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
+    leave(explained(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,15 @@ INDENT = (0, 0, 0, 4)
 def table(group: Group, width: int) -> RenderableType:
     """The rows for a person: each run's name and numbers, in one line where ``width`` columns allow it, then notes."""
     states = [row.state for row in group.rows]
-    counts = [f"{states.count(state)} {state}" for state in STATES if state in states]
+    counts = [f"{len(states)} run{'s' * (len(states) != 1)}"]
+    counts += [f"{states.count(state)} {state}" for state in STATES if state in states]
     columns = [column for column in zip(*map(_numbers, group.rows), strict=True) if any(column)]
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
     names = _names(group.rows)
     column = max(map(len, names), default=0) + 2
     in_one = column + max(map(len, lines), default=0) <= width
-    made: list[RenderableType] = [Text(f"{group.directory}: {', '.join([f'{len(group.rows)} runs', *counts])}")]
+    made: list[RenderableType] = [Text(f"{group.directory}: {', '.join(counts)}")]
     for row, name, line in zip(group.rows, names, lines, strict=True):
         state = Text.assemble((row.state, STATES[row.state]), line.removeprefix(row.state))
         made += [Text(name.ljust(column)) + state] if in_one else [Text(name), Padding(state, INDENT, expand=False)]
