@@ -2,7 +2,7 @@
 
 Seconds of validation, checkpoints, metrics and tables in a whole training of so many steps, at the intervals of the
 preset, beside all its seconds. The GPU presets validate and save as often as ``conf/model`` has it, so few steps tell
-nothing of them: give at least as many as ``evaluation.every``.
+nothing of them: give at least as many as ``evaluate.every``.
 """
 
 import argparse

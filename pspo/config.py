@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any, Literal, cast
 from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, as_dict, build, key
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of, short_names, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
 from pspo.diagnostics import DiagnosticsConfig
-from pspo.evaluate import Evaluation
+from pspo.evaluate import EvaluateConfig
 from pspo.loss import LossConfig
 from pspo.model import ModelConfig
 from pspo.objective import OBJECTIVES, Objective, default_objective
@@ -60,7 +61,7 @@ class Config(Schema):
     update: UpdateConfig
     optimizer: Optimizer
     budget: Budget
-    evaluation: Evaluation
+    evaluate: EvaluateConfig
     diagnostics: DiagnosticsConfig
     checkpoint: Checkpoint
     tracker: TrackerConfig
@@ -96,6 +97,10 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
 
 
+LABEL_CHARACTERS = 80
+"""What does not fit into a run's name is counted there: ``_+2``. The names of files may have 255 bytes."""
+
+
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The typed tree of a configuration composed with ``overrides``, those of the command line. Raises ConfigError."""
     values = _with_source(values, overrides)
@@ -113,8 +118,11 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def read(path: Path) -> Config:
-    """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError."""
-    return build(Config, _load(path))
+    """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError, also for another version's."""
+    try:
+        return build(Config, _load(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path} was written by another version of pspo, with other keys: {error}") from error
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -163,7 +171,7 @@ def identity(config: Config) -> str:
 
 
 def run_directory(config: Config, overrides: Sequence[str]) -> Path:
-    """``output_dir/group/<objective>_<what was set>_seed<seed>_<identity>``; the identity alone decides.
+    """``output_dir/group/<objective>_<its keys>_<other keys>_seed<seed>_<identity>``; the identity alone decides.
 
     The same run asked for in other words (a default spelt out, say) finds the directory that it already has.
     """
@@ -173,12 +181,25 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
 
 def _label(config: Config, overrides: Sequence[str]) -> str:
-    told = []
-    for override in sorted(overrides):
+    """The objective, its keys as they were set, then what else was set, in whole words of letters that any shell takes.
+
+    An option is told by its name alone and a key by its last part, wherever no other group or key has the same.
+    """
+    short = short_names(dotted.removeprefix("objective.") for dotted, _, _ in keys_of(Config, as_dict(config)))
+    options = Counter(option for names in groups().values() for option in names)
+    words: dict[str, str] = {}
+    for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        if name.split(".")[0] not in (*NOT_SCIENCE, "objective", "seed") or name.startswith("objective."):
-            told.append(f"{name.removeprefix('objective.')}={Path(value).name}")
-    return re.sub(r"[^\w.=,+-]", "", "_".join([config.objective.name, *told]))[:120]
+        if name.startswith("objective.") or name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed"):
+            value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
+            shown = short.get(name.removeprefix("objective."), name)
+            words[name] = value if name in groups() and options[value] == 1 else f"{shown}={value}"
+    label = [config.objective.name]
+    for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
+        if len("_".join([*label, words[name]])) <= LABEL_CHARACTERS:
+            label.append(words[name])
+    left = len(words) + 1 - len(label)
+    return "_".join([*label, f"+{left}"] if left else label)
 
 
 @functools.cache
@@ -243,17 +264,48 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     made = []
     ready = GlobalHydra.instance().is_initialized()  # as in a multirun
     with contextlib.nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in jobs:
-            composed = hydra_compose("config", overrides=open_keys(overrides))
+            try:
+                composed = hydra_compose("config", overrides=open_keys(overrides))
+            except HydraException as error:
+                raise explained(error) from error
             values = OmegaConf.to_container(composed, resolve=True)
             assert isinstance(values, dict)
             made.append(resolve({str(name): value for name, value in values.items()}, overrides))
     return made
+
+
+MEANT = {
+    "model": "model=hf model.hub_id={0}, or model.path={0} for a folder",
+    "dataset": "dataset=jsonl dataset.path={0}",
+    "reward": "reward=custom reward.function={0}",
+    "objective": "objective=custom objective.function={0}",
+}
+"""What was meant by a path, a function or a name on the hub in the place of a group's option."""
+
+
+def explained(error: Exception) -> ConfigError:
+    """A refusal of Hydra's as one sentence of ours."""
+    if options := getattr(error, "options", None):
+        file = str(getattr(error, "missing_cfg_file", ""))
+        group = next((name for name in groups() if file.startswith(f"{name}/")), file.rpartition("/")[0])
+        option = file.removeprefix(f"{group}/")
+        if group in MEANT and re.search(r"[/.:]", option):
+            return ConfigError(f"{group}={option} is no option; write {MEANT[group].format(option)}")
+        return unknown(option, options, group)
+    if several := re.match(r"Ambiguous value for argument '\+*(.*?)=(.*)'", str(error)):
+        name, value = several[1], several[2]
+        return ConfigError(
+            f"{name}={value} gives one run several values; add -m to make a run with each, or quote a value that has "
+            f"a comma in it twice: {name}='\"{value}\"'"
+        )
+    return ConfigError(str(error))
 
 
 def check(config: Config) -> Reward:

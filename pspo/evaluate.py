@@ -20,7 +20,7 @@ from pspo.rollout import Completion, RolloutConfig, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Schema, block="evaluation"):
+class EvaluateConfig(Schema, block="evaluate"):
     """When and how held-out problems are answered."""
 
     every: int = key("steps from one validation to the next, on held-out training problems", within="[1, inf)")
@@ -89,7 +89,7 @@ def validate(
     seeds = [seed, Stream.VALIDATION, step]
     with random_state_kept():
         greedy, sampled = (
-            summarize([row for chunk in track(chunks, "validation", len(prompts)) for row in chunk])
+            summarize([row for chunk in track(chunks, "validation", len(prompts), "problems") for row in chunk])
             for chunks in (
                 answer(sampler, prompts, reward, rollout, seed=seeds, greedy=greedy) for greedy in (True, False)
             )

@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from pspo import dataset, model
+from pspo.base.command import answering
 from pspo.base.console import log, log_to_console
 from pspo.base.schema import ConfigError
 from pspo.config import Config, compose_all
@@ -114,16 +115,12 @@ def main() -> None:
         return
     log_to_console()
     overrides = [argument for argument in sys.argv[1:] if argument != VERIFY]
-    try:
+    with answering(*EXPECTED, stopped="stopped; the same command fetches what is missing"):
         if VERIFY in sys.argv[1:]:
             for config in _compose(overrides):
                 verify(config)
-            return
-        lines = prefetch(overrides)
-    except EXPECTED as error:
-        sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-        sys.exit(2)
-    sys.stdout.write("\n".join(["# in the jobs:", *lines]) + "\n")
+        else:
+            sys.stdout.write("\n".join(["# in the jobs:", *prefetch(overrides)]) + "\n")
 
 
 if __name__ == "__main__":

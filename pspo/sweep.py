@@ -1,4 +1,4 @@
-"""Sweeps: named arms and lists of keys, of the command line or of a file, become jobs, each a list of overrides.
+"""Run a sweep: named arms and lists of keys, from a file or the command line, become one run each.
 
 ``python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]``
 
@@ -23,6 +23,7 @@ import filelock
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pspo.base.command import answering
 from pspo.base.files import CONF, write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
 from pspo.config import in_quotes, quoted
@@ -216,11 +217,8 @@ def cli() -> None:
         lines += ["", "hydra.launcher.dry_run=true prints the runs, what became of them, and the cost."]
         sys.stdout.write("\n".join(lines) + "\n")
         return
-    try:
+    with answering(ConfigError):
         path = find(sys.argv[1])
-    except ConfigError as error:
-        sys.stderr.write(f"pspo: {error}\n")
-        sys.exit(2)
     sys.argv[1:] = ["-m", f"hydra.sweeper.file={in_quotes(str(path))}", *sys.argv[2:]]
     run.cli()
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pspo.base.command import answering
 from pspo.base.files import read_lines, write_json
 from pspo.base.schema import ConfigError
 from pspo.tracker.wandb import Mirror
@@ -102,13 +103,8 @@ def main() -> None:
     """``python -m pspo.sync``: exit status 1 where W&B still lacks rows, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.sync", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
-    try:
+    with answering(ConfigError, stopped="stopped; the same command sends what W&B lacks"):
         outcomes = sync(parser.parse_args().group)
-    except ConfigError as error:
-        sys.stderr.write(f"pspo: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\npspo: stopped; the same command sends what W&B lacks")
     for run in outcomes:
         sys.stdout.write(f"{run.run}: {run.num_sent} rows sent{f', not all: {run.error}' if run.error else ''}\n")
     sys.stdout.write("" if outcomes else "W&B has all rows\n")

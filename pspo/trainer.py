@@ -13,7 +13,7 @@ from torch import Tensor
 from pspo import checkpoint
 from pspo.advantage import has_spread
 from pspo.advantage.critic import make_critic
-from pspo.base.console import log, progress_bar
+from pspo.base.console import Phase, log
 from pspo.base.files import JsonLines, SaveError
 from pspo.base.statistics import Statistics
 from pspo.base.stream import Stream, generator
@@ -87,14 +87,14 @@ class Trainer:
         config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit
         self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
         try:
-            with progress_bar(transient=False) as bar:
-                task = bar.add_task("training", total=config.budget.total, completed=getattr(progress, unit), info="")
+            begun, total = getattr(progress, unit), config.budget.total
+            with Phase("training", total, done=begun, unit=unit.replace("_", " ")) as told:
                 while state.row or not config.budget.spent(progress):
                     if state.row is None:
                         state.row, self.unsaved = self._step(), True
                         self.random = checkpoint.random_state()  # a user's reward may draw from it
                     last = config.budget.spent(progress)
-                    if progress.steps % config.evaluation.every == 0 or last:
+                    if progress.steps % config.evaluate.every == 0 or last:
                         state.row |= self._validate()
                     self.check_owner()
                     self.tracker.log(state.row, progress.steps)
@@ -102,7 +102,7 @@ class Trainer:
                     if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
-                        bar.update(task, completed=getattr(progress, unit), info=_summary(metrics))
+                        told(getattr(progress, unit), _summary(metrics))
                     interrupt.check()
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:

@@ -1,6 +1,9 @@
 import dataclasses
 import difflib
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,13 @@ from hypothesis import strategies as st
 from training import composed
 
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, as_dict, build, fields_of, key
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key, short_names
 from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve, run_directory
-from pspo.run.help import EXAMPLES, help_text
+from pspo.run.help import EXAMPLES, MOST_USED, help_text
 from pspo.sweep import expand
 
-KEYS = Path(__file__).with_name("keys.txt")
+DOCS = Path(__file__).parents[1] / "docs"
+KEYS = DOCS / "keys.md"
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 REQUIRED = {
     ("reward", "custom"): ["reward.function=mine.py:f"],
@@ -197,6 +201,22 @@ BAD = {
     "tracker=jsonl tracker.project=x": "unknown key tracker.project",
     "dataset.path=x": "dataset=embedded is made, not read",
     "model.lora=3": "model.lora must be a block of keys, got 3",
+    "alpha=0.3": "unknown key alpha (did you mean objective.alpha or smoothing.alpha?); known: group, output_dir",
+    "lr=1e-5": "unknown key lr (did you mean optimizer.lr?)",
+    "eps=1e-3": "(did you mean advantage.eps or optimizer.eps?)",
+    "lora.rank=4": "unknown key lora.rank (did you mean model.lora.rank?)",
+    "evaluation.every=3": "unknown key evaluation.every (did you mean evaluate.every?)",
+    "optimiser.lr=1e-5": "unknown key optimiser.lr (did you mean optimizer.lr?)",
+    "alhpa=0.3": "unknown key alhpa (did you mean objective.alpha?)",
+    "objective=PSPO": "unknown objective PSPO (did you mean pspo?)",
+    "objective=clipp": "unknown objective clipp (did you mean clip?)",
+    "model=owner/name": "write model=hf model.hub_id=owner/name, or model.path=owner/name for a folder",
+    "model=/models/mine": "model=/models/mine is no option; write model=hf",
+    "dataset=mine.jsonl": "dataset=mine.jsonl is no option; write dataset=jsonl dataset.path=mine.jsonl",
+    "reward=mine.py:f": "reward=mine.py:f is no option; write reward=custom reward.function=mine.py:f",
+    "seed=0,1": "seed=0,1 gives one run several values; add -m to make a run with each of them",
+    "seed=[0,1]": "seed must be a whole number, got [0, 1]; it takes one value: -m seed=0,1 makes a run with each",
+    "diagnostics.counterfactual=[3]": "diagnostics.counterfactual must be a list, each item text, got [3]",
 }
 
 
@@ -222,16 +242,6 @@ def test_keys_are_opened_to_the_schema_and_groups_are_not():
     assert open_keys(given) == opened
 
 
-def all_keys(cls, prefix=""):
-    for name, hint in fields_of(cls).items():
-        blocks = [h for h in (hint, *getattr(hint, "__args__", ())) if isinstance(h, type) and issubclass(h, Schema)]
-        for block in {kind for b in blocks for kind in (b, *subclasses(b))}:
-            yield from all_keys(block, f"{prefix}{name}.")
-        if not blocks:
-            field = next(f for f in dataclasses.fields(cls) if f.name == name)
-            yield f"{prefix}{name}  {field.metadata.get('meaning', '')}".strip()
-
-
 def subclasses(cls):
     return {
         sub
@@ -241,23 +251,36 @@ def subclasses(cls):
     }
 
 
-def test_the_keys_are_the_ones_on_record():
-    """Run `python tests/test_config.py` after a deliberate change."""
-    recorded, now = KEYS.read_text().splitlines(), sorted(set(all_keys(Config)))
-    assert recorded == now, "\n".join(difflib.unified_diff(recorded, now, "recorded", "now", lineterm=""))
+def test_keys_md_is_what_the_code_makes():
+    """Run `python docs/keys.py > docs/keys.md` after a deliberate change."""
+    done = subprocess.run([sys.executable, DOCS / "keys.py"], capture_output=True, text=True, check=True)
+    recorded, now = KEYS.read_text().splitlines(), done.stdout.splitlines()
+    assert recorded == now, "\n".join(difflib.unified_diff(recorded, now, "recorded", "now", lineterm="", n=0))
+
+
+def documented():
+    return [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in KEYS.read_text().splitlines() if line[:3] == "| `"]
+
+
+def test_keys_md_has_every_key_of_every_schema_with_meaning_values_and_default():
+    from pspo import launcher  # whose schemas are known from here on
+
+    blocks = {cls for cls in subclasses(Schema) if cls.block} | {Config, launcher.Launcher}
+    known = {
+        cls.dotted(field.name)
+        for cls in blocks
+        for field in dataclasses.fields(cls)
+        if field.metadata and field.name != "name"
+    }
+    assert {dotted.strip("`") for dotted, _, _, _ in documented()} == known
+    assert all(meaning and values and default for _, meaning, values, default in documented())
 
 
 def test_every_key_is_read_by_code():
     source = "\n".join(path.read_text() for path in CONF.parent.glob("pspo/**/*.py"))
-    for line in KEYS.read_text().splitlines():
-        name = line.split()[0].rpartition(".")[2]
-        assert re.search(rf"\.{name}\b", source), f"{line} is a key that nothing reads"
-
-
-def test_every_key_has_a_meaning_in_one_line():
-    for line in KEYS.read_text().splitlines():
-        dotted, _, meaning = line.partition("  ")
-        assert meaning or dotted.endswith(".name"), dotted
+    for dotted, *_ in documented():
+        name = dotted.strip("`").rpartition(".")[2]
+        assert re.search(rf"\.{name}\b", source), f"{dotted} is a key that nothing reads"
 
 
 def test_values_stand_in_yaml_and_not_in_python():
@@ -279,6 +302,67 @@ def test_the_directory_is_named_by_what_was_run(tmp_path):
     assert run_directory(composed(*other), other) != directory
 
 
+NAMES = {
+    "": "pspo",
+    "optimizer.lr=1e-5 objective.alpha=0.3": "pspo_alpha=0.3_lr=1e-5",
+    "++budget.steps=7 objective=clip objective.eps_low=0.1": "clip_eps_low=0.1_steps=7",
+    "evaluate.every=3": "pspo_evaluate.every=3",  # as are checkpoint.every and diagnostics.every
+    "advantage=group advantage.eps=1e-3": "pspo_group_advantage.eps=1e-3",
+    "model.lora.rank=0 model.lora.alpha=8": "pspo_lora.alpha=8_rank=0",
+    "model=qwen0_5b dataset=svamp": "pspo_svamp_qwen0_5b",
+    "smoothing=paper": "pspo_smoothing=paper",  # there is a reward of that name
+    "optimizer.lr=1e-5 optimizer.lr=2e-5": "pspo_lr=2e-5",
+    "reward=custom reward.function=mine/graders.py:f": "pspo_custom_function=graders.py-f",
+    "dataset.system_prompt='Größe, (ja)?'": "pspo_system_prompt=Gr-e-ja-",
+    "device=cpu threads=1 group=main tracker=jsonl": "pspo",
+}
+
+
+@pytest.mark.parametrize("words", NAMES)
+def test_a_run_is_named_by_its_objective_first_in_words_as_short_as_are_clear(words, tmp_path):
+    overrides = shlex.split(words, posix=False)
+    if "(" in words:
+        overrides = [words]
+    name = run_directory(composed(*overrides, f"output_dir={tmp_path}"), overrides).name
+    assert re.fullmatch(r"[A-Za-z0-9_.=+-]+_seed0_[0-9a-f]{8}", name)
+    assert name.rpartition("_seed0_")[0] == NAMES[words]
+
+
+def test_what_a_long_name_leaves_out_is_counted_and_no_word_is_cut(tmp_path):
+    overrides = [
+        f"dataset.system_prompt={'x' * 150}",
+        "objective.alpha=0.25",
+        "rollout.top_p=0.5",
+        f"output_dir={tmp_path}",
+    ]
+    overrides += [
+        "rollout.temperature=0.123456789",
+        "update.num_minibatches=4",
+        "update.num_epochs=3",
+        "loss.kl_weight=0.0",
+    ]
+    name = run_directory(composed(*overrides), overrides).name
+    assert len(name) < 110
+    label = name.rpartition("_seed0_")[0]
+    assert label == "pspo_alpha=0.25_kl_weight=0.0_temperature=0.123456789_top_p=0.5_num_epochs=3_+2"
+
+
+def test_a_run_under_an_earlier_versions_name_is_found_by_its_hash(tmp_path):
+    overrides = ["optimizer.lr=1e-5", f"output_dir={tmp_path}"]
+    config = composed(*overrides)
+    directory = tmp_path / "main" / f"pspo_optimizer.lr=1e-5_seed0_{identity(config)}"
+    directory.mkdir(parents=True)
+    assert run_directory(config, overrides) == directory
+
+
+def test_the_ends_of_keys_are_as_short_as_they_are_clear():
+    short = short_names(["a.x", "b.x", "b.c.y", "y", "z.d.y", "w.v", "v.w.v", "e.f.g", "h.f.g"])
+    assert short == {
+        "a.x": "a.x", "b.x": "b.x", "b.c.y": "c.y", "y": "y", "z.d.y": "d.y",
+        "w.v": "v", "v.w.v": "v.w.v", "e.f.g": "e.f.g", "h.f.g": "h.f.g",
+    }  # fmt: skip
+
+
 def test_help_names_groups_options_keys_and_five_examples():
     text = help_text()
     for group, options in groups().items():
@@ -287,6 +371,8 @@ def test_help_names_groups_options_keys_and_five_examples():
     assert len(EXAMPLES) == 5
     for example in EXAMPLES:
         assert example in text
+    assert set(MOST_USED) <= set(text.replace("=", " ").split())
+    assert max(map(len, text.splitlines())) <= 150
 
 
 def test_examples_of_the_help_compose():
@@ -324,7 +410,3 @@ def test_intervals_are_open_and_closed_as_written():
             build(Block, good | bad)
     with pytest.raises(ConfigError, match="maybe has no value"):
         build(Block, {"half": 0, "items": []})
-
-
-if __name__ == "__main__":
-    KEYS.write_text("\n".join(sorted(set(all_keys(Config)))) + "\n")

@@ -120,7 +120,7 @@ def test_an_interrupted_validation_does_not_cost_the_step(unbroken, cache, tmp_p
 def test_a_critic_a_reference_and_a_moving_alpha_are_resumed(cache, tmp_path, critic):
     """Stopped after the update of step 2, and so when a value model, its optimizer and alpha have moved."""
     ppo = ["objective=pspo_geometric", "smoothing=adaptive", "advantage=gae", f"advantage.critic={critic}"]
-    overrides = [*RARELY, *ppo, "loss.kl=k3", "loss.kl_weight=0.1", "evaluation.every=5"]
+    overrides = [*RARELY, *ppo, "loss.kl=k3", "loss.kl_weight=0.1", "evaluate.every=5"]
     assert make(tmp_path / "unbroken", cache, overrides) == 0
     assert make(tmp_path / "broken", cache, overrides, hook=at(trainer, "update", 2, signal.SIGUSR2)) == 75
     (saved,) = (only_run(tmp_path / "broken") / "checkpoints").iterdir()

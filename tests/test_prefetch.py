@@ -138,7 +138,7 @@ def call(tmp_path, *arguments, **more):
 PAPER = ["model=qwen0_5b", "dataset=gsm8k", "dataset.num_validation=8"]
 QUICK = [
     "model.autocast=false", "rollout.prompts=2", "rollout.group_size=2", "rollout.max_new_tokens=8", "budget.steps=1",
-    "evaluation.every=1", "threads=1",
+    "evaluate.every=1", "threads=1",
 ]  # fmt: skip
 
 

@@ -262,7 +262,7 @@ def test_a_qwen_0_5b_shape_takes_two_steps_under_24_gib(cache, tmp_path):
     overrides = [
         "model=qwen0_5b", f"model.path={tmp_path / 'shape'}", "dataset=embedded", "rollout.prompts=2",
         "rollout.group_size=2", "rollout.max_new_tokens=16", "budget.steps=2", "dataset.num_test=2",
-        "dataset.num_validation=2", "evaluation.every=9", "tracker=jsonl",
+        "dataset.num_validation=2", "evaluate.every=9", "tracker=jsonl",
     ]  # fmt: skip
     status, output = start(tmp_path, cache, *overrides)
     assert status == 0, output

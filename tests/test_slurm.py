@@ -45,8 +45,8 @@ def settings(tmp_path_factory):
     """The overrides of a run that takes a quarter of a minute, and the cache of its warm policy."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "mine.py").write_text(REWARDS)
-    small = [key for key in SMALL if not key.startswith(("tracker", "budget", "checkpoint", "evaluation"))]
-    own = [f"budget.steps={STEPS}", "evaluation.every=8", "checkpoint.every=5", "reward=custom"]
+    small = [key for key in SMALL if not key.startswith(("tracker", "budget", "checkpoint", "evaluate"))]
+    own = [f"budget.steps={STEPS}", "evaluate.every=8", "checkpoint.every=5", "reward=custom"]
     return [*small, *own, f"reward.function={folder}/mine.py:slow"], folder / "cache"
 
 

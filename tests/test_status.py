@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,9 @@ import filelock
 import pytest
 from rich.console import Console
 
+from pspo import report
 from pspo.base.schema import ConfigError
+from pspo.config import read as config_of
 from pspo.host import slurm
 from pspo.status import collect, held
 from pspo.status.__main__ import cancel, retry, table
@@ -95,9 +98,30 @@ def test_a_running_run_is_known_by_its_lock_alone(tmp_path, no_slurm):
     with filelock.FileLock(directory / ".lock", timeout=0):
         row = only_row(tmp_path / "g")
         assert held(directory)
-    assert (row.state, row.done, row.restarts, row.eta_s) == ("running", 4, 2, pytest.approx(12))
+    assert (row.state, row.done, row.restarts, row.phase, row.eta_s) == ("running", 4, 2, "importing", None)
     assert only_row(tmp_path / "g").state == "cut off"
     assert not held(directory)
+
+
+def test_the_phase_of_a_running_run_is_told_with_the_time_that_it_has_left(tmp_path, no_slurm):
+    directory = make(tmp_path / "g", "a", steps=4, owner=OWNER | {"job_id": None})
+    told = {"phase": "testing on svamp, after", "done": 120, "total": 300, "left_s": 4000.0, "time": time.time() - 400}
+    (directory / ".phase").write_text(json.dumps(told))
+    with filelock.FileLock(directory / ".lock", timeout=0):
+        row, text = only_row(tmp_path / "g"), shown(tmp_path / "g")
+    assert row.phase == "testing on svamp, after 120/300"
+    assert 3000 < row.eta_s <= 3600
+    assert re.search(r"testing on svamp, after 120/300, (0:5\d:\d\d|1:00:00) left", text)
+    row = only_row(tmp_path / "g")  # its process was killed, and .phase is still there
+    assert (row.state, row.phase, row.eta_s) == ("cut off", "", None)
+
+
+def test_a_phase_without_numbers_is_told_without_them(tmp_path, no_slurm):
+    directory = make(tmp_path / "g", "a", owner=OWNER | {"job_id": None})
+    told = {"phase": "saving the model", "done": 0, "total": None, "left_s": None, "time": 0}
+    (directory / ".phase").write_text(json.dumps(told))
+    with filelock.FileLock(directory / ".lock", timeout=0):
+        assert (only_row(tmp_path / "g").phase, only_row(tmp_path / "g").eta_s) == ("saving the model", None)
 
 
 def test_a_torn_last_line_and_broken_records_are_passed_over(tmp_path, no_slurm):
@@ -263,8 +287,12 @@ def test_retry_has_nothing_to_do_for_what_was_cancelled_or_never_submitted(tmp_p
 
 
 def shown(group):
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table(collect(group)))
+    return printed(group, 200)
+
+
+def printed(group, width):
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table(collect(group), width))
     return console.export_text()
 
 
@@ -292,6 +320,39 @@ def test_a_run_of_a_sweep_is_called_by_what_sets_it_apart(tmp_path, no_slurm):
     assert "budget.steps" not in text
 
 
+def test_a_key_is_told_as_short_as_the_directory_tells_it(tmp_path, no_slurm):
+    given = {
+        "pspo_alpha=0.1_lr=1e-05_every=3_seed0_12345678": "[objective.alpha=0.1, optimizer.lr=1e-5, x.every=3]",
+        "clip_optimizer.lr=1e-06_seed0_00000000": "[objective=clip, optimizer.lr=1e-6]",
+    }
+    for run, overrides in given.items():
+        (make(tmp_path / "g", run) / "overrides.yaml").write_text(overrides)
+    assert "\nalpha=0.1 lr=1e-5 every=3 …12345678" in shown(tmp_path / "g")
+    assert "\nobjective=clip optimizer.lr=1e-6 …00000000" in shown(tmp_path / "g")
+
+
+@pytest.mark.parametrize("width", [80, 120, 300])
+def test_many_overrides_and_a_long_error_are_read_whole_in_a_terminal_of_any_width(tmp_path, no_slurm, width):
+    error = "ConfigError: " + " ".join(f"the reason number {i} why it failed;" for i in range(20))
+    for i in range(3):
+        overrides = [f"objective.alpha=0.{i}", *(f"rollout.key_{k}={i}" for k in range(8))]
+        run = make(tmp_path / "g", f"pspo_seed{i}_0000000{i}", steps=10, failed={"kind": "error", "error": error})
+        (run / "overrides.yaml").write_text(json.dumps(overrides))
+    lines = printed(tmp_path / "g", width).splitlines()
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    assert text.count(error) == 3
+    for i in range(3):
+        assert f"objective.alpha=0.{i} {' '.join(f'rollout.key_{k}={i}' for k in range(8))} …0000000{i} failed" in text
+    assert text.count("10/10 steps reward 1.000") == 3
+
+
+def test_large_budgets_are_told_in_full(tmp_path, no_slurm):
+    directory = make(tmp_path / "g", "a", steps=3)
+    (directory / "config.yaml").write_text("budget: {steps: null, prompts: null, completion_tokens: 12345678}")
+    assert "0/12345678 completion_tokens" in shown(tmp_path / "g")
+
+
 def test_the_command(tmp_path):
     make(tmp_path / "g", "a", steps=3)
     command = [sys.executable, "-m", "pspo.status"]
@@ -305,3 +366,44 @@ def test_the_command(tmp_path):
 def test_a_single_run_is_not_a_group(tmp_path):
     with pytest.raises(ConfigError, match="is a single run; give its group"):
         collect(make(tmp_path / "g", "a"))
+
+
+def test_a_run_directory_of_the_version_before_rooms_is_read(tmp_path, no_slurm):
+    """As of commit 5a55f11, which named the block ``evaluation`` and the directory by dotted keys."""
+    group = tmp_path / "main"
+    directory = group / "pspo_alpha=0.3_optimizer.lr=1e-05_seed1_d4d609e9"
+    (directory / "evaluation").mkdir(parents=True)
+    config = "group: main\nobjective: {name: pspo, alpha: 0.3}\nevaluation: {every: 2}\nbudget: {steps: 2}\n"
+    result = {"accuracy": 0.75, "ci95_low": 0.4, "ci95_high": 0.9, "n": 8, "reward_mean": 0.8, "length_mean": 9.0}
+    result |= {"truncated_rate": 0.0, "unparsed_rate": 0.1}
+    row = {"step": 1, "reward/mean": 0.3, "budget/steps": 1, "policy/kl_old_new_k3": 0.01, "time/step_s": 0.2}
+    summary = {
+        "status": "done", "run": directory.name, "objective": {"name": "pspo", "alpha": 0.3}, "seed": 1, "steps": 2,
+        "optimizer_steps": 8, "prompts": 8, "completion_tokens": 99, "selection": "last", "selected_step": 2,
+        "notes": [], "evaluation": {"embedded": {"before": result, "after": result}}, "time/wall_s": 12.0,
+    }  # fmt: skip
+    files = {
+        "config.yaml": config,
+        "overrides.yaml": "- objective.alpha=0.3\n- optimizer.lr=1e-05\n- seed=1\n",
+        "environment.json": json.dumps({"threads": 1, "packages": {}, "code": {"sha256": "0"}}),
+        "metrics.jsonl": json.dumps(row) + "\n" + json.dumps(row | {"step": 2, "budget/steps": 2}) + "\n",
+        "completions.jsonl": "",
+        "diagnostics.jsonl": "",
+        "summary.json": json.dumps(summary),
+        "run.log": "",
+        "DONE": "0\n",
+        ".lock": "",
+        ".owner": json.dumps(OWNER | {"job_id": None}),
+    }
+    for name, content in files.items():
+        (directory / name).write_text(content)
+    row = only_row(group)
+    assert (row.state, row.done, row.budget, row.accuracy) == ("done", 2, 2, {"embedded": 0.75})
+    assert f"\n{directory.name}  done  2/2 steps  reward 0.300  75.0 % embedded" in shown(group)
+    report.write_curves(directory)
+    report.write_report(directory)
+    assert "75.0" in (directory / "report.html").read_text()
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml was written by another version of pspo, with other keys: unknown key"
+    ):
+        config_of(directory / "config.yaml")

@@ -11,7 +11,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
@@ -81,9 +81,11 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     """Construct ``cls`` from a plain mapping. Raises ConfigError on unknown, missing, mistyped or out-of-range keys."""
     cls = cls.select(values)
     hints = fields_of(cls)
-    for name in values:
+    for name, value in values.items():
         if name not in hints:
-            raise unknown(cls.dotted(name), [cls.dotted(known) for known in hints])
+            inner = f".{next(iter(value))}" if isinstance(value, Mapping) and value else ""
+            tree = [dotted for dotted, _, _ in keys_of(cls, values)]
+            raise unknown(cls.dotted(name) + inner, [cls.dotted(known) for known in hints], tree=tree)
     missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
@@ -94,12 +96,40 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     return cls(**made)
 
 
-def unknown(name: str, known: Iterable[str], noun: str = "key") -> ConfigError:
-    """The error for a misspelt name: what it was, the nearest known one and all the known ones."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
+def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
+    """The error for a misspelt name: what it was, the nearest one, all the known ones.
+
+    In the keys of a ``tree`` a name is looked for by its last part too: ``lr`` is near to ``optimizer.lr``.
+    """
+    known, tree = list(known), sorted(tree, key=lambda key: key.count("."))
+    near = [key for key in tree if key.endswith(f".{name}")]
+    near = [key for key in near if key.count(".") == near[0].count(".")]  # optimizer.lr, not model.warm_start.lr
+    by_end = {key.rpartition(".")[2]: key for key in reversed(tree)} | {key.lower(): key for key in (*tree, *known)}
+    near = near or [by_end[match] for match in difflib.get_close_matches(name.lower(), by_end, n=1)]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return ConfigError(f"unknown {noun} {name}{hint}; known: {', '.join(known)}")
+
+
+def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Every key of the blocks that describe ``values``, as ``optimizer.lr``, with its field and its value."""
+    cls = cls.select(values)
+    for name, hint in fields_of(cls).items():
+        block, value = _options(hint)[0], values.get(name)
+        if isinstance(block, type) and issubclass(block, Schema) and isinstance(value, Mapping):
+            yield from keys_of(block, value)
+        else:
+            yield cls.dotted(name), cls.__dataclass_fields__[name], value
+
+
+def short_names(dotted: Iterable[str]) -> dict[str, str]:
+    """``lr`` for ``optimizer.lr``: each key's shortest end, in whole words, that is of no other key as short as it."""
+    parts = {key: key.split(".") for key in dotted}
+    ends = sorted((len(words), ".".join(words[at:]), key) for key, words in parts.items() for at in range(len(words)))
+    owners: dict[str, list[tuple[int, str]]] = {}
+    for depth, end, key in ends:
+        owners.setdefault(end, []).append((depth, key))
+    own = [(key, end) for end, [(depth, key), *others] in owners.items() if not others or others[0][0] > depth]
+    return dict(sorted(own, key=lambda pair: -len(pair[1])))
 
 
 def as_dict(node: Any) -> Any:
@@ -128,12 +158,20 @@ def _value(name: str, hint: Any, value: Any) -> Any:
 def check(name: str, value: Any, hint: Any, within: str | None = None, why: str | None = None) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
     if not any(_fits(value, option) for option in _options(hint)):
-        text = f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
-        raise ConfigError(f"{name} must be {' or '.join(_describe(o) for o in _options(hint))}, got {value!r}{text}")
+        options = _options(hint)
+        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in options)
+        told = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
+        told += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in options else ""
+        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{told}")
     if isinstance(value, str) and value.encode(errors="replace").decode() != value:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
     if within is not None and value is not None and not _inside(float(value), within):
         raise ConfigError(f"{name} must be in {within}, got {value!r}" + (f": {why}" if why else ""))
+
+
+def describe(hint: Any) -> str:
+    """The values that a key of this type takes, in words."""
+    return " or ".join(_describe(option) for option in _options(hint))
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -164,14 +202,8 @@ def _describe(hint: Any) -> str:
         return f"a table, each item {_describe(typing.get_args(hint)[1])}"
     if isinstance(hint, type) and issubclass(hint, Schema):
         return "a block of keys"
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        types.NoneType: "null",
-        Any: "anything",
-    }
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
+    names[types.NoneType] = "null"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -83,7 +83,7 @@ def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any
     model.train()
     pad_id = encoder.pad_token_id
     batches = _batches(settings, seed, len(problems))
-    for step, batch in enumerate(track(batches, "warm start, solutions", num_steps * settings.batch_size)):
+    for step, batch in enumerate(track(batches, "warm start", num_steps * settings.batch_size, "solutions")):
         interrupt.check()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)

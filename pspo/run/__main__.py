@@ -1,31 +1,34 @@
-"""The command: compose, run, and tell a mistake in one sentence.
+"""Train one policy with one objective and evaluate it, or with -m one for each combination of lists.
 
 python -m pspo.run objective=pspo model=qwen1_5b
 """
 
 import os
+import re
 import sys
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pspo.base.command import answering, leave
 from pspo.base.console import log
 from pspo.base.files import CONF, SaveError
-from pspo.base.schema import ConfigError, unknown
-from pspo.config import open_keys, resolve
+from pspo.base.schema import ConfigError
+from pspo.config import explained, open_keys, resolve
 from pspo.host.memory import NoRoomError
-from pspo.launcher import RunsFailed
+from pspo.launcher import RunsFailed, make_plan
 from pspo.run.help import help_text
 from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import UpdateError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, UpdateError, NoRoomError, SaveError, RunsFailed)
+FAILED = (UpdateError, NoRoomError, SaveError, RunsFailed)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
@@ -46,26 +49,24 @@ def main(composed: DictConfig) -> float | None:
 
 def cli() -> None:
     """``python -m pspo.run``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    given = sys.argv[1:]
+    if {"-h", "--help"} & set(given):
         sys.stdout.write(help_text())
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
-    sys.argv[1:] = open_keys(sys.argv[1:])
-    try:
-        main()
-    except EXPECTED as error:
-        _leave(error)
-    except KeyboardInterrupt:
-        sys.exit("\npspo: stopped; the same command resumes from the last checkpoint")
+    sys.argv[1:] = open_keys(given)
+    with answering(stopped="stopped; the same command resumes from the last checkpoint"):
+        try:
+            main()
+            if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in given}:  # Hydra shows it unread
+                make_plan([[argument for argument in given if re.match(r"[^-].*=|~", argument)]])
+        except EXPECTED as error:
+            _leave(error)
 
 
 def _leave(error: Exception) -> NoReturn:
     """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        error = unknown(option, error.options, group)
-    sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | UpdateError | NoRoomError | RunsFailed) else 2)
+    leave(explained(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
 
 
 if __name__ == "__main__":

@@ -119,10 +119,10 @@ def check_source(config: Config, source: Path) -> Progress:
     spent = Progress(**{name: rows[-1][f"budget/{name}"] for name in vars(Progress())}) if rows else Progress()
     if config.budget.spent(spent):
         raise refuse(f"has spent {getattr(spent, unit)} {unit} already; set a longer budget.{unit}")
-    if config.selection == "best" and spent.steps % config.evaluation.every:
+    if config.selection == "best" and spent.steps % config.evaluate.every:
         raise refuse(
-            f"its last validation, at step {spent.steps}, is one that a longer run with evaluation.every="
-            f"{config.evaluation.every} does not make, and selection=best may have gone by it; run it anew"
+            f"its last validation, at step {spent.steps}, is one that a longer run with evaluate.every="
+            f"{config.evaluate.every} does not make, and selection=best may have gone by it; run it anew"
         )
     return spent
 
@@ -149,7 +149,7 @@ def carry_over(config: Config, directory: Path) -> None:
         raise config.refuse("continue_from", f"its last checkpoint, of step {steps}, is missing or torn; run it anew")
     path, saved, meta = found
     rows = read_lines(source / "metrics.jsonl")[: saved["tracker"]["metrics_rows"]]
-    if steps % config.evaluation.every:  # validated because it was the last, which it no longer is
+    if steps % config.evaluate.every:  # validated because it was the last, which it no longer is
         validated = ("validation/", "time/validation_s")
         rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from pspo import checkpoint, dataset, model
-from pspo.base.console import log, log_to_console, log_to_file
+from pspo.base.console import Phase, log, log_to_console, log_to_file
 from pspo.base.files import write_json, write_text
 from pspo.base.schema import as_dict
 from pspo.config import Config, check, run_directory
@@ -111,10 +111,12 @@ class _Run:
         for sentence in notes:
             log.warning("%s", sentence)
         prompts, dropped = self._encode(model.tokenizer(config.model))
+        Phase("loading the model")
         policy = model.load(config.model, config.seed, self.device)
         tracker = Tracker(config.tracker, directory)
         try:
             summary = self._train_and_evaluate(policy, prompts, notes + dropped, tracker, started)
+            Phase("saving the model")
             model.save(
                 policy, directory / "model", probe=next(p for split in prompts.values() for p in split).token_ids
             )
@@ -124,7 +126,8 @@ class _Run:
         tracker.summarize(summary)
         tracker.close()
         write_json(directory / "summary.json", summary)
-        from pspo import report
+        Phase("writing the report")
+        from pspo import report  # matplotlib, which the first step need not wait for
 
         report.write_curves(directory)
         report.write_report(directory)

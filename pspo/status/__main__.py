@@ -14,53 +14,72 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.console import Group as Together
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
+from pspo.base.command import answering
+from pspo.base.console import duration
 from pspo.base.schema import ConfigError, build
 from pspo.host import slurm
 from pspo.status.state import RETRIED, STATES, Group, Row, collect
 
 WATCH_S = 5.0
+INDENT = (0, 0, 0, 4)
 
 
-def table(group: Group) -> RenderableType:
-    """The rows for a person."""
-    counts = [
-        f"[{style}]{n} {state}[/]"
-        for state, style in STATES.items()
-        if (n := sum(r.state == state for r in group.rows))
+def table(group: Group, width: int) -> RenderableType:
+    """The rows for a person: each run's name and numbers, in one line where ``width`` columns allow it, then notes."""
+    states = [row.state for row in group.rows]
+    counts = [f"{len(states)} run{'s' * (len(states) != 1)}"]
+    counts += [f"{states.count(state)} {state}" for state in STATES if state in states]
+    columns = [column for column in zip(*map(_numbers, group.rows), strict=True) if any(column)]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    names = _names(group.rows)
+    column = max(map(len, names), default=0) + 2
+    in_one = column + max(map(len, lines), default=0) <= width
+    made: list[RenderableType] = [Text(f"{group.directory}: {', '.join(counts)}")]
+    for row, name, line in zip(group.rows, names, lines, strict=True):
+        state = Text.assemble((row.state, STATES[row.state]), line.removeprefix(row.state))
+        made += [Text(name.ljust(column)) + state] if in_one else [Text(name), Padding(state, INDENT, expand=False)]
+        if notes := _notes(row):
+            made.append(Padding(Text(notes), INDENT, expand=False))
+    return Together(*made)
+
+
+def _numbers(row: Row) -> list[str]:
+    return [
+        row.state,
+        "" if row.budget is None else f"{row.done or 0:.0f}/{row.budget:.0f} {row.unit}",
+        "" if row.reward is None else f"reward {row.reward:.3f}",
+        ", ".join(f"{100 * share:.1f} % {name}" for name, share in row.accuracy.items()),
+        f"job {row.job_id}" if row.job_id else "",
     ]
-    columns = {
-        "run": _names(group.rows),
-        "state": [f"[{STATES[row.state]}]{row.state}[/]" for row in group.rows],
-        "budget": ["" if r.budget is None else f"{r.done or 0:g}/{r.budget:g} {r.unit}" for r in group.rows],
-        "ETA": ["" if row.eta_s is None else _duration(row.eta_s) for row in group.rows],
-        "reward": ["" if row.reward is None else f"{row.reward:.3f}" for row in group.rows],
-        "test": [", ".join(f"{100 * share:.1f} % {name}" for name, share in r.accuracy.items()) for r in group.rows],
-        "restarts": [str(row.restarts or "") for row in group.rows],
-        "job": [row.job_id or "" for row in group.rows],
-        "why": [escape(row.why.splitlines()[-1]) if row.why else "" for row in group.rows],
-    }
-    made = Table(box=None, padding=(0, 2, 0, 0))
-    told = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in told:
-        made.add_column(name, overflow="fold", no_wrap=name not in ("run", "test", "why"))
-    for cells in zip(*told.values(), strict=True):
-        made.add_row(*cells)
-    return Together(f"{group.directory}: {', '.join([f'{len(group.rows)} runs', *counts])}", made)
+
+
+def _notes(row: Row) -> str:
+    """What a run does, with the time that is left; its restarts; and the last line of why it ended or waits."""
+    left = "" if row.eta_s is None else f", {duration(row.eta_s)} left"
+    restarts = f"{row.restarts} restart{'s' * (row.restarts != 1)}" if row.restarts else ""
+    return "; ".join(filter(None, [row.phase + left, restarts, row.why and row.why.splitlines()[-1]]))
 
 
 def _names(rows: list[Row]) -> list[str]:
     """What sets each run apart, and the end of its directory's name; all of that name where nothing does."""
     shared = set[str]().union(*(row.overrides for row in rows)).intersection(*(row.overrides for row in rows))
-    apart = [" ".join(each for each in row.overrides if each not in shared) for row in rows]
-    return [f"{words} …{row.run[-8:]}" if words else row.run for words, row in zip(apart, rows, strict=True)]
+    names = []
+    for row in rows:
+        words = " ".join(_short(override, row.run) for override in row.overrides if override not in shared)
+        names.append(f"{words} …{row.run[-8:]}" if words else row.run)
+    return names
 
 
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours}:{minutes:02d}:{int(seconds) % 60:02d}"
+def _short(override: str, run: str) -> str:
+    """``lr=1e-5`` for ``optimizer.lr=1e-5``, where the directory's name says ``lr`` too."""
+    name, _, value = override.partition("=")
+    parts = name.split(".")
+    ends = (".".join(parts[at:]) for at in reversed(range(len(parts))))
+    return next((f"{end}={value}" for end in ends if f"_{end}=" in run), override)
 
 
 def cancel(group: Group) -> None:
@@ -112,7 +131,7 @@ def main() -> None:
     parser.add_argument("--cancel", action="store_true", help="scancel the group's running and waiting jobs")
     parser.add_argument("--retry-failed", action="store_true", help=f"submit again what is {', '.join(RETRIED)}")
     given = parser.parse_args()
-    try:
+    with answering(ConfigError):
         group = collect(given.group)
         if given.cancel:
             cancel(group)
@@ -125,20 +144,16 @@ def main() -> None:
         elif given.watch:
             _watch(given.group, group)
         else:
-            Console().print(table(group))
-    except ConfigError as error:
-        sys.stderr.write(f"pspo: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        pass
+            console = Console()
+            console.print(table(group, console.width), highlight=False)
 
 
 def _watch(directory: Path, group: Group) -> None:
-    with Live(table(group), auto_refresh=False) as live:
+    with Live(table(group, Console().width), auto_refresh=False) as live:
         while group.unfinished:
             time.sleep(WATCH_S)
             group = collect(directory)
-            live.update(table(group), refresh=True)
+            live.update(table(group, live.console.width), refresh=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +39,7 @@ SLURM_SAYS = {
     "FAILED": "failed",
 }
 TAIL_BYTES = 1 << 17
-RATE_ROWS = 20
-"""The time left is told from the pace of so many steps."""
+IMPORTING = "importing"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ class Task:
 
 @dataclass
 class Row:
-    """One run. Unknown numbers are None; ``why`` says how it ended or why it waits, "" where nothing is to say."""
+    """One run.
+
+    Unknown numbers are None; ``phase`` is what a running one does, ``eta_s`` when that ends, in seconds from now, and
+    ``why`` says how a run ended or why it waits, "" where nothing is to say.
+    """
 
     run: str
     overrides: list[str] = field(default_factory=list)
@@ -63,6 +67,7 @@ class Row:
     done: float | None = None
     budget: float | None = None
     unit: str = ""
+    phase: str = ""
     eta_s: float | None = None
     reward: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -123,16 +128,17 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     _progress(row, directory)
     failure = _read_json(directory / "FAILED") if _is_newer(directory / "FAILED", task) else {}
     if (directory / "DONE").is_file():
-        row.state, row.eta_s = "done", None
+        row.state = "done"
         tests = _read_json(directory / "summary.json").get("evaluation", {})
         row.accuracy = {name: result["after"]["accuracy"] for name, result in tests.items()}
     elif held(directory):
         row.state, row.job_id = "running", owner.get("job_id") or row.job_id
+        row.phase, row.eta_s = _phase(directory)
         job = group.jobs.get(row.job_id or "")
         if job and not job.active:
             row.why = f"its process is at work on {owner.get('host')}, though SLURM says {job.state}"
     elif job and job.active:
-        row.state, row.why = "running", "no process holds the run's lock: it starts, or ends"
+        row.state, row.phase, row.why = "running", IMPORTING, "no process holds the run's lock: it starts, or ends"
     elif job and job.waiting:
         row.state, row.why = "requeued" if job.restarts else "waiting", job.reason
     elif failure:
@@ -146,9 +152,17 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
         row.state, row.why = _unknown(group, row.job_id)
     elif owner:
         row.why = f"process {owner.get('pid')} on {owner.get('host')} is not at work; the same command resumes it"
-    if row.state != "running":
-        row.eta_s = None
     return row
+
+
+def _phase(directory: Path) -> tuple[str, float | None]:
+    """The phase that a running process tells in ``.phase``, with how much of it is done, and the seconds left in it."""
+    told = _read_json(directory / ".phase")
+    if not told:
+        return IMPORTING, None
+    counts = "" if told.get("total") is None else f" {told['done']:.0f}/{told['total']:.0f}"
+    left_s = None if told.get("left_s") is None else max(0.0, told["left_s"] - (time.time() - told["time"]))
+    return told["phase"] + counts, left_s
 
 
 def _overrides(directory: Path, task: Task | None) -> list[str]:
@@ -182,7 +196,7 @@ def _in_slot(task: Task) -> tuple[str, str]:
     """State and reason of a run that the local launcher has, and that has left no trace in its directory."""
     launcher = task.logs.name.rpartition("_")[2]
     if b"pspo" in _tail(Path("/proc", launcher, "cmdline")):
-        return ("running", "it starts") if task.job_id else ("waiting", f"for a slot of process {launcher}")
+        return ("running", IMPORTING) if task.job_id else ("waiting", f"for a slot of process {launcher}")
     if task.job_id:
         return "failed", _last_lines(_log(task)) or "it ended before it began its directory"
     return "cut off", f"never begun: its launcher, process {launcher}, is not at work on this machine"
@@ -210,15 +224,9 @@ def _progress(row: Row, directory: Path) -> None:
     budget = (yaml.safe_load(config.read_text()) or {}).get("budget", {}) if config.is_file() else {}
     row.unit, row.budget = next(((unit, total) for unit, total in budget.items() if total is not None), ("", None))
     metrics = list(_last_rows(directory / "metrics.jsonl"))
-    steps = [values for values in metrics if f"budget/{row.unit}" in values][-RATE_ROWS:]
-    row.done = steps[-1][f"budget/{row.unit}"] if steps else 0 if metrics else None
+    spent = [values[f"budget/{row.unit}"] for values in metrics if f"budget/{row.unit}" in values]
+    row.done = spent[-1] if spent else 0 if metrics else None
     row.reward = next((m["reward/mean"] for m in reversed(metrics) if m.get("reward/mean") is not None), None)
-    if len(steps) > 1 and row.budget is not None and row.done is not None:
-        spent_s = sum(m.get("time/step_s") or 0 for m in steps[1:]) + sum(
-            m.get("time/validation_s") or 0 for m in steps[1:]
-        )
-        pace = (row.done - steps[0][f"budget/{row.unit}"]) / spent_s if spent_s else 0
-        row.eta_s = max(0.0, row.budget - row.done) / pace if pace else None
 
 
 def _last_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,120 @@
+import subprocess
+import sys
+
+import pytest
+from forked import TINY, command, make, output_of
+
+import pspo.objective.__main__
+import pspo.run.__main__
+import pspo.status.__main__
+from pspo import prefetch, sweep, sync
+from pspo.base.command import overview
+from pspo.objective import picture
+
+MAINS = {
+    "pspo.objective": (pspo.objective.__main__.main, (picture, "draw_weights")),
+    "pspo.prefetch": (prefetch.main, (prefetch, "prefetch")),
+    "pspo.run": (pspo.run.__main__.cli, (pspo.run.__main__, "main")),
+    "pspo.status": (pspo.status.__main__.main, (pspo.status.__main__, "collect")),
+    "pspo.sweep": (sweep.cli, (pspo.run.__main__, "main")),
+    "pspo.sync": (sync.main, (sync, "sync")),
+}
+"""Every command: its function, and one that it calls when it works."""
+
+
+def python_m(*words):
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_python_m_pspo_lists_every_command_with_what_it_does():
+    status, listed, _ = python_m("pspo")
+    assert status == 0
+    lines = listed.splitlines()
+    assert [line.split()[2] for line in lines[:-1] if "pspo.lanes" not in line] == sorted(MAINS)
+    assert all(len(line.split()) > 5 for line in lines[:-1])
+
+
+@pytest.mark.parametrize(
+    "words", ["pspo.loss", "pspo.evaluate --help", "pspo.report", "pspo.nothing", "pspo.base.schema"]
+)
+def test_a_module_that_is_no_command_says_so_and_lists_the_commands(words):
+    name = words.split()[0]
+    told = f"pspo: {name} is no command; the commands, each of which has --help:\n{overview()}"
+    assert python_m(*words.split()) == (2, "", told)
+
+
+def test_modules_are_still_imported_by_other_commands():
+    assert python_m("timeit", "-n", "1", "import pspo.base.schema")[0] == 0
+    done = subprocess.run([sys.executable, "-um", "pspo"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("python -m pspo.run ")) == (0, 1)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", MAINS)
+def test_every_command_has_help_and_writes_nothing(name, flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, flag])
+    try:
+        MAINS[name][0]()
+    except SystemExit as left:  # argparse
+        assert not left.code  # noqa: PT017
+    assert f"python -m {name}" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_ctrl_c_is_one_sentence_and_status_130(name, tmp_path, monkeypatch, capsys):
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    main, place = MAINS[name]
+    monkeypatch.chdir(tmp_path)
+    words = {"pspo.run": [], "pspo.sweep": ["alpha"], "pspo.prefetch": ["model=tiny"]}
+    monkeypatch.setattr(sys, "argv", [name, *words.get(name, ["here"])])
+    monkeypatch.setattr(*place, stopped)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err.startswith("pspo: stopped")
+
+
+REFUSED = {
+    "objective.alpha=2": "pspo: objective.alpha must be in [0, 1), got 2.0: at 1",
+    "dataset=jsonl dataset.path=nothing.jsonl": "nothing.jsonl",
+    "output_dir=mine.py": "pspo: output_dir=mine.py: cannot write in ",
+    "modle=tiny": "did you mean model?",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_cfg_job_prints_the_configuration_and_refuses_what_a_run_refuses(words, cache, tmp_path):
+    assert make(tmp_path, cache, work=command("--cfg", "job", *TINY, *words.split())) == 2
+    output = output_of(tmp_path)
+    assert REFUSED[words] in output
+    assert output.index("group_size: 4") < output.index("pspo: ")
+    assert words.partition("=")[0].split(".")[-1] + ":" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py", "output.txt"]
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["--cfg=job"], ["-c", "job"], ["--cfg", "job", "--resolve"]])
+def test_cfg_job_of_what_a_run_takes_ends_well(flag, cache, tmp_path):
+    assert make(tmp_path, cache, work=command(*flag, *TINY)) == 0
+    assert "pspo:" not in output_of(tmp_path)
+    assert "alpha: 0.1" in output_of(tmp_path)
+
+
+NOT_THERE = {
+    "objective=PSPO": "unknown objective PSPO (did you mean pspo?); known: cfpo",
+    "model=Qwen/Qwen3-0.6B": "model=Qwen/Qwen3-0.6B is no option; write model=hf model.hub_id=Qwen/Qwen3-0.6B, or",
+    "seed=0,1": "seed=0,1 gives one run several values; add -m to make a run with each of them",
+    "seed=[0,1]": "it takes one value: -m seed=0,1 makes a run with each",
+}
+
+
+@pytest.mark.parametrize("words", NOT_THERE)
+def test_near_misses_are_told_by_the_command(words, cache, tmp_path):
+    assert make(tmp_path, cache, work=command(words)) == 2
+    (line,) = output_of(tmp_path).splitlines()
+    assert line.startswith("pspo: ")
+    assert NOT_THERE[words] in line
