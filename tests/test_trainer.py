@@ -18,15 +18,23 @@ def idle_trainer(policy, directory, *overrides):
 
 
 def rates(trainer, num_steps, tokens_per_step=7):
-    """The learning rates of all optimizer steps, as ``_step`` asks for them."""
-    progress, found = trainer.state.progress, []
+    """The learning rates of all optimizer steps, as ``_learn`` asks for them."""
+    config, state, found = trainer.config, trainer.state, []
+    progress = state.progress
     for _ in range(num_steps):
-        start = trainer.config.budget.fraction(progress)
+        start = config.budget.fraction(progress)
         progress.steps += 1
-        progress.prompts += trainer.config.rollout.prompts
+        progress.prompts += config.rollout.prompts
         progress.completion_tokens += tokens_per_step
-        found += trainer._learning_rates(start, trainer.config.budget.fraction(progress))
-        progress.optimizer_steps += trainer.config.update.steps
+        learning_rates, state.warmup_fraction = config.optimizer.rates(
+            progress.optimizer_steps,
+            config.update.steps,
+            start,
+            config.budget.fraction(progress),
+            state.warmup_fraction,
+        )
+        found += learning_rates
+        progress.optimizer_steps += config.update.steps
     return found
 
 
