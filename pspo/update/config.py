@@ -17,7 +17,7 @@ class UpdateConfig(Schema, block="update"):
         within="[1, inf)",
     )
     old_logprobs: Literal["sampler", "recompute"] = key(
-        "log π_old: the sampler's, or from one more pass of the trainer, where the gap between the two is too wide"
+        "log π_old: the sampler's, or from one more pass of the trainer, which takes rounding out of the ratios"
     )
 
     @property

@@ -17,15 +17,15 @@ def pack(rows: Sequence[tuple[list[int], int]], max_tokens: int, policy: Policy)
     A micro-batch has at most ``max_tokens`` padded positions, or one bundle. Of all ways to cut the bundles in the
     order of their length, the chosen one minimises padded positions plus ``OVERHEAD_POSITIONS`` for every micro-batch.
     """
-    bundles = _bundles(rows, policy)
+    bundles = _bundles(rows, max_tokens, policy)
     lengths = [len(rows[bundle[0]][0]) + sum(rows[i][1] - 1 for i in bundle) for bundle in bundles]
     by_length = sorted(range(len(bundles)), key=lambda n: lengths[n])
     parts = _least_padded([lengths[n] for n in by_length], max_tokens, OVERHEAD_POSITIONS[policy.device.type])
     return [[bundles[n] for n in by_length[part]] for part in parts]
 
 
-def _bundles(rows: Sequence[tuple[list[int], int]], policy: Policy) -> Bundles:
-    """Rows of one prompt, as many to a bundle as cost least.
+def _bundles(rows: Sequence[tuple[list[int], int]], max_tokens: int, policy: Policy) -> Bundles:
+    """Rows of one prompt, as many to a bundle as cost least and fit into ``max_tokens`` positions.
 
     k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs a
     layer about 6 d + S units: its products, and its attention to all S. Per completion that is least,
@@ -39,7 +39,8 @@ def _bundles(rows: Sequence[tuple[list[int], int]], policy: Policy) -> Bundles:
     for i, (prompt_ids, length) in enumerate(rows):
         prompt, own = tuple(prompt_ids), length - 1
         bundle, tokens = last.get(prompt, ([], 0))
-        if not bundle or tokens + own > (len(prompt) * (width + len(prompt))) ** 0.5:
+        most = min((len(prompt) * (width + len(prompt))) ** 0.5, max_tokens - len(prompt))
+        if not bundle or tokens + own > most:
             bundle, tokens = [], 0
             bundles.append(bundle)
         bundle.append(i)

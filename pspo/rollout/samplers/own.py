@@ -48,8 +48,8 @@ class OwnSampler:
             return []
         by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
         rows = [(i, g) for i in by_length for g in range(group_size)]
-        ids = [prompts[i].token_ids for i, _ in rows]
-        uniform_RT = torch.from_numpy(np.stack([_uniforms(seed, prompts[i], g, self._length) for i, g in rows]))
+        ids, length = [prompts[i].token_ids for i, _ in rows], self.config.max_new_tokens
+        uniform_RT = torch.from_numpy(np.stack([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
 
         def decoded(max_rows: int) -> dict[tuple[int, int], Completion]:
@@ -65,10 +65,6 @@ class OwnSampler:
         advice = "or set model.autocast=true, or a smaller model"
         made, _ = halving("rollout.max_rows", self.config.max_rows, advice, decoded)
         return [made[i, g] for i in range(len(prompts)) for g in range(group_size)]
-
-    @property
-    def _length(self) -> int:
-        return self.config.max_new_tokens
 
 
 def _uniforms(
