@@ -4,9 +4,9 @@
 """
 
 from pspo.config import open_keys
-from pspo.launcher.base import Launcher, RunsFailed
+from pspo.launcher.base import RunsFailed
 from pspo.launcher.job import Job
-from pspo.launcher.plan import Planned, counted, make_plan, show
+from pspo.launcher.plan import Planned, make_plan, show
 from pspo.launcher.settings import configure
 
-__all__ = ["Job", "Launcher", "Planned", "RunsFailed", "configure", "counted", "make_plan", "open_keys", "show"]
+__all__ = ["Job", "Planned", "RunsFailed", "configure", "make_plan", "open_keys", "show"]

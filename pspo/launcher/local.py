@@ -75,7 +75,7 @@ class Local(Launcher):
             folder.mkdir(parents=True)
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
-        free, busy = list(range(self._num_slots()))[::-1], dict[int, tuple[subprocess.Popen[bytes], Planned, float]]()
+        free, busy = list(range(self._num_slots()))[::-1], dict[int, tuple[subprocess.Popen[bytes], int, float]]()
         tasks, waiting = [""] * len(todo), list(enumerate(todo))
         record_runs(self, "local", folder, todo, tasks)
         log.info("logs in %s", folder)
@@ -85,14 +85,14 @@ class Local(Launcher):
                     while waiting and free:
                         slot, (number, run) = free.pop(), waiting.pop(0)
                         tasks[number] = str(number)
-                        busy[slot] = (self._start(slot, run, folder / f"{number}_0_log"), run, time.monotonic())
+                        busy[slot] = (self._start(slot, run, folder / f"{number}_0_log"), number, time.monotonic())
                         record_runs(self, "local", folder, todo, tasks)
                         log.info("started  %d of %d: %s", number + 1, len(todo), run.directory.name)
-                    for slot, (process, run, begun) in list(busy.items()):
+                    for slot, (process, number, begun) in list(busy.items()):
                         if process.poll() is not None:
                             del busy[slot]
                             free.append(slot)
-                            _tell_end(run, time.monotonic() - begun)
+                            _tell_end(todo[number], time.monotonic() - begun, folder / f"{number}_0_log.err")
                     time.sleep(POLL_S)
             except KeyboardInterrupt:
                 _stop([process for process, *_ in busy.values()])
@@ -116,11 +116,11 @@ class Local(Launcher):
             _pin(processors)
 
 
-def _tell_end(run: Planned, seconds: float) -> None:
+def _tell_end(run: Planned, seconds: float, log_file: Path) -> None:
     if (run.directory / "DONE").is_file():
         log.info("done     %s (%.0f s)", run.directory.name, seconds)
     else:
-        log.error("failed   %s: %s", run.directory.name, failure(run.directory) or "see its log")
+        log.error("failed   %s: %s", run.directory.name, failure(run.directory) or f"see {log_file}")
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

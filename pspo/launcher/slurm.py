@@ -79,12 +79,6 @@ class Slurm(Launcher):
                 "hydra/launcher=slurm: no sbatch on the path; run this on a login node of the cluster, or here with "
                 "hydra/launcher=local"
             )
-        self._check_partition()
-
-    def _look(self, runs: list[Planned]) -> list[Planned]:
-        return with_queued(runs, _queued(runs))
-
-    def _check_partition(self) -> None:
         if self.partition is None or shutil.which("sinfo") is None:
             return
         asked = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
@@ -95,12 +89,23 @@ class Slurm(Launcher):
             if name not in known:
                 raise self.refuse("partition", f"this cluster has no partition {name}; it has {', '.join(known)}")
 
+    def _look(self, runs: list[Planned]) -> list[Planned]:
+        return with_queued(runs, _queued(runs))
+
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
         tasks = _queued(runs)
         lines = [f"{counted(runs)}; {len(todo)} submitted"]
-        for array in self._arrays(todo):
-            folder, submitted = self._submit(array, todo)
+        arrays, num_submitted = self._arrays(todo), 0
+        for array in arrays:
+            try:
+                folder, submitted = self._submit(array, len(arrays))
+            except ConfigError as error:
+                if not num_submitted:
+                    raise
+                told = f"{num_submitted} of {len(todo)} runs are in the queue, and this command submits the others"
+                raise ConfigError(f"{error}; {told}") from error
             tasks |= submitted
+            num_submitted += len(array)
             lines += [f"jobs   {folder.name}, {len(array)} in all", f"logs   {folder}"]
         groups = sorted({str(run.directory.parent) for run in runs})
         sys.stdout.write("\n".join([*lines, *(f"watch  python -m pspo.status {group}" for group in groups)]) + "\n")
@@ -119,24 +124,17 @@ class Slurm(Launcher):
         bounds = [len(todo) * i // num_arrays for i in range(num_arrays + 1)] if todo else []
         return [todo[first:last] for first, last in itertools.pairwise(bounds)]
 
-    def _submit(self, array: list[Planned], todo: list[Planned]) -> tuple[Path, dict[Path, str]]:
-        """Submit one array of a sweep's ``todo``: its folder, and the job id of each run."""
+    def _submit(self, array: list[Planned], num_arrays: int) -> tuple[Path, dict[Path, str]]:
+        """Submit one of a sweep's arrays: its folder, and the job id of each run."""
         folder = _folder(array)
         try:
             with _outside_of_jobs():
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
-                executor.update_parameters(**self._parameters(array, todo))
+                executor.update_parameters(**self._parameters(array, num_arrays))
                 jobs = executor.submit_array([Job(run.overrides) for run in array])
         except submitit.core.utils.FailedJobError as error:
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
-            before = todo.index(array[0])
-            raise ConfigError(
-                f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}"
-                + (
-                    f"; {before} of {len(todo)} runs are in the queue, and this command submits the others"
-                    * (before > 0)
-                )
-            ) from error
+            raise ConfigError(f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}") from error
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
         place, tasks = jobs[0].paths.folder, [job.job_id for job in jobs]
@@ -144,16 +142,15 @@ class Slurm(Launcher):
         return place, dict(zip((run.directory for run in array), tasks, strict=True))
 
     def _notes(self, todo: list[Planned]) -> list[str]:
-        notes = []
-        for array in self._arrays(todo):
-            folder = _folder(array)
+        notes, arrays = [], self._arrays(todo)
+        for array in arrays:
+            folder, parameters = _folder(array), self._parameters(array, len(arrays))
             command = f"{sys.executable} -u -m submitit.core._submit {folder}"
-            parameters = self._parameters(array, todo)
             notes += ["", _make_sbatch_string(command=command, folder=folder, map_count=len(array), **parameters)]
         return notes
 
-    def _parameters(self, array: list[Planned], todo: list[Planned]) -> dict[str, Any]:
-        """What submitit is told of one array of a sweep's ``todo``.
+    def _parameters(self, array: list[Planned], num_arrays: int) -> dict[str, Any]:
+        """What submitit is told of one of a sweep's arrays.
 
         srun is needed, as USR2 does not reach Python without it; srun must be told the processors again.
         """
@@ -173,7 +170,7 @@ class Slurm(Launcher):
             "constraint": self.constraint,
             "exclude": self.exclude,
             "comment": self.comment,
-            "array_parallelism": max(1, self.array_parallelism // len(self._arrays(todo))),
+            "array_parallelism": max(1, self.array_parallelism // num_arrays),
             "signal_delay_s": self.notice_s,
             "setup": self.setup or None,
             "srun_args": [f"--cpus-per-task={self.cpus}"],
