@@ -24,8 +24,8 @@ import torch
 from pspo.base.statistics import Statistics
 from pspo.config import compose
 from pspo.model import save
-from pspo.rollout.experience import Row, score
-from pspo.update import Learner, accumulate
+from pspo.update import Learner, Row, accumulate
+from pspo.update.rows import score
 
 pytestmark = [
     pytest.mark.oracle,
