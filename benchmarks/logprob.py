@@ -18,7 +18,7 @@ from benchmarks.preset import PRESETS, random_policy
 from pspo.config import compose
 from pspo.host import environment
 from pspo.model.batch import make_batch
-from pspo.model.logprob import token_logprobs
+from pspo.model.logprob import predicting_states, token_logprobs
 
 ROWS, LENGTH = 32, 256
 
@@ -32,8 +32,9 @@ def make_pass(side: str, rows: int) -> Callable[[], None]:
     ids = torch.randint(preset.shape["vocab_size"], (rows, 1 + LENGTH))
     model = policy.model
     if side == "ours":
-        batch = make_batch(ids[:, :1].tolist(), ids[:, 1:].tolist(), policy.pad_id, device)
-        return lambda: token_logprobs(model, batch, 1.0).logprob_BT.sum().backward()
+        batch = make_batch([(row[:1], [row[1:]]) for row in ids.tolist()], policy.pad_id, device)
+        decoder = model.get_decoder()
+        return lambda: token_logprobs(model, batch, predicting_states(decoder, batch), 1.0)[0].sum().backward()
     model.set_attn_implementation("sdpa")
     if side == "plain":
         target = ids[:, 1:, None]

@@ -78,8 +78,7 @@ def peak_gib(work: Callable[[], Any], device: torch.device) -> float:
     """Peak memory of a call: all that the GPU holds, or what the process grows by over what it held before.
 
     A child's ``ru_maxrss`` begins at what its parent held, so the kernel's own mark of the peak is set back instead;
-    and what is freed but kept is given back first, as far as the C library can. Processes beside it, as the policy's
-    lanes, count as well, each at its own peak.
+    and what is freed but kept is given back first, as far as the C library can.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,17 +87,14 @@ def peak_gib(work: Callable[[], Any], device: torch.device) -> float:
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    children = Path("/proc/self/task").glob("*/children")
-    processes = ["self", *(pid for path in children for pid in path.read_text().split())]
-    for pid in processes:
-        Path(f"/proc/{pid}/clear_refs").write_text("5")
-    before = sum(_resident_gib(pid, "VmRSS") for pid in processes)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_gib("VmRSS")
     work()
-    return sum(_resident_gib(pid, "VmHWM") for pid in processes) - before
+    return _resident_gib("VmHWM") - before
 
 
-def _resident_gib(pid: str, field: str) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def _resident_gib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 

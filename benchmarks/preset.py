@@ -1,4 +1,4 @@
-"""Which run is measured: overrides of the default one and, where no weights are needed, the shape of a random model."""
+"""Runs that benchmarks measure: overrides of the default run and, for some presets, the shape of a random model."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pspo import dataset, lanes, model
+from pspo import dataset, model
 from pspo.config import Config, compose
 from pspo.dataset import embedded
 from pspo.host import environment
@@ -29,12 +29,13 @@ class Preset:
     """A run to measure.
 
     Attributes:
-        overrides: of the default run.
-        shape: of a Qwen2 model with random weights, in place of the run's own; its completions are of full length.
+        overrides: settings in which the run differs from the default run.
+        shape: shape of a Qwen2 model with random weights, which takes the place of the run's own model and whose
+            completions all have full length; None for the run's own model.
         trl_rows: completions in one of TRL's micro-batches; None for all of a minibatch.
-        step: the target for TRL's seconds per optimizer step by ours.
-        rollout: that for our completion tokens per second by TRL's.
-        floor: that for our seconds by those of our matrix products.
+        step: target for TRL's seconds per optimizer step divided by ours.
+        rollout: target for our completion tokens per second divided by TRL's.
+        floor: target for our seconds per optimizer step divided by the seconds of our matrix products alone.
     """
 
     overrides: tuple[str, ...]
@@ -58,6 +59,10 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, keys: int) -
 
 VOCAB = _shape(64, 128, 2, 4, 2)
 SMALL = ("rollout.prompts=8", "rollout.group_size=4", "rollout.max_new_tokens=32", "update.num_minibatches=1")
+SMOLLM2 = (
+    "device=cpu", "model=smollm2", "model.autocast=true", "dataset=embedded", "rollout.prompts=4",
+    "rollout.group_size=8", "rollout.max_new_tokens=32", "update.num_epochs=1", "update.num_minibatches=2",
+)  # fmt: skip
 # Random weights are close to uniform over the vocabulary: a nucleus of 0.9 would be most of it, as it never is else.
 GPU = (
     "device=cuda", "dataset=embedded", "rollout.prompts=64", "rollout.group_size=8", "rollout.max_new_tokens=256",
@@ -66,6 +71,7 @@ GPU = (
 PRESETS = {
     "tiny": Preset(("device=cpu",), step="≥ 5", floor="≤ 4"),
     "vocab": Preset(("device=cpu", *SMALL), VOCAB),
+    "smollm2": Preset(SMOLLM2, step="≥ 4", floor="≤ 3.3"),
     "qwen0_5b": Preset(("model=qwen0_5b", *GPU), _shape(896, 4864, 24, 14, 2), 64, "≥ 10", "≥ 10"),
     "qwen1_5b": Preset(
         ("model=qwen1_5b", *GPU, "update.max_tokens=8192"), _shape(1536, 8960, 28, 12, 2), 32, "≥ 10", "≥ 10"
@@ -74,7 +80,7 @@ PRESETS = {
 
 
 def random_policy(config: Config, shape: dict[str, int], device: torch.device) -> Policy:
-    """A Qwen2 model with random weights, a tokenizer that knows the first of its tokens, and no end."""
+    """A Qwen2 model with random weights, a tokenizer of its first tokens, and a stop token that is never drawn."""
     texts = [text for problem in embedded.load("train", 512) for text in (problem.question, problem.solution)]
     tokenizer = tiny.train_tokenizer(texts, 256)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -91,12 +97,8 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
     """A trainer of the composed run, at its start; a random model's completions are worth 0 and 1 in turns."""
     config = compose(["tracker=jsonl", *overrides])
     device = environment.choose_device(config.device)
-    threads = environment.choose_threads(config.threads)
-    environment.settle(threads)
+    environment.settle(environment.choose_threads(config.threads))
     policy = random_policy(config, shape, device) if shape else model.load(config.model, config.seed, device)
-    policy.lanes = lanes.start(policy, threads)
-    if policy.lanes is not None:
-        policy.lanes.wait()
     problems = dataset.load(config.dataset, config.seed)
     prompts, held_out = (
         dataset.encode(policy.tokenizer, config.dataset, some)[0] for some in (problems.train, problems.validation)
@@ -108,7 +110,7 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
 
 def _in_turns() -> Reward:
     worth = itertools.cycle((0.0, 1.0))
-    return lambda completion, problem: Score(next(worth), False, {}, False)
+    return lambda completions: [Score(next(worth), False, {}, False) for _ in completions]
 
 
 class Steps:
@@ -116,7 +118,7 @@ class Steps:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.weights = {name: p.detach().cpu().clone() for name, p in trainer.policy.trainable().items()}
+        self.weights = copied(trainer.policy)
         self.optimizer, self.state = copy.deepcopy(trainer.optimizer.state_dict()), copy.deepcopy(trainer.state)
 
     def step(self, again: bool = False) -> dict[str, float]:
@@ -135,6 +137,11 @@ class Steps:
         if again:
             trainer.state = copy.deepcopy(self.state)
         return made
+
+
+def copied(policy: Policy) -> dict[str, torch.Tensor]:
+    """Copies of the trained weights, by name, in the CPU's memory."""
+    return {name: p.detach().cpu().clone() for name, p in policy.trainable().items()}
 
 
 def restore(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

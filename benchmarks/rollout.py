@@ -8,6 +8,7 @@ the texts.
 
 import argparse
 import copy
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from benchmarks import measure
 from benchmarks.preset import NEVER, make_trainer
 from pspo.base.schema import ConfigError
 from pspo.dataset import order
-from pspo.rollout import sample
+from pspo.rollout import OwnSampler
 from pspo.trainer import Trainer
 
 SIZES = ("rollout.prompts=32", "rollout.group_size=8", "rollout.max_new_tokens=34")
@@ -30,19 +31,11 @@ SIZES = ("rollout.prompts=32", "rollout.group_size=8", "rollout.max_new_tokens=3
 def make_ours(trainer: Trainer, stop_ids: list[int]) -> Callable[[int], int]:
     """A rollout by its number, which returns how many tokens were sampled."""
     config = trainer.config.rollout
+    sampler = OwnSampler(trainer.policy, dataclasses.replace(config, max_rows=config.prompts * config.group_size))
 
     def rollout(number: int) -> int:
         trainer.policy.stop_ids = stop_ids
-        completions = sample(
-            trainer.policy,
-            chosen(trainer, number),
-            seed=[trainer.config.seed, number],
-            group_size=config.group_size,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_rows=config.prompts * config.group_size,
-        )
+        completions = sampler.sample(chosen(trainer, number), config.group_size, [trainer.config.seed, number])
         return sum(len(completion.token_ids) for completion in completions)
 
     return rollout
@@ -52,8 +45,6 @@ def make_theirs(trainer: Trainer, stop_ids: list[int]) -> Callable[[int], int]:
     """The same by the library."""
     config, policy = trainer.config.rollout, trainer.policy
     model: Any = copy.deepcopy(policy.model)
-    if model.config._attn_implementation == "grouped":
-        model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=config.temperature,

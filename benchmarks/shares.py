@@ -1,4 +1,4 @@
-"""What goes on around the steps: ``python -m benchmarks.shares [tiny|qwen0_5b|qwen1_5b] [steps] [key=value ...]``.
+"""What goes on around the steps: ``python -m benchmarks.shares [preset] [steps] [key=value ...]``.
 
 Seconds of validation, checkpoints, metrics and tables in a whole training of so many steps, at the intervals of the
 preset, beside all its seconds. The GPU presets validate and save as often as ``conf/model`` has it, so few steps tell

@@ -3,8 +3,9 @@
 The same weights, prompts, lengths, group size and updates per rollout, in one process, in turns: TRL's own training
 loop runs, and whenever it has learned from a rollout, its weights are put back and our step is made. The first round is
 a warm-up. TRL runs in float32 and in bfloat16; the faster one counts. Presets: ``tiny``, the embedded default on the
-CPU; ``vocab``, a small model of 152k tokens; ``qwen0_5b`` and ``qwen1_5b``, those shapes on a GPU. All but the first
-have random weights and completions of full length.
+CPU; ``smollm2``, SmolLM2-135M-Instruct on the CPU in bfloat16 (``model.autocast=false`` for float32), one rollout of 4
+prompts x 8 completions x 32 tokens and two optimizer steps; ``vocab``, a small model of 152k tokens; ``qwen0_5b`` and
+``qwen1_5b``, those shapes on a GPU. The last three have random weights and completions of full length.
 
 The tokens of an update are those of prompts and completions, once for each epoch. Our rollout's time includes the
 rewards, TRL's does not. Peak memory is that of one step in a process of its own. The floor is the time of the matrix
@@ -168,9 +169,6 @@ def main() -> None:
             gc.collect()
         faster = min(dtypes, key=lambda dtype: statistics.median(found[dtype]["trl"]["s_per_optimizer_step"]))
         device, one = trainer.policy.device, found[faster]["ours"]
-        if trainer.policy.lanes is not None:  # whose products are not seen
-            trainer.policy.lanes.close()
-            trainer.policy.lanes = None
         floor = measure.floor_s(measure.products(ours.step), device) / trainer.config.update.steps
         count = trainer.config.rollout.prompts * trainer.config.rollout.group_size
         context = (one["prompt_tokens"] + one["completion_tokens"] / 2) / count

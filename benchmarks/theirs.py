@@ -21,6 +21,7 @@ except ImportError:
 from benchmarks import measure
 from benchmarks.preset import NEVER, restore
 from pspo.dataset import order
+from pspo.rollout import Completion
 from pspo.trainer import Trainer
 
 
@@ -72,11 +73,9 @@ def make_theirs(ours: Trainer, model: Any, directory: Path, *, rollouts: int, bf
     It learns in float32 or, with ``bf16``, in bfloat16 autocast on float32 masters.
     """
     config, policy = ours.config, ours.policy
-    if model.config._attn_implementation == "grouped":
-        model.set_attn_implementation("sdpa")  # TRL's users do not have ours
     chosen = [ours.train[i] for i in order(len(ours.train), config.seed, 0, rollouts * config.rollout.prompts)]
     texts = [policy.tokenizer.decode(prompt.token_ids) for prompt in chosen]
-    problems = {text: prompt.problem for text, prompt in zip(texts, chosen, strict=True)}
+    prompt_of = dict(zip(texts, chosen, strict=True))
     minibatch = config.rollout.prompts * config.rollout.group_size // config.update.num_minibatches
     rows = rows or minibatch
     if minibatch % rows:
@@ -84,7 +83,9 @@ def make_theirs(ours: Trainer, model: Any, directory: Path, *, rollouts: int, bf
     length = config.rollout.max_new_tokens
 
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        return [ours.reward(c, problems[p]).reward for p, c in zip(prompts, completions, strict=True)]
+        written = zip(prompts, completions, strict=True)
+        scores = ours.reward([Completion(prompt_of[prompt], 0, [], [], True, text) for prompt, text in written])
+        return [score.reward for score in scores]
 
     set_seed(config.seed)
     theirs = Theirs(

@@ -4,7 +4,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import measure, neighbour, table
+from benchmarks import measure, preset, rollout, table
+from pspo.config import compose
 from pspo.host import environment
 
 CPU = torch.device("cpu")
@@ -74,10 +75,30 @@ def test_the_floor_adds_up_its_products(monkeypatch):
     assert measure.floor_s({(1, 2, 3, 4, torch.float32): 5, (2, 7, 3, 4, torch.float32): 1}, CPU) == 17
 
 
-def test_a_product_takes_about_as_long_as_the_same_by_hand():
-    a, b = torch.randn(256, 256), torch.randn(256, 256)
-    by_hand = min(measure.seconds(lambda: [a @ b for _ in range(20)], CPU) for _ in range(5)) / 20
-    assert by_hand / 20 < measure.product_s(1, 256, 256, 256, torch.float32, CPU) < 20 * by_hand
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_product_is_measured_at_its_shape(batch, monkeypatch):
+    made = []
+
+    def rate_s(work, device):
+        made.append(measure.products(work))
+        return float(len(made))
+
+    monkeypatch.setattr(measure, "rate_s", rate_s)
+    assert measure.product_s(batch, 4, 5, 6, torch.float32, CPU) == 1.0  # of two layouts the faster one
+    assert made == [{(batch, 4, 5, 6, torch.float32): 1}] * 2
+
+
+@pytest.mark.parametrize("call_s", [1e-6, 3e-4, 0.2])
+def test_the_rate_of_a_call_is_that_of_its_quickest_repeats(call_s, monkeypatch):
+    """By a clock that a call moves on, and that something else moves on as well at first."""
+    clock = {"s": 0.0, "calls": 0}
+
+    def work():
+        clock["calls"] += 1
+        clock["s"] += call_s * (3 if clock["calls"] == 1 else 1)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["s"])
+    assert measure.rate_s(work, CPU) == pytest.approx(call_s, rel=1e-6)
 
 
 def test_peak_memory_is_what_a_call_adds():
@@ -94,8 +115,37 @@ def test_memory_that_is_freed_but_kept_counts_as_free():
     assert measure.peak_gib(work, CPU) == pytest.approx(64 / 1024, rel=0.2)
 
 
-def test_a_fair_share():
-    assert neighbour.fair(2, 1, 2) == pytest.approx(4 / 3)
-    assert neighbour.fair(2, 2, 2) == 2
-    assert neighbour.fair(2, 1, 1) == 1
-    assert neighbour.fair(2, 2, 1) == 2
+# --- what is measured
+
+
+@pytest.mark.parametrize("name", preset.PRESETS)
+def test_a_preset_is_a_run(name):
+    config = compose(word for word in preset.PRESETS[name].overrides if not word.startswith("device="))
+    assert config.rollout.prompts * config.rollout.group_size % config.update.num_minibatches == 0
+
+
+SHAPE = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+LITTLE = ["device=cpu", "threads=1", "rollout.prompts=3", "rollout.group_size=2", "rollout.max_new_tokens=5"]
+
+
+def test_every_measured_step_begins_with_the_first_weights(tmp_path):
+    steps = preset.Steps(preset.make_trainer([*LITTLE, "update.num_minibatches=1"], tmp_path, SHAPE))
+    policy, before = steps.trainer.policy, preset.copied(steps.trainer.policy)
+    for number in (1, 2):
+        made = steps.step()
+        assert made["completion_tokens"] == 3 * 2 * 5  # of full length
+        assert made["prompt_tokens"] > 0 < made["seconds"]
+        assert steps.trainer.state.progress.steps == number
+        assert made["optimizer/update_norm_estimate"] > 0
+        assert all(map(torch.equal, preset.copied(policy).values(), before.values()))
+    steps.step(again=True)
+    assert steps.trainer.state.progress.steps == 0
+
+
+def test_both_sides_write_as_many_tokens(tmp_path):
+    trainer = preset.make_trainer(LITTLE, tmp_path, SHAPE)
+    for make in (rollout.make_ours, rollout.make_theirs):
+        assert make(trainer, [preset.NEVER])(0) == 3 * 2 * 5

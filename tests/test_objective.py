@@ -242,10 +242,15 @@ def weight(objective, r, a):
     return weights(objective, [math.log(r)], a).item()
 
 
+def assert_close(got, expected):
+    """Equal but for the rounding of float64, which depends on the processor and on a number's place in its tensor."""
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
 def assert_same(got, expected, x):
-    """The same loss and the same gradient, to the last bit."""
+    """The same loss and the same gradient."""
     for one, other in zip(loss_and_gradient(got, x), loss_and_gradient(expected, x), strict=True):
-        assert torch.equal(one, other)
+        assert_close(one, other)
 
 
 def random_inputs(rows=6, tokens=5, seed=0):
@@ -326,7 +331,7 @@ def test_finite_behind_the_clamp_however_far_the_policies_are_apart(case):
 def test_rows_may_be_permuted(case):
     x, order = random_inputs(), torch.tensor([3, 1, 5, 0, 2, 4])
     permuted = ObjectiveInput(**{name: value[order] for name, value in vars(x).items()})
-    assert torch.equal(case.objective(permuted), case.objective(x)[order])
+    assert_close(case.objective(permuted), case.objective(x)[order])
 
 
 @every
@@ -340,9 +345,9 @@ def test_masked_tokens_do_not_reach_the_others(case):
         old_logprob_BT=torch.where(x.mask_BT, x.old_logprob_BT, -99.0),
     )
     spoilt_loss_BT, spoilt_gradient_BT = loss_and_gradient(case.objective, spoilt)
-    assert torch.equal(spoilt_loss_BT[x.mask_BT], loss_BT[x.mask_BT])
-    assert torch.equal(spoilt_gradient_BT, gradient_BT)
-    assert not gradient_BT[~x.mask_BT].any()
+    assert_close(spoilt_loss_BT[x.mask_BT], loss_BT[x.mask_BT])
+    assert_close(spoilt_gradient_BT, gradient_BT)
+    assert not spoilt_gradient_BT[~x.mask_BT].any()
 
 
 @every
@@ -374,7 +379,7 @@ def test_linear_says_whether_the_weight_is_in_proportion_to_the_ratio(case):
 @every
 def test_whole_completions_says_whether_tokens_reach_each_other(case):
     x, y = inputs([[-0.1, 0.1, 0.1]], -1.0), inputs([[-0.1, 0.1, -0.2]], -1.0)
-    reach = not torch.equal(case.objective(x)[:, :2], case.objective(y)[:, :2])
+    reach = not torch.allclose(case.objective(x)[:, :2], case.objective(y)[:, :2], rtol=1e-9, atol=0)
     assert reach == case.objective.whole_completions
 
 
@@ -494,7 +499,7 @@ def test_bounds_of_clip_change_only_wrong_tokens_beyond_them(r, a, bound):
 def test_gradient_of_pspo_is_that_of_noclip_times_one_minus_alpha(alpha):
     x = random_inputs()
     expected_BT = (1 - alpha) * loss_and_gradient(make("noclip"), x)[1]
-    torch.testing.assert_close(loss_and_gradient(make("pspo", alpha=alpha), x)[1], expected_BT, rtol=1e-14, atol=0)
+    assert_close(loss_and_gradient(make("pspo", alpha=alpha), x)[1], expected_BT)
 
 
 def test_without_smoothing_nothing_changes():
@@ -512,7 +517,7 @@ def smoothed_ratio(ratio, alpha):
 @given(alpha=alphas, r=st.floats(1e-6, 1e6))
 def test_smoothed_ratio_is_at_least_alpha_and_nearer_to_one(alpha, r):
     smoothed = smoothed_ratio(torch.tensor([r], dtype=torch.float64), alpha).item()
-    assert smoothed >= alpha
+    assert smoothed >= alpha * (1 - 1e-12)
     assert abs(smoothed - 1) == pytest.approx((1 - alpha) * abs(r - 1), rel=1e-9, abs=1e-12)
 
 
@@ -531,8 +536,8 @@ def test_smoothing_contracts_distributions(alpha, seed, spread, size):
 
     assert mixed.sum().item() == pytest.approx(1, abs=1e-12)
     assert distance(mixed, old) == pytest.approx((1 - alpha) * distance(new, old), rel=1e-9, abs=1e-14)
-    assert kl(mixed, old) <= (1 - alpha) * kl(new, old) + 1e-13
-    assert kl(old, mixed) <= (1 - alpha) * kl(old, new) + 1e-13
+    assert kl(mixed, old) <= (1 - alpha) * kl(new, old) + 1e-12
+    assert kl(old, mixed) <= (1 - alpha) * kl(old, new) + 1e-12
 
 
 @given(alpha=st.floats(0.01, 0.99), r=ratios, factor=st.floats(1.01, 100), a=nonzero)
@@ -572,7 +577,7 @@ def test_sapo_is_symmetric_about_one_and_never_above_noclip(distance, positive, 
 @given(r=ratios, a=nonzero, eps=st.floats(0.05, 3))
 def test_cfpo_pulls_back_to_the_edge_of_its_band(r, a, eps):
     objective, edge = make("cfpo", eps=eps), 1 + math.copysign(eps, a)
-    assume(abs(r - edge) > 1e-6)
+    assume(abs(r - edge) > 1e-4)
     descent = a * weight(objective, r, a)  # the sign in which log π is moved
     assert (descent > 0) == (r < edge)
     if edge > 0:

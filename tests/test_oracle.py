@@ -20,12 +20,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pspo.rollout.experience import Row, score
 
 from pspo.base.statistics import Statistics
 from pspo.config import compose
 from pspo.model import save
-from pspo.update import Learner, accumulate
+from pspo.update import Learner, Row, accumulate
+from pspo.update.rows import score
 
 pytestmark = [
     pytest.mark.oracle,

@@ -34,8 +34,8 @@ every = pytest.mark.parametrize("objective", ALL, ids=lambda o: o.name)
 cuts = pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        pytest.param({"attention": "eager"}, 2e-6, id="float32-eager"),
-        pytest.param({"attention": "sdpa"}, 2e-6, id="float32-sdpa"),
+        pytest.param({"attention": "eager"}, 5e-6, id="float32-eager"),
+        pytest.param({"attention": "sdpa"}, 5e-6, id="float32-sdpa"),
         pytest.param({"dtype": torch.float64, "exact": True}, 1e-12, id="float64"),
     ],
 )
