@@ -25,7 +25,7 @@ from pspo.loss import Loss
 from pspo.model import Model
 from pspo.objective import OBJECTIVES, Objective
 from pspo.optimizer import Optimizer
-from pspo.reward import RewardConfig, make_reward
+from pspo.reward import Reward
 from pspo.rollout import Rollout
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
@@ -55,7 +55,7 @@ class Config(Schema):
     continue_from: str | None = key("finished run directory, equal but for its shorter budget, to begin from; or null")
     model: Model
     dataset: DatasetConfig
-    reward: RewardConfig
+    reward: Reward
     objective: Objective
     smoothing: Smoothing
     advantage: Advantage
@@ -228,7 +228,7 @@ def check(config: Config) -> None:
     dataset.check(config.dataset)
     if config.budget.total and dataset.is_test_set(config.dataset):
         raise dataset.refuse_training(config.dataset)
-    make_reward(config.reward)
+    config.reward.check()
     if config.model.path is not None:  # one of the hub's may lie in a cache that the jobs alone see
         model.check(config.model)
 

@@ -47,7 +47,7 @@ def answer(
             top_p=1.0 if greedy else rollout.top_p,
             max_rows=rollout.max_rows,
         )
-        yield [completion_row(c, reward(c.text, c.prompt.problem)) for c in completions]
+        yield [completion_row(c, score) for c, score in zip(completions, reward(completions), strict=True)]
 
 
 def validate(

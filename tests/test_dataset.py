@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from pspo import dataset
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
+from pspo.dataset.files import Row
 from pspo.dataset.problem import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -456,3 +459,28 @@ def test_order_depends_on_seed_and_epoch():
 
 def test_order_is_pinned():
     assert dataset.order(8, 0, 0, 8) == [0, 7, 2, 1, 4, 6, 5, 3]  # a change here breaks the resume of every run
+
+
+def test_every_further_column_of_a_row_is_the_problems_extra(tmp_path):
+    row = {"id": "a", "question": "1 + 1?", "answer": 2, "solution": "one and one", "level": 3, "tests": ["f() == 2"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + '\n{"prompt": "2 + 2?", "answer": "4", "tests": null}\n')
+    ((source, files),) = sources.locate("jsonl", str(tmp_path))
+    first, second = sources.read(source, "train", files["train"])
+    assert (first.extra, second.extra) == ({"level": 3, "tests": ["f() == 2"]}, {"tests": None})
+    assert len({first, second, dataclasses.replace(first, extra={})}) == 3  # hashed by all else
+
+
+@pytest.mark.parametrize("name", sources.SETS)
+def test_the_columns_of_a_source_are_those_that_its_rows_are_read_by(name):
+    class Seen(dict):
+        def get(self, column, default=None):
+            seen.add(column)
+            return super().get(column, default)
+
+    for source in sources.SETS[name]:
+        seen = set()
+        texts = dict.fromkeys(source.columns.split(), "\\boxed{7}") | {"answer": "#### 7" if name == "gsm8k" else "7"}
+        for fields in (texts, {column: text for column, text in texts.items() if column != "question"}):
+            with contextlib.suppress(ConfigError):
+                source.parse(Row(Seen(fields), "line 1"))
+        assert seen == set(source.columns.split())

@@ -36,7 +36,7 @@ def scripted(spread):
     """A reward that differs inside the groups of the problems named in ``spread``, and is 1/2 in all others."""
     calls = []
 
-    def reward(completion, problem):
+    def reward(text, problem):
         calls.append(problem.id)
         value = float(calls.count(problem.id) % 2) if int(problem.id) in spread else 0.5
         return Score(value, value == 1, {"script": value}, True)
@@ -44,12 +44,16 @@ def scripted(spread):
     return reward
 
 
+def batched(reward):
+    return lambda completions: [reward(completion.text, completion.problem) for completion in completions]
+
+
 def asked(number, start=0, *, total=20, seed=7):
     return order(total, seed, start, number)
 
 
 def collected(policy, rollout, spread, *, start=0, total=20, step=1):
-    return collect(policy, problems(total), scripted(spread), rollout, seed=7, step=step, start=start)
+    return collect(policy, problems(total), batched(scripted(spread)), rollout, seed=7, step=step, start=start)
 
 
 def drawn(found):

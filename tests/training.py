@@ -47,11 +47,11 @@ def make_trainer(policy, directory, *overrides, reward=by_length, num_problems=8
     tracker = Tracker(config.tracker, directory, run_name="", group="", job_type="", resolved_config={})
     seen = []
 
-    def counted(completion, problem):
-        seen.append(completion)
+    def counted(completions):
+        seen.extend(completions)
         if len(seen) > calls:
             raise Killed
-        return reward(completion, problem)
+        return [reward(completion.text, completion.problem) for completion in completions]
 
     trainer = Trainer(config, directory, policy, problems(num_problems), [], counted, tracker)
     trainer.resume()

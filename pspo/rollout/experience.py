@@ -122,14 +122,14 @@ def collect(
             top_p=rollout.top_p,
             max_rows=rollout.max_rows,
         )
-        for completion in completions[len(scores) :]:
-            score = reward(completion.text, completion.prompt.problem)
+        new = completions[len(scores) :]
+        for completion, score in zip(new, reward(new), strict=True):
             if rollout.overlong_share:
                 penalty = rollout.overlong_penalty(len(completion.token_ids))
-                score = replace(
-                    score, reward=score.reward + penalty, components=score.components | {"overlong": penalty}
-                )
-            scores.append(score)
+                components = score.components | {"overlong": penalty}
+                scores.append(replace(score, reward=score.reward + penalty, components=components))
+            else:
+                scores.append(score)
         reward_PG = torch.tensor([s.reward for s in scores], dtype=torch.float64).view(-1, rollout.group_size)
         used_P = has_spread(reward_PG) if rollout.max_redraws else torch.ones(len(reward_PG), dtype=torch.bool)
         missing = rollout.prompts - int(used_P.sum())

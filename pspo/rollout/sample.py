@@ -81,6 +81,11 @@ class Completion:
     finished: bool
     text: str
 
+    @property
+    def problem(self) -> Problem:
+        """The problem that it answers."""
+        return self.prompt.problem
+
 
 def sample(
     policy: Policy,

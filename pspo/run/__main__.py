@@ -20,12 +20,14 @@ from pspo.base.schema import ConfigError, unknown
 from pspo.config import CONF, open_keys, resolve
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed
+from pspo.reward import RewardError
 from pspo.run.help import help_text
 from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import NonFiniteError
 
-EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, NonFiniteError, NoRoomError, SaveError, RunsFailed)
+FAILURES = (NonFiniteError, NoRoomError, SaveError, RewardError, RunsFailed)
+EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILURES)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 
 
@@ -65,7 +67,7 @@ def _leave(error: Exception) -> NoReturn:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         error = unknown(option, error.options, group)
     sys.stderr.write(f"pspo: {' '.join(str(error).split())}\n")
-    sys.exit(1 if isinstance(error, SaveError | NonFiniteError | NoRoomError | RunsFailed) else 2)
+    sys.exit(1 if isinstance(error, FAILURES) else 2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pspo.base.files import new_directory, read_lines, write_text
 from pspo.budget import Progress
 from pspo.config import Config, identity, read, science
 from pspo.host import environment
-from pspo.reward import source_files
 from pspo.run.lock import hold
 
 
@@ -119,7 +118,7 @@ def carry_over(config: Config, directory: Path) -> None:
 
 def code(config: Config) -> str:
     """A digest of the code that a run is made by, as ``DONE`` records it."""
-    return environment.code_digest(*source_files(config.reward))
+    return environment.code_digest(*config.reward.source_files())
 
 
 def _is_rerun(config: Config, directory: Path) -> bool:

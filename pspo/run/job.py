@@ -20,7 +20,6 @@ from pspo.config import Config, check, run_directory
 from pspo.dataset import Prompt
 from pspo.evaluate import answer, summarize
 from pspo.host import environment, interrupt
-from pspo.reward import Reward, check_gold, make_reward
 from pspo.run import earlier, lock, outcome
 from pspo.run.advice import advice
 from pspo.tracker import Tracker
@@ -37,7 +36,7 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
     earlier.check(config, directory)
     check(config)
     model.check(config.model)
-    reward = make_reward(config.reward)
+    config.reward.check()
     problems = dataset.load(config.dataset, config.seed)
     if config.budget.total and len(problems.train) < config.rollout.prompts:
         raise config.rollout.refuse("prompts", f"there are only {len(problems.train)} training problems")
@@ -49,8 +48,8 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         outcome.recorded(directory, owner),
         interrupt.caught(),
     ):
-        check_gold(reward, config.reward, [*problems.train, *problems.validation, *tests])  # a user's code: may raise
-        _Run(config, list(overrides), directory, device, problems, reward, owner).execute()
+        config.reward.check_gold([*problems.train, *problems.validation, *tests])  # a user's code: may raise
+        _Run(config, list(overrides), directory, device, problems, owner).execute()
     return directory
 
 
@@ -63,7 +62,6 @@ class _Run:
     directory: Path
     device: torch.device
     problems: dataset.Splits
-    reward: Reward
     owner: lock.Owner
 
     def execute(self) -> None:
@@ -110,7 +108,7 @@ class _Run:
     ) -> dict[str, Any]:
         config, tests = self.config, list(self.problems.test)
         trainer = Trainer(
-            config, self.directory, policy, prompts["train"], prompts["validation"], self.reward, tracker, started,
+            config, self.directory, policy, prompts["train"], prompts["validation"], config.reward, tracker, started,
             check_owner=lambda: lock.check(self.directory, self.owner),
         )  # fmt: skip
         before = {name: self._evaluate(policy, name, prompts[name], "before") for name in tests}
@@ -178,7 +176,7 @@ class _Run:
             beside = JsonLines(path.with_name(f".{path.name}"))
             beside.cut(0)
             seed = [self.config.seed, Stream.TEST]
-            chunks = answer(policy, prompts, self.reward, self.config.rollout, seed=seed, greedy=True)
+            chunks = answer(policy, prompts, self.config.reward, self.config.rollout, seed=seed, greedy=True)
             with checkpoint.random_state_kept():  # those of a user's reward
                 for rows in track(chunks, f"test on {name}, {when}", len(prompts)):
                     for row in rows:
