@@ -260,7 +260,9 @@ def test_svamp_as_downloaded(tmp_path):
     made = config("svamp", path=str(tmp_path), num_validation=1)
     splits = dataset.load(made, seed=0)
     assert sizes(splits) == (1, 1, {"svamp": 1})
-    assert splits.test["svamp"] == [Problem("svamp/test/chal-2", "4 cats Eyes?", "4", "")]
+    assert splits.test["svamp"] == [
+        Problem("svamp/test/chal-2", "4 cats Eyes?", "4", "", {"question_concat": "2 cats Eyes?"})
+    ]
     assert not dataset.is_test_set(made)
 
 
@@ -268,7 +270,8 @@ def test_asdiv_as_downloaded_is_a_test_set(tmp_path):
     row = {"body": "2 cats.", "question": "Eyes? ", "solution_type": "x", "answer": "4 (eyes)", "formula": "2*2=4"}
     write(tmp_path / "asdiv" / "validation-00000-of-00001.parquet", row)
     splits = dataset.load(config("asdiv", path=str(tmp_path)), seed=0)
-    assert splits == dataset.Splits([], [], {"asdiv": [Problem("asdiv/test/0", "2 cats. Eyes?", "4", "")]})
+    problem = Problem("asdiv/test/0", "2 cats. Eyes?", "4", "", {"solution_type": "x", "formula": "2*2=4"})
+    assert splits == dataset.Splits([], [], {"asdiv": [problem]})
 
 
 def test_math_trains_on_the_training_problems_only(tmp_path, caplog):

@@ -50,7 +50,7 @@ _UNIT = re.compile(  # what may follow a number without changing it: "%", " appl
     r"(?:[^\W\d_]|[ ()/.'’%·⋅-]|\^(?:[23]|-[123]|\{-?[123]\}))*",
     re.IGNORECASE,
 )
-_UNIT_POWER = re.compile(r"(?<![^\W\d_])([cmk]?m|ft|in|s|[a-z]{4,})\^(?:[23]|-[123]|\{-?[123]\})", re.IGNORECASE)
+_UNIT_POWER = re.compile(r"(?<![^\W\d_])([cmk]?m|ft|in|s|[a-z]{4,}) ?\^(?:[23]|-[123]|\{-?[123]\})", re.IGNORECASE)
 _SAID = re.compile(r"(?<![^\W_])answer(?: *(?:is|:|=))+", re.IGNORECASE)
 _COMMAND = (  # any LaTeX command that makes a number beside it a part of something else
     r"\\(?!(?:boxed|fbox|approx|q?quad|implies|iff|to|therefore|(?:Long)?rightarrow|begin|end|(?:black)?square|checkmark|"
@@ -78,7 +78,9 @@ _NAME = re.compile(r"^ *[A-Za-z] *(?:=|\\in(?![a-z]))")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}")
 _GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\,|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])")
 _RAISED = re.compile("([⁰¹²³⁴-⁹⁺⁻]+)|[₀-₉]+")
-_CODE = re.compile(r"\b(?:(?:US|AU?|CA?|NZ|HK|S)\\?(?=\$[0-9])|(?:USD|EUR|GBP|INR|Rs\.?) ?(?=-?\\?[$0-9]))")
+_CODE = re.compile(
+    r"\b(?:(?:US|AU?|CA?|NZ|HK|S)\\?(?=\$(?:[0-9.]|\\frac))|(?:USD|EUR|GBP|INR|Rs\.?) ?(?=-?(?:\\?[$0-9.]|\\frac)))"
+)
 _GAPS = re.compile(  # between 5 and 6 these must not leave 56
     r"\*\*|\\[,;:]|~(?! ?[0-9])|(?<=[\w.)}\]])(?:[$¢£¥\u20a0-\u20cf]|\\[()\[\]$])+(?=\.?[\w(\\])|</?answer>",
     re.IGNORECASE,
