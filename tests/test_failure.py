@@ -83,7 +83,7 @@ def test_a_reward_that_raises_before_the_first_step_fails_the_run(tmp_path):
     assert make(tmp_path, tmp_path / "cache", ["reward.function=bad.py:reward"]) == 1
     record = json.loads((only_run(tmp_path) / "FAILED").read_text())
     assert record["kind"] == "reward"
-    told = r"reward.function=bad.py:reward raised KeyError: 'a bug in a reward' on problem embedded/train/\d+"
+    told = r"reward.function=bad.py:reward raised KeyError: 'a bug in a reward' on problem embedded\S+;"
     assert re.search(told, record["error"].splitlines()[-1])
     assert "in reward\n    raise KeyError" in (only_run(tmp_path) / "run.log").read_text()  # the user's own traceback
     assert not (only_run(tmp_path) / "checkpoints").exists()  # nothing was loaded or begun

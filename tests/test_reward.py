@@ -537,11 +537,11 @@ def spelled(draw, digits, exponent):
 
 @st.composite
 def two_numbers(draw):
-    """A number in two spellings, and a spelling of another number that differs by a hundredth, the sign or the power."""
+    """A number in two spellings, and a spelling of another number, a hundredth, sign or power away."""
     digits, exponent = draw(st.integers(1, 99999)), draw(st.integers(-9, 9))
     sign = draw(st.sampled_from(["", "-", "−"]))
     change = draw(st.sampled_from(["digit", "sign", "power"]))
-    other = (digits + 1 + digits // 100 if change == "digit" else digits, exponent + 1 if change == "power" else exponent)
+    other = (digits + (change == "digit") * (1 + digits // 100), exponent + (change == "power"))
     other_sign = ("" if sign else "-") if change == "sign" else sign
 
     def dressed(sign, number):

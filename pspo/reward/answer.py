@@ -57,8 +57,8 @@ _COMMAND = (  # any LaTeX command that makes a number beside it a part of someth
     r"hline|item)(?![A-Za-z]))[A-Za-z]+"
 )
 _FOLLOWED = re.compile(
-    rf"(?: ?[-+*/×·⋅÷~]| x) ?(?:[0-9(\\√]|{_LETTER}(?![^\W\d_]))|[:,.]+[0-9]| : ?[0-9]|[,;] ?-?[0-9]|\^ ?[\w{{(\\-]|_[\w{{]"
-    rf"| ?{_COMMAND}| ?[√∛∞±∓‰°]|\((?:[-0-9\\]|{_LETTER}\b)|(?!{_ABBREVIATED}){_LETTER}"
+    rf"(?: ?[-+*/×·⋅÷~]| x) ?(?:[0-9(\\√]|{_LETTER}(?![^\W\d_]))|[:,.]+[0-9]| : ?[0-9]|[,;] ?-?[0-9]|\^ ?[\w{{(\\-]"
+    rf"|_[\w{{]| ?{_COMMAND}| ?[√∛∞±∓‰°]|\((?:[-0-9\\]|{_LETTER}\b)|(?!{_ABBREVIATED}){_LETTER}"
     rf"| {{1,3}}(?:{_SCALE}|(?:pi|sqrt)\b)| (?:of|{_JOINED}) -?[0-9]",
     re.IGNORECASE,
 )
