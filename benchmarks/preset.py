@@ -3,7 +3,7 @@
 import copy
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pspo.config import Config, compose
 from pspo.dataset import embedded
 from pspo.host import environment
 from pspo.model import Policy, attention, tiny
-from pspo.reward import Reward, Score, make_reward
+from pspo.reward import Answered, Score
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 
@@ -104,11 +104,11 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
         dataset.encode(policy.tokenizer, config.dataset, some)[0] for some in (problems.train, problems.validation)
     )
     tracker = Tracker(config.tracker, directory)
-    reward = _in_turns() if shape else make_reward(config.reward)
+    reward = _in_turns() if shape else config.reward
     return Trainer(config, directory, policy, prompts, held_out, reward, tracker)
 
 
-def _in_turns() -> Reward:
+def _in_turns() -> Callable[[Sequence[Answered]], list[Score]]:
     worth = itertools.cycle((0.0, 1.0))
     return lambda completions: [Score(next(worth), False, {}, False) for _ in completions]
 

@@ -25,7 +25,7 @@ from pspo.loss import LossConfig
 from pspo.model import ModelConfig
 from pspo.objective import OBJECTIVES, Objective, default_objective
 from pspo.optimizer import Optimizer
-from pspo.reward import Reward, RewardConfig, make_reward
+from pspo.reward import Reward
 from pspo.rollout import RolloutConfig
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
@@ -52,7 +52,7 @@ class Config(Schema):
     )
     model: ModelConfig
     dataset: DatasetConfig
-    reward: RewardConfig
+    reward: Reward
     objective: Objective
     smoothing: Smoothing
     advantage: Advantage
@@ -308,10 +308,10 @@ def explained(error: Exception) -> ConfigError:
     return ConfigError(str(error))
 
 
-def check(config: Config) -> Reward:
+def check(config: Config) -> None:
     """Refuse what can be seen before anything is loaded, written or submitted, on a login node too. No network.
 
-    Returns the reward, its code imported. Raises ConfigError: a directory that cannot be written, a data set, model or
+    Imports a user's own code. Raises ConfigError: a directory that cannot be written, a data set, model or
     reward that is not there.
     """
     at = (Path(config.output_dir) / config.group).absolute()
@@ -321,10 +321,9 @@ def check(config: Config) -> Reward:
     dataset.check(config.dataset)
     if config.budget.total and dataset.is_test_set(config.dataset):
         raise dataset.refuse_training(config.dataset)
-    reward = make_reward(config.reward)
+    config.reward.check()
     if config.model.path is not None:  # one of the hub's may lie in a cache that the jobs alone see
         model.check(config.model)
-    return reward
 
 
 def _sets_value(argument: str) -> bool:

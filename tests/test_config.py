@@ -26,6 +26,7 @@ REQUIRED = {
     ("reward", "custom"): ["reward.function=mine.py:f"],
     ("dataset", "jsonl"): ["dataset.path=mine.jsonl"],
     ("model", "hf"): ["model.hub_id=owner/name"],
+    ("objective", "custom"): [f"objective.function={Path(__file__).with_name('own_objective.py')}:Own"],
 }
 
 

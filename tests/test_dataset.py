@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -14,6 +16,7 @@ from omegaconf import OmegaConf
 from pspo import dataset
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
+from pspo.dataset.files import Row
 from pspo.dataset.problem import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -243,7 +246,9 @@ def test_svamp_as_downloaded(tmp_path):
     made = config("svamp", path=str(tmp_path), num_validation=1)
     splits = dataset.load(made, seed=0)
     assert sizes(splits) == (1, 1, {"svamp": 1})
-    assert splits.test["svamp"] == [Problem("svamp/test/chal-2", "4 cats Eyes?", "4", "")]
+    assert splits.test["svamp"] == [
+        Problem("svamp/test/chal-2", "4 cats Eyes?", "4", "", {"question_concat": "2 cats Eyes?"})
+    ]
     assert not dataset.is_test_set(made)
 
 
@@ -251,7 +256,8 @@ def test_asdiv_as_downloaded_is_a_test_set(tmp_path):
     row = {"body": "2 cats.", "question": "Eyes? ", "solution_type": "x", "answer": "4 (eyes)", "formula": "2*2=4"}
     write(tmp_path / "asdiv" / "validation-00000-of-00001.parquet", row)
     splits = dataset.load(config("asdiv", path=str(tmp_path)), seed=0)
-    assert splits == dataset.Splits([], [], {"asdiv": [Problem("asdiv/test/0", "2 cats. Eyes?", "4", "")]})
+    problem = Problem("asdiv/test/0", "2 cats. Eyes?", "4", "", {"solution_type": "x", "formula": "2*2=4"})
+    assert splits == dataset.Splits([], [], {"asdiv": [problem]})
 
 
 def test_math_trains_on_the_training_problems_only(tmp_path, caplog):
@@ -522,3 +528,28 @@ def test_order_depends_on_seed_and_epoch():
 
 def test_order_is_pinned():
     assert dataset.order(8, 0, 0, 8) == [0, 7, 2, 1, 4, 6, 5, 3]  # a change here breaks the resume of every run
+
+
+def test_every_further_column_of_a_row_is_the_problems_extra(tmp_path):
+    row = {"id": "a", "question": "1 + 1?", "answer": 2, "solution": "one and one", "level": 3, "tests": ["f() == 2"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + '\n{"prompt": "2 + 2?", "answer": "4", "tests": null}\n')
+    ((source, files),) = sources.locate("jsonl", str(tmp_path))
+    first, second = sources.read(source, "train", files["train"])
+    assert (first.extra, second.extra) == ({"level": 3, "tests": ["f() == 2"]}, {"tests": None})
+    assert len({first, second, dataclasses.replace(first, extra={})}) == 3  # hashed by all else
+
+
+@pytest.mark.parametrize("name", sources.SETS)
+def test_the_columns_of_a_source_are_those_that_its_rows_are_read_by(name):
+    class Seen(dict):
+        def get(self, column, default=None):
+            seen.add(column)
+            return super().get(column, default)
+
+    for source in sources.SETS[name]:
+        seen = set()
+        texts = dict.fromkeys(source.columns.split(), "\\boxed{7}") | {"answer": "#### 7" if name == "gsm8k" else "7"}
+        for fields in (texts, {column: text for column, text in texts.items() if column != "question"}):
+            with contextlib.suppress(ConfigError):
+                source.parse(Row(Seen(fields), "line 1"))
+        assert seen == set(source.columns.split())

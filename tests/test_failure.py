@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -92,6 +93,8 @@ def test_a_reward_that_raises_before_the_first_step_fails_the_run(tmp_path):
     (tmp_path / "bad.py").write_text("def reward(completion, problem):\n    raise KeyError('a bug in a reward')\n")
     assert make(tmp_path, tmp_path / "cache", ["reward.function=bad.py:reward"]) == 1
     record = json.loads((only_run(tmp_path) / "FAILED").read_text())
-    assert record["kind"] == "error"
-    assert record["error"].splitlines()[-1] == "KeyError: 'a bug in a reward'"
+    assert record["kind"] == "reward"
+    told = r"reward.function=bad.py:reward raised KeyError: 'a bug in a reward' on problem embedded\S+;"
+    assert re.search(told, record["error"].splitlines()[-1])
+    assert "in reward\n    raise KeyError" in (only_run(tmp_path) / "run.log").read_text()  # the user's own traceback
     assert not (only_run(tmp_path) / "checkpoints").exists()  # nothing was loaded or begun

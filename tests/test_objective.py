@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pspo.base.schema import ConfigError, as_dict, build
+from pspo.config import compose
 from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
 from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
 from pspo.optimizer import SGD, AdamW
@@ -706,3 +707,54 @@ def test_under_adamw_alpha_does_nothing(alpha):
     assert 0 < (got - expected).norm() / expected.norm() < 1e-4
     clipped = trajectory(clip(0.01, 0.01), ADAMW)[-1]
     assert (clipped - expected).norm() / expected.norm() > 1e-3
+
+
+# A user's own class
+
+CAPPED = """
+from dataclasses import dataclass
+from pspo.base.schema import key
+from pspo.objective import Objective
+
+@dataclass(frozen=True, kw_only=True)
+class Capped(Objective):
+    cap: float = key("c: largest ratio that still has a gradient", within="[1, inf)")
+
+    def __call__(self, x):
+        return -x.ratio_BT.clamp(max=self.cap) * x.advantage_BT
+
+class Other:
+    pass
+"""
+
+
+def test_a_class_in_a_file_of_ones_own_is_an_objective(tmp_path):
+    (tmp_path / "mine.py").write_text(CAPPED)
+    config = compose(["objective=custom", f"objective.function={tmp_path}/mine.py:Capped", "objective.cap=2"])
+    assert as_dict(config.objective) == {"name": "custom", "cap": 2.0, "function": f"{tmp_path}/mine.py:Capped"}
+    assert config.objective.source_files() == [tmp_path / "mine.py"]
+    ratio_BT = torch.tensor([[0.5, 2.0, 4.0]], dtype=torch.float64)
+    log_ratio_BT = ratio_BT.log().requires_grad_()
+    one_BT = torch.ones_like(ratio_BT)
+    x = ObjectiveInput(
+        logprob_BT=log_ratio_BT, old_logprob_BT=0 * one_BT, log_ratio_BT=log_ratio_BT, advantage_BT=one_BT,
+        mask_BT=one_BT.bool(),
+    )  # fmt: skip
+    assert config.objective(x).tolist() == [[-0.5, pytest.approx(-2.0), -2.0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mine.py:Capped"], "objective.cap has no value; set it with objective.cap=<value>"),
+        (["mine.py:Capped", "objective.cap=0.5"], r"objective.cap must be in \[1, inf\), got 0.5"),
+        (["mine.py:Capped", "objective.cup=2"], "unknown key objective.cup .*did you mean objective.cap"),
+        (["mine.py:Other"], "must be a subclass of pspo.objective.Objective"),
+        (["mine.py:Missing"], "has no function or class Missing"),
+        (["absent.py:Capped"], "there is no file"),
+    ],
+)
+def test_what_is_wrong_with_a_class_of_ones_own_is_told(tmp_path, words, told):
+    (tmp_path / "mine.py").write_text(CAPPED)
+    with pytest.raises(ConfigError, match=told):
+        compose(["objective=custom", f"objective.function={tmp_path}/{words[0]}", *words[1:]])

@@ -1,4 +1,5 @@
 import ast
+import builtins
 import functools
 import gc
 import itertools
@@ -6,7 +7,11 @@ import json
 import os
 import random
 import re
+import statistics
 import time
+import unicodedata
+from dataclasses import asdict, replace
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +23,8 @@ from omegaconf import OmegaConf
 
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import Problem, sources
-from pspo.reward import RewardConfig, answer, asked, check_gold, extract, make_reward, normal, number, same
+from pspo.reward import Attempt, Reward, RewardError, answer
+from pspo.reward.answer import asked, extract, normal, number, same
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
@@ -31,15 +37,27 @@ NAMES = sorted(file.stem for file in (ROOT / "conf" / "reward").glob("*.yaml"))
 def config(name, **changes):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         values = OmegaConf.to_container(compose(f"reward/{name}")["reward"])
-    return build(RewardConfig, values | changes)
+    return build(Reward, values | changes)
 
 
 def problem(answer, id="p1"):
     return Problem(id, "How many?", answer, "")
 
 
-plain = make_reward(config("plain"))
-paper = make_reward(config("paper"))
+def one(reward, text, target):
+    (score,) = reward([Attempt(text, target)])
+    return score
+
+
+PLAIN, PAPER = config("plain"), config("paper")
+
+
+def plain(text, target):
+    return one(PLAIN, text, target)
+
+
+def paper(text, target):
+    return one(PAPER, text, target)
 
 
 # --- which answer
@@ -81,12 +99,35 @@ paper = make_reward(config("paper"))
         ("The answer is Yes.", "Yes", False),
         ("The answer is:\n18", "18", False),
         ("16-3-4=9 and 9*2=18 eggs", "18", False),
-        ("from 5-10", "10", False),  # no sign
+        ("from 5-10", None, False),  # neither a sign nor a number by itself
         ("it fell to -10 degrees", "-10", False),
         ("<<48/2=24>>24 clips", "24", False),
         ("I do not know", None, False),
         ("", None, False),
-        ("٣ and ²", None, False),
+        ("٣ and ²", None, False),  # the last number decides, and it is an exponent
+        ("so x = 3 \\times 10^{8}", "3 \\times 10^{8}", False),
+        ("that is 2½ cups", "2\\frac{1}{2}", False),
+        ("\\fbox{18} of 5", "18", False),
+        ("\\boxed{5} or \\fbox{\\frac{1}{2}}", "\\frac{1}{2}", False),
+        ("<answer>18</answer> of 5", "18", False),
+        ("<answer>3</answer>, no: <Answer>\n\\boxed{18}\n</Answer> or \\boxed{5}", "18", False),
+        ("<answer>The total is 18 eggs</answer>", "18", False),
+        ("<answer>5\\pi</answer>", "5\\pi", False),
+        ("<answer>5</answer>\n#### 18", "18", True),
+        ("#### <answer>18</answer>", "18", True),
+        ("<answer>18", "18", False),
+        ("\\text{Answer: } 18 and the 5", "18", False),
+        ("\\text{answer} = 18", "18", False),
+        ("__Answer:__ 18\n5", "18", False),
+        ("<b>Answer:</b> 18\n5", "18", False),
+        ("答案是18个", "18", False),
+        ("it fell to -$18", "-18", False),
+        ("= 18 \\end{aligned}", "18", False),
+        ("it is 980 cm³, or cm^2", "980", False),
+        ("- 18 eggs", "18", False),
+        ("the total – 18", "18", False),
+        ("the total is *18* eggs", "18", False),
+        ("5-year-old", "5", False),
     ],
 )
 def test_which_answer_a_completion_gives(text, answer, in_format):
@@ -95,6 +136,78 @@ def test_which_answer_a_completion_gives(text, answer, in_format):
 
 
 # --- numbers
+
+
+SIGNIFICAND = [
+    "3 \\times ",
+    "3\\times",
+    "3 \\cdot ",
+    "3×",
+    "3 × ",
+    "3·",
+    "3 ⋅ ",
+    "3*",
+    "3 * ",
+    "3 x ",
+    "3x",
+    "3 X ",
+    "3.0 ∗ ",
+]
+EIGHT = ["10^8", "10^{8}", "10^{ 8 }", "10^+8", "10^{+8}", "10 ^ 8", "10^(8)", "10⁸", "10**8", "10^8 ", "10^８"]
+DEGREES = [
+    "°",
+    " °",
+    "°C",
+    " °C",
+    "° F",
+    "℃",
+    "º",
+    "^\\circ",
+    "^{\\circ}",
+    "^{ \\circ }",
+    "{^\\circ}",
+    "^\\circ C",
+    "\\circ",
+]
+DEGREES += [
+    "^\\circ\\text{C}",
+    "^\\circ \\mathrm{F}",
+    "\\degree",
+    "^\\degree",
+    "^{\\degree}",
+    "\\textdegree",
+    " degrees",
+    "deg",
+]
+MONEY = [
+    "$18",
+    "\\$18",
+    "$18$",
+    "18$",
+    "18 $",
+    "18\\$",
+    "US$18",
+    "US\\$18",
+    "A$18",
+    "USD 18",
+    "USD18",
+    "18 USD",
+    "€18",
+    "18€",
+]
+MONEY += [
+    "18 €",
+    "EUR 18",
+    "£18",
+    "₹18",
+    "Rs. 18",
+    "¢18",
+    "18¢",
+    "18 cents",
+    "\\pounds18",
+    "18 \\text{ dollars}",
+    "（18）",
+]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +228,29 @@ def test_which_answer_a_completion_gives(text, answer, in_format):
         *[("25%", 25), ("25\\%", 25), ("25 percent", 25), ("0.25", "1/4"), ("25% off", 25)],
         *[("18 dollars", 18), ("9 (apples)", 9), ("5cm", 5), ("5 m", 5), ("15\\mbox{ cm}^2", 15), ("90^\\circ", 90)],
         *[("90^{\\circ}", 90), ("3rd", 3), ("60 km/h", 60), ("5.4 \\text{ cents}", "5.4"), ("5 p.m.", 5)],
+        *[(f"{times}{exponent}", 3 * 10**8) for times in SIGNIFICAND for exponent in EIGHT],
+        *[("3e8", 3 * 10**8), ("3E+8", 3 * 10**8), ("10^8", 10**8), ("10⁻³", "1/1000"), ("-10^{3}", -1000)],
+        *[("-2.5 \\cdot 10^{-3}", "-1/400"), ("1/2 × 10^2", 50), ("\\frac{3}{4} \\times 10^{2}", 75), ("1e3%", 1000)],
+        *[("3 \\times 10^8\\,\\mathrm{m/s}", 3 * 10**8), ("$3·10⁸$ m·s⁻¹", 3 * 10**8), ("v = 3e8 m/s", 3 * 10**8)],
+        *[("2½", "5/2"), ("1 ¾", "7/4"), ("½", "1/2"), ("-2½ cups", "-5/2"), ("⅔ of the eggs", "2/3"), ("1⁄2", "1/2")],
+        *[(f"25{degrees}", 25) for degrees in DEGREES],
+        *[(money, 18) for money in MONEY],
+        *[
+            ("１８", 18),
+            ("١٨", 18),
+            ("१८", 18),
+            ("１，０００", 1000),
+            ("1\u202f000\u202f000", 10**6),
+            ("1\\,000\\,000", 10**6),
+        ],
+        *[
+            ("25 %", 25),
+            ("18/hour", 18),
+            ("5~cm", 5),
+            ("2 \\times 3 = 6", 6),
+            ("<answer>18</answer>", 18),
+            ("5 m^{-2}", 5),
+        ],
         *[("x = 5", 5), ("x=5", 5), ("total cost = 5 dollars", 5), ("3 + 4 = 7", 7), ("**7**", 7), ("(7)", 7)],
     ],
 )
@@ -125,7 +261,7 @@ def test_texts_that_are_numbers(text, value):
 @pytest.mark.parametrize(
     "text",
     [
-        *["", "Yes", "February 3rd", "-", ".", "$", "%", "/", "x", "x = y", "٣", "²", "5²"],
+        *["", "Yes", "February 3rd", "-", ".", "$", "%", "/", "x", "x = y", "²", "5²"],
         *["5x", "5 x", "5i", "5\\pi", "3\\sqrt{2}", "x^2", "5^2", "52_8", "5 pi", "2x = 4 = y", "y = 2x"],
         *[
             "10:30",
@@ -152,6 +288,10 @@ def test_texts_that_are_numbers(text, value):
             "1e1000",
             "1e999999999",
         ],
+        *["3 \\times 10^{8.5}", "3 \\times 10^{n}", "3 \\times 10", "3 \\times 10^{1000}", "10^{1000}", "2 10^8"],
+        *["3 \\times 10^8 + 2", "3 × 10^8 × 2", "3 × 10 8", "2^3", "1,5 × 10^3", "2√3", "2 \\sqrt{3}", "5π", "5pi"],
+        *["30°15", "5€6", "$5$$6$", "5\\,6", "3\\;4", "1 000", "1.234,56", "12,34,567", "52₈", "x½", "½x", "2.5½"],
+        *["18 millions", "5 squared", "2 thirds", "5 more than x", "5 bn", "18‰", "±5", "≥ 5", "5'", "5m", "5 K"],
         *["1" * 101, "1" * 16000, "1," * 8000, "\\frac{" + "1" * 31 + "}{2}"],
     ],
 )
@@ -162,7 +302,7 @@ def test_texts_that_are_no_numbers(text):
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [
-        *[("18.0000009", "18"), ("0.0000009", "0"), ("1000000.9", "1000000"), ("0.5", "1/2"), ("50", "50%")],
+        *[("18.0000009", "18"), ("0.000300001", "3e-4"), ("1000000.9", "1000000"), ("0.5", "1/2"), ("50", "50%")],
         *[("yes.", "Yes"), ("3:30 pm", "3:30 p.m."), ("FEBRUARY 3rd", "February 3rd"), ("1 : 2", "1:2")],
         *[("(3,\\frac\\pi2)", "( 3, \\frac\\pi2 )"), ("(3, \\dfrac{\\pi}{2})", "\\left( 3, \\frac{\\pi}{2} \\right)")],
         *[("(1.5, -13)", "\\left( \\frac{3}{2}, -13 \\right)"), ("7, 3, 5", "3, 5, 7"), ("1, 10, 9", "10, 9, 1.0")],
@@ -188,6 +328,8 @@ def test_equal_answers(answer, gold):
         *[
             ("18.0001", "18"),
             ("0.00001", "0"),
+            ("3e-8", "5e-8"),
+            ("0.0000001", "2 \\times 10^{-7}"),
             ("0.333", "1/3"),
             ("0.25", "25%"),
             ("-7", "7"),
@@ -252,8 +394,14 @@ BY_HAND = [
     *[("#### −7", "-7", True, True), ("#### – 7", "-7", True, True), ("#### +7", "7", True, True)],
     *[("#### .5", "0.5", True, True), ("#### -.5", "-1/2", True, True), ("#### 3.", "3", True, True)],
     *[("#### 1.80", "1.8", True, True), ("#### 18.00", "18", True, True), ("#### 1.08", "1.8", False, True)],
-    *[("#### 1e3", "1000", True, True), ("#### 3 \\times 10^5", "3", False, True), ("#### 2^3", "2", False, True)],
-    *[("#### ٣", "3", False, True), ("#### 8²", "8", False, True)],
+    *[
+        ("#### 1e3", "1000", True, True),
+        ("#### 3 \\times 10^5", "3", False, True),
+        ("#### 3 × 10⁵", "300000", True, True),
+        ("#### 2^3", "2", False, True),
+    ],
+    *[("#### ٣", "3", True, True), ("#### 8²", "8", False, True), ("3 \\times 10^{8}", "8", False, False)],
+    *[("#### 2½", "2.5", True, True), ("#### 2½", "2", False, True), ("2½", "2.5", True, False)],
     # fractions
     *[("#### 3/4", "0.75", True, True), ("#### 1 1/2", "1.5", True, True), ("#### -1 1/2", "-1.5", True, True)],
     *[("#### \\frac{3}{4}", "3/4", True, True), ("#### \\frac34", "0.75", True, True)],
@@ -280,13 +428,13 @@ BY_HAND = [
     # the flexible rule
     *[("it is \\boxed{8} of 9", "8", True, False), ("\\boxed{7}, no, \\boxed{8}", "8", True, False)],
     *[("\\boxed{90^\\circ} by rule 3", "90", True, False), ("\\boxed{8", "8", True, False)],
-    *[("The answer is $8. He had 3.", "8", True, False), ("İİİ the answer is 8 of 9", "8", True, False)],
+    *[("The answer is $8. He had 3.", "8", True, False), ("İİİ the answer is 8, not 9", "8", True, False)],
     *[("The answer is 8, not 9", "8", True, False), ("The answer is 3, no, the answer is 8", "3", False, False)],
     *[("The answer is 5\\pi.", gold, gold != "5", False) for gold in ("5", "5\\pi")],
     *[("The answer is 3:30.", gold, gold == "3:30", False) for gold in ("3", "30", "3:30")],
     *[("The answer is 2 + 3", "2", False, False), ("The answer is 2 + 3 = 5.", "5", True, False)],
     *[("The answer is x^2 + 1", "2", False, False), ("The answer is 1,00", "1", False, False)],
-    *[("he had 3 and then 8 eggs", "8", True, False), ("8 eggs of 9", "8", False, False), ("10-8", "8", True, False)],
+    *[("he had 3 and then 8 eggs", "8", True, False), ("8 eggs of 9", "8", False, False), ("10-8", "8", False, False)],
     *[("no idea", "8", False, False), ("", "8", False, False)],
 ]
 
@@ -338,6 +486,157 @@ def test_every_answer_equals_itself(gold):
     assert same(gold, gold)
 
 
+SUPERSCRIPTS = str.maketrans("0123456789+-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻")
+SCRIPTS = [str.maketrans("0123456789", "".join(chr(zero + i) for i in range(10))) for zero in (0x660, 0x966, 0xFF10)]
+UNITS = [
+    "",
+    "%",
+    " %",
+    "°",
+    "°C",
+    "^\\circ",
+    " cm",
+    "\\text{ cm}^2",
+    " m/s",
+    " apples",
+    "\\,\\mathrm{kg}",
+    " (eggs)",
+    "€",
+    "¢",
+]
+MARKS = ["", "$", "\\$", "€", "US$", "USD ", "\\pounds"]
+CONTEXTS = [
+    *["#### {}", "**#### {}**", "#### \\boxed{{{}}}", "#### <answer>{}</answer>", "#### x = {}"],
+    *["so it is \\boxed{{{}}} of 7", "7 and \\fbox{{{}}}", "<answer>{}</answer> after 7", "<answer>it is {}</answer>"],
+    *["The answer is {}.\n7", "**Answer:** {}\n7", "\\text{{answer}} = {}\n7", "in 7 days it is {}", "7\nTotal: {}."],
+]
+
+
+def spelled(draw, digits, exponent):
+    """The number digits · 10^exponent in any spelling; the part after the sign."""
+    integer, scale = str(digits), max(0, -exponent)
+    plain = str(Decimal(digits).scaleb(exponent)) if exponent < 0 else str(digits * 10**exponent)
+    ways = [plain, f"{integer}e{exponent}", f"{integer}E{exponent:+d}"]
+    if "E" not in plain and "." not in plain:
+        grouped = f"{int(plain):,}"
+        ways += [grouped, *(grouped.replace(",", mark) for mark in ("{,}", ",\\!", "\\,", "\u202f", "\u00a0"))]
+    times = draw(st.sampled_from([" \\times ", "\\cdot", "×", " · ", "*", " x "]))
+    power = draw(
+        st.sampled_from([f"^{{{exponent}}}", f"^{exponent}", str(exponent).translate(SUPERSCRIPTS), f"**{exponent}"])
+    )
+    ways += [f"{integer}{times}10{power}", f"{integer[0]}.{integer[1:]}0{times}10^{{{exponent + len(integer) - 1}}}"]
+    if exponent < 0:
+        ways += [
+            f"{integer}/{10**scale}",
+            f"\\frac{{{integer}}}{{{10**scale}}}",
+            f"\\dfrac{{{integer}}}{{{10**scale}}}",
+        ]
+    way = draw(st.sampled_from(ways))
+    return way if "*" in way else way.translate(draw(st.sampled_from([{}, *SCRIPTS])))
+
+
+@st.composite
+def two_numbers(draw):
+    """A number in two spellings, and a spelling of another number, a hundredth, sign or power away."""
+    digits, exponent = draw(st.integers(1, 99999)), draw(st.integers(-9, 9))
+    sign = draw(st.sampled_from(["", "-", "−"]))
+    change = draw(st.sampled_from(["digit", "sign", "power"]))
+    other = (digits + (change == "digit") * (1 + digits // 100), exponent + (change == "power"))
+    other_sign = ("" if sign else "-") if change == "sign" else sign
+
+    def dressed(sign, number):
+        mark, unit = draw(st.sampled_from(MARKS)), draw(st.sampled_from(UNITS))
+        return f"{sign}{mark}{spelled(draw, *number)}{unit}"
+
+    gold, same_number, another = ((sign, (digits, exponent)),) * 2 + ((other_sign, other),)
+    return dressed(*gold), dressed(*same_number), dressed(*another)
+
+
+@settings(max_examples=500)
+@given(numbers=two_numbers(), context=st.sampled_from(CONTEXTS))
+def test_no_spelling_of_a_number_changes_the_verdict(numbers, context):
+    gold, same_number, another = numbers
+    assert plain(context.format(same_number), problem(gold)).correct
+    assert not plain(context.format(another), problem(gold)).correct
+
+
+@pytest.mark.parametrize("fraction", "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞")
+def test_unicode_fractions_are_read(fraction):
+    top, bottom = map(int, unicodedata.normalize("NFKC", fraction).split("⁄"))
+    assert number(fraction) == Fraction(top, bottom)
+    assert number(f"-12{fraction} cups") == number(f"-12 {fraction}") == -12 - Fraction(top, bottom)
+
+
+PARTS = [
+    *[
+        "{}\\pi",
+        "{}π",
+        "{}\\sqrt{{3}}",
+        "{}√3",
+        "x^{{{}}}",
+        "x^{}",
+        "x_{}",
+        "x_{{{}}}",
+        "3:{}",
+        "{}:30",
+        "{}^2",
+        "{}²",
+        "\\sqrt{{{}}}",
+    ],
+    *[
+        "\\frac{{\\pi}}{{{}}}",
+        "{} \\times 10^{{n}}",
+        "3 \\times 10^{{{}.5}}",
+        "3^{{{}}}",
+        "2 + {}",
+        "{} + 2",
+        "3-{}",
+        "from {} to 8",
+    ],
+    *[
+        "from 3 to {}",
+        "{} or 8",
+        "1/2 of {}",
+        "{} million",
+        "{} thirds",
+        "f({})",
+        "{}(2)",
+        "COVID-{}",
+        "H{}O",
+        "{}x",
+        "{} x 3",
+        "3 x {}",
+        "3 \\times {}",
+        "x > {}",
+    ],
+    *[
+        "±{}",
+        "\\pm {}",
+        "{},5",
+        "8,{}",
+        "3, {}",
+        "0x{}",
+        "{}/3/2020",
+        "1.2.{}",
+        "{}‰",
+        "30°{}",
+        "\\log {}",
+        "log {}",
+        "{}_8",
+        "({})^2",
+    ],
+    *["February {}", "≥ {}", "{}e", "{}k", "3^{{{}}}", "{} \\cdot y"],
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "context", ["{}", "it is {}", "The answer is {}.", "<answer>{}</answer>", "#### {}", "\\boxed{{{}}}"]
+)
+def test_a_part_of_what_is_not_understood_is_no_answer(part, context):
+    assert not plain(context.format(part.format(7)), problem("7")).correct
+
+
 @given(value=st.decimals(-(10**6), 10**6, places=4))
 def test_decimals_are_read_back(value):
     assert number(str(value)) == number(f"{value:,}") == Fraction(value)
@@ -380,21 +679,30 @@ def test_the_rewards_by_hand(completion, gold, plain_reward, paper_reward, paper
 
 
 def test_the_format_bonus_is_the_key():
-    assert make_reward(config("plain", format_bonus=0.3))("#### 17", problem("18")).reward == 0.3
-    assert make_reward(config("plain", format_bonus=0))("#### 18", problem("18")).reward == 1
+    assert one(config("plain", format_bonus=0.3), "#### 17", problem("18")).reward == 0.3
+    assert one(config("plain", format_bonus=0), "#### 18", problem("18")).reward == 1
+
+
+@pytest.mark.parametrize("reward", [PLAIN, PAPER])
+def test_a_batch_has_the_scores_of_its_completions_one_by_one(reward):
+    batch = [Attempt(text, problem(gold)) for text in ("#### 18", "it is 17", "") for gold in ("18", "17")]
+    assert reward(batch) == [one(reward, completion.text, completion.problem) for completion in batch]
+    assert reward([]) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_configuration_file_makes_a_reward(name, tmp_path):
-    (tmp_path / "mine.py").write_text("def f(completion, problem): return 1")
-    changes = {"function": f"{tmp_path}/mine.py:f"} if name == "custom" else {}
-    assert make_reward(config(name, **changes))("#### 18", problem("18")).correct
+def test_every_configuration_file_is_a_reward(name, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(text, problem): return 1")
+    reward = config(name, **({"function": f"{tmp_path}/mine.py:f"} if name == "custom" else {}))
+    reward.check()
+    assert one(reward, "#### 18", problem("18")).correct
+    assert reward.source_files() == ([tmp_path / "mine.py"] if name == "custom" else [])
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"name": "best"}, "reward.name must be one of plain, paper, custom, got 'best'"),
+        ({"name": "best"}, "unknown reward best; known: plain, paper, custom"),
         ({"name": "plain", "format_bonus": 2.0}, r"reward.format_bonus must be in \[0, 1\], got 2.0"),
         ({"name": "paper", "format_bonus": 0.05}, "unknown key reward.format_bonus"),
         ({"name": "plain", "format_bonus": 0.05, "function": "a:b"}, "unknown key reward.function"),
@@ -403,81 +711,203 @@ def test_every_configuration_file_makes_a_reward(name, tmp_path):
 )
 def test_a_wrong_configuration_is_refused(values, told):
     with pytest.raises(ConfigError, match=told):
-        build(RewardConfig, values)
+        build(Reward, values)
 
 
-# --- a user's own function
+# --- a user's own code
 
 
 OWN = """
 from __future__ import annotations
 from dataclasses import dataclass
 import numpy as np
-from pspo.reward import Score
+from pspo.base.schema import key
+from pspo.reward import Reward, Score
+
+IMPORTS.append(1)
 
 @dataclass
 class Kept:
     x: int
 
-def length(completion, problem): return len(completion) / 10
-def scored(completion, problem): return Score(-3.0, completion == problem.answer, {"mine": 2.0}, False)
-def flag(completion, problem): return completion == problem.answer
-def numpy32(completion, problem): return np.float32(0.5)
-def numpy64(completion, problem): return np.float64(0.5)
-def nothing(completion, problem): return None
-def infinite(completion, problem): return float("inf")
-def undefined(completion, problem): return Score(float("nan"), True, {}, True)
+def length(text, problem): return len(text) / 10
+def scored(text, problem): return Score(-3.0, text == problem.answer, {"mine": 2.0}, False)
+def flag(text, problem): return text == problem.answer
+def flags(text, problem): return Score(np.float32(1), np.bool_(True), {"a": np.int64(2)}, np.bool_(False))
+def numpy32(text, problem): return np.float32(0.5)
+def numpy64(text, problem): return np.float64(0.5)
+def level(text, problem): return problem.extra["level"]
+def weighted(text, problem, *, weight=1.0): return weight * len(text)
+def nothing(text, problem): return None
+def infinite(text, problem): return float("inf")
+def huge(text, problem): return 10**400
+def words(text, problem): return "1"
+def undefined(text, problem): return Score(float("nan"), True, {}, True)
+def broken(text, problem): return Score(1.0, True, {"part": None}, True)
+def bare(text, problem): return Score(1.0, True, None, True)
+def unsure(text, problem): return Score(1.0, None, {}, True)
+def raising(text, problem): raise KeyError("no\\nkey")
+def stopping(text, problem): return next(iter(()))
+def one_argument(text): return 1
+async def later(text, problem): return 1
 number = 3
+
+@dataclass(frozen=True, kw_only=True)
+class Batched(Reward):
+    weight: float = key("weight of a character", within="[0, 9]")
+    bonus: float = 1.0
+    def __call__(self, completions):
+        return [Score(self.weight * len(c.text) + self.bonus, True, {}, True) for c in completions]
+
+class Rank(Reward):
+    def __call__(self, completions): return [float(i) for i, _ in enumerate(completions)]
+class Short(Reward):
+    def __call__(self, completions): return [1.0]
+class Wrong(Reward):
+    def __call__(self, completions): return [None for _ in completions]
+class NoList(Reward):
+    def __call__(self, completions): return 1.0
+class Raising(Reward):
+    def __call__(self, completions): raise KeyError("no key")
+class Abstract(Reward):
+    pass
+class Unmade(Reward):
+    def __post_init__(self): raise OSError("no model")
+    def __call__(self, completions): return []
 """
 
 
 @pytest.fixture
-def own(tmp_path):
+def own(tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    return lambda name: make_reward(config("custom", function=f"{file}:{name}"))
+    monkeypatch.setattr(builtins, "IMPORTS", imports := [], raising=False)
+
+    def reward(name, **options):
+        return config("custom", function=f"{file}:{name}", options=options)
+
+    reward.imports = imports
+    return reward
 
 
 def test_a_number_of_ones_own_is_correct_from_one_on(own):
-    assert own("length")("12345", problem("5")).reward == 0.5
-    assert not own("length")("12345", problem("5")).correct
-    score = own("length")("1234567890", problem("5"))
+    score = one(own("length"), "12345", problem("5"))
+    assert (score.reward, score.correct) == (0.5, False)
+    score = one(own("length"), "1234567890", problem("5"))
     assert (score.reward, score.correct, score.components, score.parsed) == (1.0, True, {"custom": 1.0}, True)
-    assert own("flag")("5", problem("5")).reward == 1.0
+    assert one(own("flag"), "5", problem("5")).reward == 1.0
 
 
 @pytest.mark.parametrize("name", ["numpy32", "numpy64"])
 def test_a_number_of_numpy_becomes_a_float(own, name):
-    score = own(name)("5", problem("5"))
+    score = one(own(name), "5", problem("5"))
     assert (type(score.reward), score.reward, score.correct) == (float, 0.5, False)
 
 
-def test_a_score_of_ones_own_is_kept(own):
-    score = own("scored")("5", problem("5"))
+def test_a_score_of_ones_own_is_kept_and_its_numbers_become_json(own):
+    score = one(own("scored"), "5", problem("5"))
     assert (score.reward, score.correct, score.components, score.parsed) == (-3.0, True, {"mine": 2.0}, False)
+    score = one(own("flags"), "5", problem("5"))
+    assert json.loads(json.dumps(asdict(score))) == {
+        "reward": 1.0, "correct": True, "components": {"a": 2.0}, "parsed": False,
+    }  # fmt: skip
 
 
 def test_a_function_in_a_package():
-    assert make_reward(config("custom", function="pspo.reward:paper"))("#### 5", problem("5")).reward == 1
+    reward = config("custom", function="statistics:fmean")
+    reward.check()
+    assert reward.source_files() == [Path(statistics.__file__)]
 
 
-@pytest.mark.parametrize("name", ["nothing", "infinite", "undefined"])
-def test_a_result_that_is_no_finite_number_is_refused(own, name):
-    with pytest.raises(ValueError, match=rf"mine.py:{name} must return a finite number .* got .* on problem p1"):
-        own(name)("5", problem("5"))
+def test_a_function_sees_every_further_column_and_its_options(own):
+    assert one(own("level"), "5", replace(problem("5"), extra={"level": 3})).reward == 3
+    assert one(own("weighted"), "12345", problem("5")).reward == 5
+    assert one(own("weighted", weight=0.5), "12345", problem("5")).reward == 2.5
+
+
+def test_a_class_is_a_reward_of_a_whole_batch_with_keys_of_its_own(own):
+    completions = [Attempt("1" * i, problem("5", id=f"p{i}")) for i in range(3)]
+    assert [score.reward for score in own("Batched", weight=2)(completions)] == [1, 3, 5]
+    assert [score.reward for score in own("Batched", weight=2, bonus=0.0)(completions)] == [0, 2, 4]
+    assert [score.correct for score in own("Rank")(completions)] == [False, True, True]
+    assert own("Raising")([]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "reward.options.weight has no value; set it with reward.options.weight=<value>"),
+        ({"weight": 10.0}, r"reward.options.weight must be in \[0, 9\], got 10.0"),
+        ({"weight": "a"}, "reward.options.weight must be a number, got 'a'"),
+        ({"wieght": 1.0}, r"unknown key reward.options.wieght \(did you mean reward.options.weight\?\)"),
+    ],
+)
+def test_the_options_of_a_class_are_its_keys(own, options, told):
+    with pytest.raises(ConfigError, match=told):
+        own("Batched", **options).check()
+
+
+def test_a_file_is_imported_once_per_process(own):
+    for name in ("length", "flag", "Batched", "length"):
+        reward = own(name, **({"weight": 1.0} if name == "Batched" else {}))
+        reward.check()
+        reward([Attempt("5", problem("5"))] * 3)
+    assert own.imports == [1]
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"def reward(text, problem): return {ord(folder)}")
+    scores = [one(config("custom", function=f"{tmp_path}/{f}/mine.py:reward"), "", problem("5")) for f in "abab"]
+    assert [score.reward for score in scores] == [97, 98, 97, 98]
+
+
+RESULTS = ["nothing", "infinite", "huge", "words", "undefined", "broken", "bare", "unsure", "later", "Wrong"]
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_that_is_no_finite_number_is_told_with_its_problem(own, name):
+    with pytest.raises(
+        RewardError, match=rf"mine.py:{name} must return a finite number .*, got .* on problem p1; mend"
+    ):
+        own(name)([Attempt("5", problem("5")), Attempt("5", problem("5", id="p2"))])
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "cause"),
+    [
+        ("raising", r"raised KeyError: 'no\\nkey' on problem p2", KeyError),
+        ("stopping", "raised StopIteration: on problem p2", StopIteration),
+        ("one_argument", r"raised TypeError: one_argument\(\) takes 1 .* on problem p2", TypeError),
+        ("Raising", "raised KeyError: 'no key' on 2 completions, the first of problem p2", KeyError),
+        ("Short", r"must return a list of 2 scores, got \[1.0\] on 2 completions, the first of problem p2", None),
+        ("NoList", "must return a list of 2 scores, got 1.0 on 2 completions, the first of problem p2", None),
+    ],
+)
+def test_a_reward_that_raises_is_told_with_its_problem_and_keeps_the_traceback(own, name, told, cause):
+    with pytest.raises(RewardError, match=rf"^reward.function=.*mine.py:{name} {told}; mend") as caught:
+        own(name)([Attempt("5", problem("5", id="p2")), Attempt("5", problem("5"))])
+    assert type(caught.value.__cause__) is (cause or type(None))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("function", "told"),
     [
         ("{}/none.py:f", "there is no file .*none.py"),
-        ("{}/mine.py:missing", ".*mine.py has no function missing"),
-        ("{}/mine.py:number", ".*mine.py has no function number"),
-        ("{}/mine.py:", ".*mine.py has no function"),
-        ("{}/broken.py:f", "cannot be imported: .*"),
-        ("{}/needy.py:f", "cannot be imported: No module named 'no_such_module'"),
-        ("no_such_package.module:f", "cannot be imported: No module named 'no_such_package'"),
-        ("pspo.reward:missing", "pspo.reward has no function missing"),
+        ("{}/mine.py:missing", ".*mine.py has no function or class missing"),
+        ("{}/mine.py:number", ".*mine.py has no function or class number"),
+        ("{}/mine.py:", ".*mine.py has no function or class "),
+        ("{}/mine.py:Kept", "a class must be a subclass of pspo.reward.Reward"),
+        ("{}/mine.py:Abstract", "cannot be made: TypeError: Can't instantiate abstract class Abstract"),
+        ("{}/mine.py:Unmade", "cannot be made: OSError: no model"),
+        ("{}/broken.py:f", "cannot be imported: SyntaxError: .*"),
+        ("{}/raising.py:f", "cannot be imported: ZeroDivisionError: division by zero"),
+        ("{}/needy.py:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("no_such_package.module:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("pspo.reward:missing", "pspo.reward has no function or class missing"),
         ("length", "must be path/to/file.py:function or package.module:function"),
         (".reward:f", "must be path/to/file.py:function or package.module:function"),
     ],
@@ -485,21 +915,36 @@ def test_a_result_that_is_no_finite_number_is_refused(own, name):
 def test_a_function_that_cannot_be_had_is_refused_in_one_sentence(own, tmp_path, function, told):
     (tmp_path / "broken.py").write_text("def f(:")
     (tmp_path / "needy.py").write_text("import no_such_module")
+    (tmp_path / "raising.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match=rf"^reward.function='.*': {told}") as caught:
-        make_reward(config("custom", function=function.format(tmp_path)))
+        config("custom", function=function.format(tmp_path)).check()
     assert "\n" not in str(caught.value)
+
+
+def test_the_file_of_a_module_is_known_without_an_import(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_too").mkdir()
+    for name in ("__init__", "rewards"):
+        (tmp_path / "mine_too" / f"{name}.py").write_text("1 / 0")
+    for module, file in {"mine_too": "__init__", "mine_too.rewards": "rewards"}.items():
+        found = config("custom", function=f"{module}:f").source_files()
+        assert found == [tmp_path / "mine_too" / f"{file}.py"]
+    for nothing in ("mine_too.missing:f", "nothing.py:f", "f"):
+        assert config("custom", function=nothing).source_files() == []
 
 
 # --- gold answers
 
 
 def test_a_gold_answer_that_is_not_correct_is_told_with_its_problem():
-    with pytest.raises(ConfigError, match=r"problem q7: the gold answer '' is not correct under reward=plain; mend"):
-        check_gold(plain, config("plain"), [problem("18"), problem("", id="q7")])
+    with pytest.raises(
+        ConfigError, match=r"problem q7: the gold answer '', .* is not correct under reward=plain; mend"
+    ):
+        PLAIN.check_gold([problem("18"), problem("", id="q7")])
 
 
 def test_a_custom_reward_may_be_about_something_else(own, caplog):
-    check_gold(own("length"), config("custom", function="mine.py:length"), [problem("5", id="q7")])
+    own("length").check_gold([problem("5", id="q7")])
     assert "problem q7" in caplog.text
 
 
@@ -521,8 +966,8 @@ def remembered(monkeypatch):
 def test_every_real_gold_answer_equals_itself(name, remembered):
     golds = problems(name)
     assert len(golds) == SETS[name][1]
-    for reward in (plain, paper):
-        check_gold(reward, config("plain"), golds)
+    for reward in (PLAIN, PAPER):
+        reward.check_gold(golds)
     for p in golds:
         for text in (f"\\boxed{{{p.answer}}}", p.solution or f"#### {p.answer}"):
             assert plain(text, p).correct, p
@@ -680,6 +1125,24 @@ FRAGMENTS = [
         "°",
         "\\in",
     ],
+    *[
+        "\\fbox{",
+        "<answer>",
+        "</answer>",
+        "10^",
+        "10^{8}",
+        " \\times ",
+        "3 × 10⁸",
+        "¹",
+        "₈",
+        "2½",
+        "~",
+        "\\,",
+        "1\\,111",
+        "１",
+        "US$",
+    ],
+    *["\\degree", "^{\\circ}", "°C", "\u202f111", "10**8", " million", " of 1", "^2 ", "cm^2", "Rs.", "$$"],
 ]
 GOLDS = [
     "18",
@@ -743,6 +1206,13 @@ FAMILIES = {
     "words": ("", "\\text{a", "}"),
     "fractions": ("", "1\\frac{1}{", ""),
     "mixed": ("", "1 1/", ""),
+    "powers": ("1", " x 10^1", ""),
+    "tags": ("", "<answer>1", "</answer>"),
+    "groups of thousands": ("1", "\\,111", "1"),
+    "no-break groups": ("1", "\u00a0111", "1"),
+    "dollars": ("1", "$", "x"),
+    "superscripts": ("10", "⁸", "½"),
+    "spaces before a sign": ("1", " ", "° ~ $"),
 }
 
 

@@ -31,6 +31,7 @@ class Source:
 
     name: str
     parse: Callable[[Row], Parsed]
+    columns: str  # names that ``parse`` reads; every further column goes to ``Problem.extra``
     repo: str = ""  # on the Hub; "" for a user's own files
     subset: str = ""  # the folder in the repository whose files are wanted
     whole: str = ""  # a file of the authors' that holds the entire set, which is then for testing
@@ -105,16 +106,22 @@ def boxed(text: str) -> str:
     return ""
 
 
-MATH500 = Source("math500", math500, "HuggingFaceH4/MATH-500", splits={"test": "test"})
 OWN = {split: split for split in ("train", "validation", "test")}
+TEST = OWN | {"validation": "test"}
+MATH500 = Source(
+    "math500", math500, "problem answer solution unique_id", "HuggingFaceH4/MATH-500", splits={"test": "test"}
+)
 SETS = {
-    "gsm8k": [Source("gsm8k", gsm8k, "openai/gsm8k", subset="main")],
-    "svamp": [Source("svamp", svamp, "ChilleD/SVAMP", whole="SVAMP.json")],
-    "asdiv": [Source("asdiv", asdiv, "EleutherAI/asdiv", whole="ASDiv.xml", splits=OWN | {"validation": "test"})],
+    "gsm8k": [Source("gsm8k", gsm8k, "question answer", "openai/gsm8k", subset="main")],
+    "svamp": [Source("svamp", svamp, "Body Question Answer ID", "ChilleD/SVAMP", whole="SVAMP.json")],
+    "asdiv": [Source("asdiv", asdiv, "body question answer", "EleutherAI/asdiv", whole="ASDiv.xml", splits=TEST)],
     "math500": [MATH500],
     # the official 7500 training problems; MATH-500 was drawn from the official test problems
-    "math": [Source("math", hendrycks, "EleutherAI/hendrycks_math", splits={"train": "train"}), MATH500],
-    "jsonl": [Source("jsonl", jsonl, lone="train", splits=OWN)],
+    "math": [
+        Source("math", hendrycks, "problem solution", "EleutherAI/hendrycks_math", splits={"train": "train"}),
+        MATH500,
+    ],
+    "jsonl": [Source("jsonl", jsonl, "question prompt answer solution id", lone="train", splits=OWN)],
 }
 
 
@@ -153,7 +160,8 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
         name = f"{source.name}/{split}/{parsed.key or len(problems)}"
         if name in problems:
             raise row.error(f"id {parsed.key or len(problems)} stands here for the second time; ids must be unique")
-        problems[name] = Problem(name, parsed.question, parsed.answer, parsed.solution)
+        extra = {column: value for column, value in row.fields.items() if column not in source.columns.split()}
+        problems[name] = Problem(name, parsed.question, parsed.answer, parsed.solution, extra)
     if not problems:
         raise ConfigError(f"{paths[0]} has no rows; put at least one there, or remove it")
     return list(problems.values())

@@ -9,11 +9,13 @@ Shape suffixes: B completions, T token positions.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
 
+from pspo.base import user_code
 from pspo.base.schema import Schema, unknown
 
 
@@ -66,11 +68,17 @@ class Objective(Schema, ABC, block="objective"):
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
         """The class that ``objective.name`` names. Raises ConfigError with the list of objectives."""
-        from pspo.objective import OBJECTIVES  # the table imports the classes that import this module
+        from pspo.objective import OBJECTIVES, custom  # which import this module
 
+        if values.get("name") == "custom":
+            return cast(type[Self], custom.own_class(values))
         if values.get("name") not in OBJECTIVES:
-            raise unknown(str(values.get("name")), OBJECTIVES, "objective")
+            raise unknown(str(values.get("name")), [*OBJECTIVES, "custom"], "objective")
         return cast(type[Self], OBJECTIVES[values["name"]])
+
+    def source_files(self) -> list[Path]:
+        """The user's own file that holds the class, for the digest in a run's identity."""
+        return user_code.source_files(getattr(self, "function", ""))
 
     def with_alpha(self, alpha: float) -> Self:
         """The same objective with another alpha, where it takes one."""

@@ -3,61 +3,120 @@ r"""The answer in a completion, and when two answers are equal. Nothing that a m
 Which answer. The asked format is a line ``#### <answer>``. The first such line with a number counts: what a base model
 writes after its final answer is another conversation, and headings such as ``#### Step 1: add`` hold no number. Where
 none does, the completion's last line counts if it is ``#### <any text>``. Else the flexible rule: the last
-``\boxed{...}``; what follows the last "answer is" or "answer:" on its line, of which a first number is taken out unless
-it is a part of something else (``5\pi``, ``3:30``, ``x^2``); the last number of the text.
+``<answer>...</answer>``; the last ``\boxed{...}`` or ``\fbox{...}``; what follows the last "answer is" or "answer:" on
+its line; the text's last number. Of a tag or a line the first number is taken out. A number that is a part of something
+else (``5\pi``, ``3:30``, ``x^2``, ``5 to 6``, ``2 million``) is never taken out: it is no answer.
 
-Numbers may carry thousands commas, a sign, decimals, an exponent, a fraction (``3/4``, ``1 1/2``, ``\frac{3}{4}``),
-a currency sign and a unit; a percent sign is a unit, so 25% equals 25 and not 0.25; a ratio 3:4 is no number. Numbers
-are equal within 1e-6, relative or absolute. All else (names, LaTeX) is compared in the form that ``normal`` gives,
-lists item by item: ``(a, b)`` and ``a; b`` in order, a bare ``a, b`` or ``\{a, b\}`` in any.
+Numbers may carry thousands separators, a sign, decimals, an exponent (``3e8``, ``3 \times 10^{8}``, ``3·10⁸``,
+``10**8``), a fraction (``3/4``, ``1 1/2``, ``1½``, ``\frac{3}{4}``), a currency or degree sign and a unit, in any
+script's digits; a percent sign is a unit, so 25% equals 25 and not 0.25; a ratio 3:4 is no number. Numbers are equal
+within 1e-6, relative or absolute, and within 0.1 % where the gold answer is smaller than 0.001. All else (names, LaTeX)
+is compared in the form that ``normal`` gives, lists item by item: ``(a, b)`` and ``a; b`` in order, a bare ``a, b`` or
+``\{a, b\}`` in any.
 """
 
 import functools
 import re
+import unicodedata
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10**6)
+TOLERANCE_BELOW_A_THOUSANDTH = Fraction(1, 1000)
+"""Relative to a gold answer below 0.001, for which ``TOLERANCE`` times 1 would make 3e-8 and 5e-8 equal."""
 MAX_LENGTH = 100
 """A longer number is none: Python refuses to convert thousands of digits, and arithmetic on them is slow."""
 
 # Patterns meet model output: each repeats without bound only what the next piece cannot match, so time stays linear.
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+_EXPONENT = r"\{ ?[-+]?[0-9]{1,3} ?\}|\( ?[-+]?[0-9]{1,3} ?\)|[-+]?[0-9]{1,3}(?![0-9])"
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]}])[-+])?(?:"  # the minus of 5-3 is no sign
+    rf"(?P<sign>(?<![\w)\]}}])[-+])?(?:10 ?\^ ?(?P<ten>{_EXPONENT})|(?:"  # the minus of 5-3 is no sign
     r"(?P<whole>[0-9]{0,20}) {0,2}\\frac ?(?:\{(?P<top>-?[0-9]{1,30})\}|(?P<t>[0-9]))"
     r" ?(?:\{(?P<bottom>[0-9]{1,30})\}|(?P<b>[0-9]))"
     r"|(?P<mixed>[0-9]{1,20}) {1,2}(?P<over>[0-9]{1,20})/(?P<under>[0-9]{1,20})(?![0-9])"
-    rf"|(?P<left>{_DECIMAL})(?: ?/ ?(?P<right>{_DECIMAL}))?"
-    r")"
+    rf"|(?P<left>{_DECIMAL})(?: ?/ ?(?P<right>{_DECIMAL}))?)"
+    rf"(?: {{0,2}}(?:\\times|\\cdot|[×·⋅*xX]) {{0,2}}10 ?\^ ?(?P<power>{_EXPONENT}))?)"
 )
+_LETTER = r"[A-Za-z\u00c0-\u024f\u0370-\u052f]"  # of alphabets: in other scripts words touch the numbers between them
+_ABBREVIATED = r"(?:[cmk]m|[mk]g|ml|min|hrs?|lbs?|oz|ft|in|[gl]|mph|deg|st|[nr]d|th|[ap]\.?m)(?![^\W_])"
+_SCALE = r"(?:(?:hundred|thousand|[mbtr]+illion|dozen)s?|lakh|crore|mil|[mbt]n|squared|cubed|(?:third|halve)s)\b"
+_JOINED = r"(?:and|or|to|times|plus|minus|over|by|through)"
 _UNIT = re.compile(  # what may follow a number without changing it: "%", " apples", " (apples)", "cm^2", "th"
-    r"(?:%| *\(|(?:[cmk]m|[mk]g|ml|min|hrs?|lbs?|oz|ft|in|mph|st|[nr]d|th|[ap]\.?m)(?![^\W_])"
-    r"| +(?!(?:hundred|thousand|[mbtr]+illion|dozen|and|or|to|times|plus|minus|over|pi|sqrt)\b)"
-    r"(?:[^\W\d_]{2}|[mgslh]\b|[ap]\.m))"
-    r"(?:[^\W\d_]|[ ()/.'’%-]|\^\{?[23]\}?)*",
+    rf"(?: ?%| *\(|/(?!(?:pi|sqrt)\b)(?=[^\W\d_]{{2}})|{_ABBREVIATED}"
+    rf"| +(?!{_SCALE}|(?:{_JOINED}|pi|sqrt|(?:more|less|fewer|greater) than)\b)"
+    r"(?:[^\W\d_]{2}|[mgslh]\b|(?-i:[NJWV])\b|[ap]\.m))"
+    r"(?:[^\W\d_]|[ ()/.'’%·⋅-]|\^(?:[23]|-[123]|\{-?[123]\}))*",
     re.IGNORECASE,
 )
-_SAID = re.compile(r"\banswer(?: *(?:is|:|=))+", re.IGNORECASE)
-_GOES_ON = re.compile(r" ?[-+*/×] ?[0-9(\\]|[:,][0-9]|[\^_][\w{]| ?\\[A-Za-z]|[^\W\d_]\b")  # 5\pi, 3:30, 2 + 3, 5x
+_UNIT_POWER = re.compile(r"(?<![^\W\d_])([cmk]?m|ft|in|s|[a-z]{4,}) ?\^(?:[23]|-[123]|\{-?[123]\})", re.IGNORECASE)
+_SAID = re.compile(r"(?<![^\W_])answer(?: *(?:is|:|=))+", re.IGNORECASE)
+_COMMAND = (  # any LaTeX command that makes a number beside it a part of something else
+    r"\\(?!(?:boxed|fbox|approx|q?quad|implies|iff|to|therefore|(?:Long)?rightarrow|begin|end|(?:black)?square|checkmark|"
+    r"hline|item)(?![A-Za-z]))[A-Za-z]+"
+)
+_FOLLOWED = re.compile(
+    rf"(?: ?[-+*/×·⋅÷~]| x) ?(?:[0-9(\\√]|{_LETTER}(?![^\W\d_]))|[:,.]+[0-9]| : ?[0-9]|[,;] ?-?[0-9]|\^ ?[\w{{(\\-]"
+    rf"|_[\w{{]| ?{_COMMAND}| ?[√∛∞±∓‰°]|\((?:[-0-9\\]|{_LETTER}\b)|(?!{_ABBREVIATED}){_LETTER}"
+    rf"| {{1,3}}(?:{_SCALE}|(?:pi|sqrt)\b)| (?:of|{_JOINED}) -?[0-9]",
+    re.IGNORECASE,
+)
+_PRECEDED = re.compile(
+    rf"(?:{_LETTER}[(/-]?|[0-9][:,./(]?|[0-9] : ?|[)\]}}|]|[\w}}]_\{{?(?:\w\}}? )?|[\^√∛±∓≥≤≠°][ {{(]?"
+    rf"|(?<!\\boxed)(?<!\\fbox)\{{ ?|(?:[0-9)\]}}%]|\b{_LETTER})(?: ?[-+*/×·⋅÷~]| x) ?-?|[=:(] ?- | [<>]=? |[0-9][,;] "
+    rf"|{_COMMAND} ?[({{]?-?|[0-9] (?:of|{_JOINED}) |\b(?:log|ln|sin|cos|tan|sqrt|[a-z]+uary|march|april|june|july"
+    r"|august|[a-z]+[ctv]ember|october) )\Z",
+    re.IGNORECASE,
+)
+_REACH = 24  # characters before a number that _PRECEDED looks at
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)", re.MULTILINE)
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
+_OPERATORS = re.compile(r"\\(?:times|cdot|div|frac)(?![A-Za-z])")
 _NAME = re.compile(r"^ *[A-Za-z] *(?:=|\\in(?![a-z]))")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}")
+_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\,|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])")
+_RAISED = re.compile("([⁰¹²³⁴-⁹⁺⁻]+)|[₀-₉]+")
+_CODE = re.compile(
+    r"\b(?:(?:US|AU?|CA?|NZ|HK|S)\\?(?=\$(?:[0-9.]|\\frac))|(?:USD|EUR|GBP|INR|Rs\.?) ?(?=-?(?:\\?[$0-9.]|\\frac)))"
+)
+_GAPS = re.compile(  # between 5 and 6 these must not leave 56
+    r"\*\*|\\[,;:]|~(?! ?[0-9])|(?<=[\w.)}\]])(?:[$¢£¥\u20a0-\u20cf]|\\[()\[\]$])+(?=\.?[\w(\\])|</?answer>",
+    re.IGNORECASE,
+)
 _NOISE = re.compile(
-    r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\! ?|\\[,;:()\[\]$]|\^\{\\circ\}|\^?\\circ(?![A-Za-z])|[$£€¥₹°]"
+    r"\\(?:left|right|displaystyle|text(?:dollar|euro)|pounds|euro)(?![A-Za-z])|\\! ?|\\[()\[\]$]|[$¢£¥\u20a0-\u20cf]"
+    r"|(?:\^ ?\{ ?\\(?:circ|degree) ?\}|\{ ?\^ ?\\circ ?\}|(?:\^ ?\\(?:circ|degree)|\\(?:text)?degree)(?![A-Za-z])"
+    r"|°)(?: {0,2}[CFK](?![A-Za-z]))?(?! ?[0-9])|\\circ(?![A-Za-z])(?! ?[0-9])"  # 30°15 is not 3015
 )
 _SPELLINGS = {
-    **{"\\\\": ";", "\\%": "%", "\\{": "{", "\\}": "}", "{,}": ",", "\\ ": " ", "**": " "},
-    **{"\\dfrac": "\\frac", "\\tfrac": "\\frac", "−": "-", "–": "-", "\u00a0": " ", "\u202f": " "},
+    **{"\\\\": ";", "\\%": "%", "\\{": "{", "\\}": "}", "{,}": ",", "\\ ": " "},
+    **{"\\dfrac": "\\frac", "\\tfrac": "\\frac"},
 }
+_CHARACTERS: dict[int, str] = {
+    **{0xFF01 + i: chr(0x21 + i) for i in range(94)},  # full width
+    **dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u3000"), " "),
+    **dict.fromkeys(map(ord, "\u200b\u200e\u200f\u2060\ufeff"), ""),
+    **dict.fromkeys(map(ord, "‐‑‒–−﹣"), "-"),
+    **dict(zip(map(ord, "⁄∕∗∙✕٫٬٪º˚"), "//*·×.,%°°", strict=True)),
+    **dict(zip(map(ord, "π∞℃℉"), ("\\pi", "\\infty", "°C", "°F"), strict=True)),
+    **{ord(f): "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", f).split("⁄")) for f in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
+}
+_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 
 
 def extract(text: str) -> str | None:
     """The answer that a completion gives, in the asked format or by the flexible rule above, or None."""
     clean = _clean(text)
-    numbers = deque(_NUMBER.finditer(clean), maxlen=1)
-    return asked(text) or _boxed(clean) or _said(clean) or (numbers[0][0] if numbers else None)
+    tag, said, last = _last(_TAG, text), _last(_SAID, clean), _last(_NUMBER, _UNIT_POWER.sub(r"\1", clean))
+    return (
+        asked(text)
+        or (_stated(_clean(tag[1])) if tag else None)
+        or _boxed(clean)
+        or (_stated(clean[said.end() :].partition("\n")[0]) if said else None)
+        or (last[0] if last and _stands_alone(last) else None)
+    )
 
 
 def asked(text: str) -> str | None:
@@ -93,9 +152,9 @@ def number(text: str) -> Fraction | None:
     if text[:1] + text[-1:] == "<>":  # <18>, copied from the prompt's <answer>
         text = text[1:-1]
     name, equals, value = text.rpartition("=")
-    if equals and (name.replace(" ", "").isalpha() or not re.search(r"[^\W\d_]", name)):
+    if equals and (name.replace(" ", "").isalpha() or not re.search(r"[^\W\d_]", _OPERATORS.sub("", name))):
         text = value.strip()
-    text = re.sub(r"^([-+]?) ?(?:\(([^()]*)\)$)?", r"\1\2", text)  # -(1/3), - 7
+    text = re.sub(r"^([-+]?) {0,3}(?:\(([^()]*)\)$)?", r"\1\2", text)  # -(1/3), - 7
     found = _NUMBER.match(text)
     if not found or len(found[0]) > MAX_LENGTH:
         return None
@@ -115,43 +174,59 @@ def normal(text: str) -> str:
 
 
 def _clean(text: str) -> str:
+    if not text.isascii():
+        text = _RAISED.sub(lambda found: f"{'^' if found[1] else '_'}{{{found[0].translate(_LOWERED)}}}", text)
+        text = re.sub(r"(?![0-9])\d", lambda digit: str(int(digit[0])), text)
+    text = _GROUPS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), text).translate(_CHARACTERS)
     for old, new in _SPELLINGS.items():
         text = text.replace(old, new)
-    return _NOISE.sub("", _WORDS.sub(r" \1 ", text))
+    text = re.sub(r"(?<![0-9.])10\*\*(?=[-+]?[0-9])", "10^", _WORDS.sub(r" \1 ", text))
+    return _NOISE.sub("", _GAPS.sub(" ", _CODE.sub("", text)))
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = deque(pattern.finditer(text), maxlen=1)
+    return found[0] if found else None
 
 
 def _boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` holds; None without one."""
-    _, box, rest = text.rpartition("\\boxed{")
+    r"""What the last ``\boxed{...}`` or ``\fbox{...}`` holds; None without one."""
+    box = _last(_BOX, text)
+    rest = text[box.end() :] if box else ""
     depth = 1
-    for brace in re.finditer(r"[{}]", rest if box else ""):
+    for brace in re.finditer(r"[{}]", rest):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
             return rest[: brace.start()].strip() or None
     return None
 
 
-def _said(text: str) -> str | None:
-    said = deque(_SAID.finditer(text), maxlen=1)
-    if not said:
-        return None
-    line = text[said[0].end() :].partition("\n")[0].strip()
-    inside = None if number(line) is not None or line.startswith(("(", "[")) else _NUMBER.search(line)
-    if inside and not _GOES_ON.match(line, inside.end()) and line[: inside.start()][-1:] not in tuple("^_{/:"):
-        return inside[0]
-    return line.rstrip(".") or None
+def _stated(text: str) -> str | None:
+    """The answer in a text that gives one: its first number, or all of it where that is a part of something else."""
+    text = _boxed(text) or text.strip()
+    first = None if number(text) is not None or text.startswith(("(", "[")) else _NUMBER.search(text)
+    return first[0] if first and _stands_alone(first) else text.rstrip(".") or None
+
+
+def _stands_alone(found: re.Match[str]) -> bool:
+    r"""Whether a number is no part of something else, as 5 is of ``5\pi`` and 30 of ``3:30``."""
+    start = found.start() + len(found["sign"] or "")
+    before = found.string[max(0, start - _REACH) : start]
+    return not _FOLLOWED.match(found.string, found.end()) and not _PRECEDED.search(before)
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
     part = {name: (digits or "").replace(",", "") for name, digits in found.groupdict().items()}
-    if part["left"]:
+    if part["left"] or part["ten"]:
         top, bottom = (Fraction(Decimal(part[side] or 1)) for side in ("left", "right"))
     else:
         top = Fraction(int(part["top"] or part["t"] or part["over"]))
         bottom = Fraction(int(part["bottom"] or part["b"] or part["under"]))
     if bottom == 0:
         return None
-    value = int(part["whole"] or part["mixed"] or 0) + top / bottom
+    value = (int(part["whole"] or part["mixed"] or 0) + top / bottom) * Fraction(10) ** int(
+        (part["ten"] or part["power"]).strip("{() }") or 0
+    )
     return -value if part["sign"] == "-" else value
 
 
@@ -175,7 +250,8 @@ def _same_item(answer: str, gold: str) -> bool:
     given, wanted = number(answer), number(gold)
     if given is None or wanted is None:
         return normal(answer) == normal(gold)
-    return abs(given - wanted) <= TOLERANCE * max(Fraction(1), abs(wanted))
+    tolerance = TOLERANCE * max(Fraction(1), abs(wanted))
+    return abs(given - wanted) <= (min(tolerance, abs(wanted) * TOLERANCE_BELOW_A_THOUSANDTH) if wanted else tolerance)
 
 
 def _rank(item: str) -> tuple[bool, Fraction, str]:

@@ -22,12 +22,13 @@ from pspo.base.schema import ConfigError
 from pspo.config import explained, open_keys, resolve
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed, make_plan
+from pspo.reward import RewardError
 from pspo.run.help import help_text
 from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import UpdateError
 
-FAILED = (UpdateError, NoRoomError, SaveError, RunsFailed)
+FAILED = (UpdateError, NoRoomError, SaveError, RewardError, RunsFailed)
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
 """Errors that are told in one sentence; any other is a bug and shows its traceback."""
 

@@ -38,8 +38,9 @@ def inputs(config: Config) -> dict[str, str]:
 
     For the hub's repositories their commits. Asks no network. Raises ConfigError where one of them is not there.
     """
-    reward = {str(path): digest(path) for path in config.reward.source_files()}
-    return {"code": environment.code_digest()} | reward | dataset.digests(config.dataset) | model.digests(config.model)
+    own = [*config.reward.source_files(), *config.objective.source_files()]
+    files = {str(path): digest(path) for path in own}
+    return {"code": environment.code_digest()} | files | dataset.digests(config.dataset) | model.digests(config.model)
 
 
 def look(config: Config, directory: Path) -> History:

@@ -19,7 +19,7 @@ from pspo.config import Config, check, run_directory
 from pspo.dataset import Problem, Prompt
 from pspo.evaluate import answer_into, summarize
 from pspo.host import environment, interrupt
-from pspo.reward import Reward, check_gold
+from pspo.reward import Reward
 from pspo.rollout import Sampler
 from pspo.run import earlier, lock, outcome
 from pspo.run.advice import advice
@@ -46,14 +46,14 @@ class Prepared:
 
 def prepare(config: Config, directory: Path) -> Prepared:
     """Every check of a run that is to be made or resumed, before anything is written. Raises ConfigError."""
-    reward = check(config)
+    check(config)
     model.check(config.model)  # downloads it where need be, after which its commit can be compared
     history = earlier.look(config, directory)
     problems = dataset.load(config.dataset, config.seed)
     _check_enough(config, len(problems.train))
     one = next(split for split in (problems.train, *problems.test.values()) if split)[:1]
     dataset.encode(model.tokenizer(config.model), config.dataset, one)  # refuses a chat template that fails
-    return Prepared(directory, history, problems, reward)
+    return Prepared(directory, history, problems, config.reward)
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
@@ -98,7 +98,7 @@ class _Run:
 
     def execute(self) -> None:
         config, directory, started = self.config, self.directory, time.perf_counter()
-        check_gold(self.reward, config.reward, list(chain(*self._splits().values())))  # a user's code: may raise
+        self.reward.check_gold(list(chain(*self._splits().values())))  # a user's code: may raise
         earlier.carry_over(config, directory)
         earlier.record_inputs(config, directory)
         threads = self._record_settings()

@@ -11,6 +11,7 @@ from pathlib import Path
 from pspo.base.files import SaveError, read_lines, write_json
 from pspo.base.schema import ConfigError
 from pspo.host.memory import NoRoomError, is_out_of_memory
+from pspo.reward import RewardError
 from pspo.run.lock import Owner
 from pspo.update import NonFiniteError, SamplerGapError
 
@@ -41,13 +42,14 @@ def recorded(directory: Path, owner: Owner) -> Iterator[None]:
 
 
 def kind(error: BaseException) -> str:
-    """In one or two words: out of memory, non-finite, cannot save, configuration, or error."""
+    """In one or two words: out of memory, non-finite, cannot save, reward, configuration, or error."""
     if isinstance(error, NoRoomError) or is_out_of_memory(error):
         return "out of memory"
     kinds = {
         NonFiniteError: "non-finite",
         SamplerGapError: "sampler gap",
         SaveError: "cannot save",
+        RewardError: "reward",
         ConfigError: "configuration",
     }
     return next((name for cls, name in kinds.items() if isinstance(error, cls)), "error")

@@ -1,0 +1,102 @@
+"""A user's own reward."""
+
+import functools
+import logging
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pspo.base import user_code
+from pspo.base.schema import ConfigError, build, key
+from pspo.dataset import Problem
+from pspo.reward.base import Answered, Reward, RewardError, Score
+
+log = logging.getLogger(__name__)
+
+GOLD_SAMPLE = 16
+"""Gold answers shown to a user's own reward at the start, which may be slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(Reward):
+    """A user's function of (completion's text, problem), called for each, or a subclass of ``Reward``, for a batch.
+
+    The function returns a number, which is correct from 1 on, or a ``Score``. Raises RewardError where the user's code
+    raises or returns something else.
+    """
+
+    function: str = key("your function or Reward class: path/to/file.py:name or package.module:name", path=True)
+    options: dict[str, Any] = key("further arguments of your function, or the keys of your class, by name")
+
+    def __call__(self, completions: Sequence[Answered]) -> list[Score]:
+        if not completions:
+            return []
+        if isinstance(self._own, Reward):
+            told = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
+            results = self._call(told, completions)
+            if not isinstance(results, Sequence) or len(results) != len(completions):
+                raise self._error(f"must return a list of {len(completions)} scores, got {_short(repr(results))}", told)
+        else:
+            results = [self._call(f"problem {c.problem.id}", c.text, c.problem) for c in completions]
+        return [self._score(result, c.problem) for result, c in zip(results, completions, strict=True)]
+
+    def check(self) -> None:
+        """Import the user's code and make the reward. Raises ConfigError."""
+        assert callable(self._own)
+
+    def check_gold(self, problems: Sequence[Problem]) -> None:
+        """Warn of a wrong gold answer: a user's own reward may be about something else."""
+        try:
+            super().check_gold(problems[:GOLD_SAMPLE])
+        except ConfigError as told:
+            log.warning("%s", told)
+
+    def source_files(self) -> list[Path]:
+        """The file that holds the function or class; files that it imports are not known."""
+        return user_code.source_files(self.function)
+
+    @functools.cached_property
+    def _own(self) -> Callable[..., Any]:
+        found = user_code.find(self, "function")
+        if not isinstance(found, type):
+            return functools.partial(found, **self.options)
+        if not issubclass(found, Reward):
+            raise self.refuse("function", "a class must be a subclass of pspo.reward.Reward")
+        found.block = f"{self.block}.options"
+        defaults = {field.name: field.default for field in fields(found) if field.default is not MISSING}
+        try:
+            return build(found, defaults | self.options | {"name": self.name})
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the user's class raises
+            raise self.refuse("function", f"cannot be made: {type(error).__name__}: {_short(str(error))}") from error
+
+    def _call(self, told: str, *arguments: Any) -> Any:
+        try:
+            return self._own(*arguments)
+        except Exception as error:  # whatever the user's code raises
+            raise self._error(_short(f"raised {type(error).__name__}: {error}"), told) from error
+
+    def _score(self, result: Any, problem: Problem) -> Score:
+        score = result if isinstance(result, Score) else Score(result, False, {"custom": result}, True)
+        numbers = [score.reward, *score.components.values()] if isinstance(score.components, Mapping) else [None]
+        flags = isinstance(score.correct, bool | np.bool_) and isinstance(score.parsed, bool | np.bool_)
+        if not flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
+            told = f"must return a finite number or a Score of finite numbers, got {_short(repr(result))}"
+            raise self._error(told, f"problem {problem.id}")
+        components = {str(name): float(value) for name, value in score.components.items()}  # NumPy's are no JSON
+        correct = bool(score.correct) if isinstance(result, Score) else float(result) >= 1
+        return Score(float(score.reward), correct, components, bool(score.parsed))
+
+    def _error(self, reason: str, told: str) -> RewardError:
+        return RewardError(f"reward.function={self.function} {reason} on {told}; mend it and run the command again")
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 200)
