@@ -17,8 +17,10 @@ class Named(Schema, block="objective"):
     function: str = key("your Objective class: path/to/file.py:Name or package.module:Name", path=True)
 
 
-def own_class(values: Mapping[str, Any]) -> type[Objective]:
-    """The user's class with one more field, the place it is named by. Raises ConfigError."""
+def own_class(values: Mapping[str, Any]) -> type[Schema]:
+    """The user's class with one more field, the place that it is named by. Raises ConfigError."""
+    if values.get("function", "???") == "???":
+        return Named  # which says that the key is missing
     named = build(Named, {name: values[name] for name in ("name", "function") if name in values})
     found = user_code.find(named, "function")
     if not (isinstance(found, type) and issubclass(found, Objective)):
