@@ -62,7 +62,7 @@ METRICS: dict[str, str] = {
     "critic/explained_variance": "1 − Var(R − V) / Var(R) before the updates: 1 is perfect, 0 a constant",
     "optimizer/grad_norm_mean": "norm of the gradient before clipping, mean over the step's updates",
     "optimizer/lr": "learning rate of the step's last update",
-    "update/padding_rate": "positions of the updates' micro-batches that hold no token; 0 where they run end to end",
+    "update/padding_rate": "positions of the updates' micro-batches that hold no token, as a share",
     "budget/steps": "rollouts so far",
     "budget/prompts": "prompts sampled from so far",
     "budget/completion_tokens": "tokens sampled for training so far",
@@ -78,7 +78,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "advantages and updates, seconds",
     "time/validation_s": "one validation, seconds",
     "time/tokens_per_s": "completion tokens per second of the step",
-    "memory/peak_gib": "peak memory: of the GPU where there is one, else of the process without its lanes, GiB",
+    "memory/peak_gib": "peak memory: of the GPU where there is one, else of the process, GiB",
 }
 """Metric key -> its meaning with its unit."""
 
