@@ -22,7 +22,7 @@ test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # PyTorch's vector kernels differ in the last bits; avx512 only where the processor has it.
-NUMERICAL := advantage batch collect critic diagnostics draw logprob loss model objective optimizer rollout rows smoothing update
+NUMERICAL := advantage batch collect critic diagnostics draw guard logprob loss model objective optimizer rollout rows smoothing update
 CAPABILITIES := default avx2 $(shell grep -qm1 avx512f /proc/cpuinfo 2>/dev/null && echo avx512)
 capabilities: $(VENV)/.installed  ## the numerical tests under each of PyTorch's vector kernels
 	for kernels in $(CAPABILITIES); do echo "ATEN_CPU_CAPABILITY=$$kernels"; \
