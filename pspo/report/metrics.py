@@ -85,11 +85,9 @@ METRICS: dict[str, str] = {
 
 def meaning(key: str) -> str | None:
     """The meaning of a logged key, or None; a reward's own components fall under ``reward/<component>_mean``."""
-    if re.fullmatch(r"reward/\w+_mean", key):
-        return METRICS.get(key, METRICS["reward/<component>_mean"])
-    if key not in METRICS and key.startswith("counterfactual/"):
-        return METRICS.get(f"counterfactual/<objective>_{key.rpartition('_')[2]}")
-    return METRICS.get(key)
+    return METRICS.get(key) or next(
+        (text for form, text in METRICS.items() if re.fullmatch(re.sub("<.*>", r"\\w+", form), key)), None
+    )
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -101,9 +99,3 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """``summary.json``, or {} while the run is not done."""
     path = directory / "summary.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def table() -> str:
-    """``METRICS`` as a Markdown table, for the README."""
-    rows = ["| `{}` | {} |".format(name, meaning.replace("|", "\\|")) for name, meaning in METRICS.items()]
-    return "\n".join(["| key | meaning |", "|---|---|", *rows])
