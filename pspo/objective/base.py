@@ -18,6 +18,9 @@ from torch import Tensor
 from pspo.base import user_code
 from pspo.base.schema import Schema, unknown
 
+SEQUENCE_LEVELS = ("sequence", "sequence_token")
+"""The values of ``loss.importance`` whose ratio is a completion's, not a token's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveInput:
