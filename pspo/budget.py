@@ -7,9 +7,9 @@ from pspo.base.schema import ConfigError, Schema, key
 
 @dataclass
 class Progress:
-    """What a run has spent so far; all are logged, whichever the budget counts.
+    """Counters of a run so far; every counter is logged, whichever the budget limits.
 
-    ``prompts`` were sampled from; ``prompts_used`` of them were trained on: fewer under dynamic sampling.
+    ``prompts`` counts the prompts sampled from, ``prompts_used`` the prompts trained on: fewer under dynamic sampling.
     """
 
     steps: int = 0
@@ -33,9 +33,9 @@ class Budget(Schema, block="budget"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}
-        if len(given) != 1:
-            got = ", ".join(f"budget.{name}={value}" for name, value in given.items()) or "none"
+        limits = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}
+        if len(limits) != 1:
+            got = ", ".join(f"budget.{name}={value}" for name, value in limits.items()) or "none"
             raise ConfigError(
                 f"give exactly one of budget.steps, budget.prompts and budget.completion_tokens, got {got}; "
                 "set the others to null"
@@ -48,7 +48,7 @@ class Budget(Schema, block="budget"):
 
     @property
     def total(self) -> int:
-        """How much of ``unit`` a run spends; it ends with the step that reaches it, so part of one may come on top."""
+        """The budget in ``unit``; a run ends with the step that reaches it, and may exceed it by part of that step."""
         return int(getattr(self, self.unit))
 
     def fraction(self, progress: Progress) -> float:
@@ -56,7 +56,7 @@ class Budget(Schema, block="budget"):
         return min(1.0, getattr(progress, self.unit) / self.total) if self.total else 1.0
 
     def spent(self, progress: Progress) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the budget is spent."""
         return bool(getattr(progress, self.unit) >= self.total)
 
 

@@ -12,7 +12,7 @@ from pspo.base.schema import Schema, key, unknown
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Schema, ABC, block="optimizer"):
-    """What every optimizer has: a learning rate, its schedule and a bound on the gradient norm."""
+    """Base of all optimizers: a learning rate, its schedule and a bound on the gradient norm."""
 
     name: str
     lr: float = key("highest learning rate", within="(0, inf)")
@@ -29,14 +29,14 @@ class Optimizer(Schema, ABC, block="optimizer"):
 
     @abstractmethod
     def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        """The torch optimizer of parameters, or of groups of them."""
+        """The torch optimizer of parameters or of parameter groups."""
 
     def lr_at(self, step: int, fraction: float, warmup_fraction: float) -> float:
         """The learning rate of optimizer step ``step`` (from 0), when ``fraction`` of the budget is spent.
 
         lr · (step + 1) / W in the warm-up of W steps, then lr · (1 − f) / (1 − f_W) under linear decay, where f_W is
-        the fraction at the end of the warm-up: transformers' linear schedule, told in any unit of budget, except that
-        the first step is not taken at 0.
+        the fraction at the end of the warm-up: transformers' linear schedule in any unit of budget, except that the
+        learning rate of step 0 is lr / W, not 0.
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
@@ -45,12 +45,12 @@ class Optimizer(Schema, ABC, block="optimizer"):
     def rates(
         self, first: int, updates: int, start: float, end: float, warmup_fraction: float
     ) -> tuple[list[float], float]:
-        """Learning rates of one rollout's optimizer steps, over which the spent share of the budget goes start -> end.
+        """Learning rates of one rollout's optimizer steps, and the share of the budget spent at the warm-up's end.
 
-        ``first`` is the number of the first of them. Returns the fraction at the end of the warm-up, too, which is
-        known once the warm-up has ended.
+        ``first`` is the number of the rollout's first optimizer step; over its ``updates`` optimizer steps the share
+        of the budget spent rises from ``start`` to ``end``.
         """
-        if first <= self.warmup_steps and self.decay != "constant":  # which needs no share of the budget
+        if first <= self.warmup_steps and self.decay != "constant":  # a constant rate needs no share of the budget
             warmup_fraction = start + (end - start) * min(self.warmup_steps - first, updates) / updates
         spent = [start + (end - start) * i / updates for i in range(updates)]
         return [self.lr_at(first + i, spent[i], warmup_fraction) for i in range(updates)], warmup_fraction

@@ -19,13 +19,13 @@ from pspo.base.schema import ConfigError
 
 @dataclass(frozen=True)
 class Results:
-    """What a run left in its directory.
+    """The files of a run directory.
 
     Attributes:
         directory: the run directory.
         config: the resolved configuration, as nested dictionaries.
-        summary: final numbers, or {} where the run has not ended.
-        metrics: one row for each step, columns as in README's table of metrics.
+        summary: final numbers, {} before the end of the run.
+        metrics: one row for each step; README's table of metrics explains the columns.
         diagnostics: one row for each optimizer step.
         completions: one row for each completion of the first prompt of every step.
         answers: one row for each test answer; columns ``set`` and ``when`` ("before" or "after" training) come first.
@@ -41,7 +41,7 @@ class Results:
 
 
 def load(directory: str | Path) -> Results:
-    """The results of a run, finished or at work. Raises ConfigError where there is no run."""
+    """The results of a run, done or still training. Raises ConfigError where there is no run."""
     directory = Path(directory).expanduser()
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is no run directory: it has no config.yaml; give outputs/<group>/<run>")
@@ -52,16 +52,12 @@ def load(directory: str | Path) -> Results:
         for name, _, when in [path.stem.rpartition("_")]
         for row in read_lines(path)
     ]
-    metrics, diagnostics, completions = (
-        pd.DataFrame(read_lines(directory / f"{name}.jsonl")) for name in ("metrics", "diagnostics", "completions")
-    )
+    tables = ("metrics", "diagnostics", "completions")
     return Results(
-        directory=directory,
-        config=yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")),
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
-        metrics=metrics,
-        diagnostics=diagnostics,
-        completions=completions,
+        directory,
+        yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")),
+        json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        **{name: pd.DataFrame(read_lines(directory / f"{name}.jsonl")) for name in tables},
         answers=pd.DataFrame(answers),
     )
 

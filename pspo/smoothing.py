@@ -1,4 +1,4 @@
-"""How alpha is given over time: constant presets, a schedule over the budget, or steered toward a target KL."""
+"""Alpha over the steps of a run: constant presets, a schedule over the budget, or a controller of the KL."""
 
 import math
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ class Smoothing(Schema, block="smoothing"):
     def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
         """Alpha of the next step.
 
-        ``first`` is objective.alpha, ``alpha`` that of the step just made, ``fraction`` the share of the budget spent
-        and ``kl`` KL(old‖new), k3, in nats per token after its last update, where it was measured.
+        ``first`` is objective.alpha, ``alpha`` the last step's alpha, ``fraction`` the share of the budget spent and
+        ``kl`` KL(old‖new), k3, in nats per token, after the step's last update; None where it was not measured.
         """
         return alpha
 
@@ -76,11 +76,5 @@ class Adaptive(Smoothing):
         return min(self.high, max(self.low, odds / (1 + odds)))
 
 
-SMOOTHINGS: dict[str, type[Smoothing]] = {
-    "none": Constant,
-    "light": Constant,
-    "paper": Constant,
-    "strong": Constant,
-    "linear": Linear,
-    "adaptive": Adaptive,
-}
+SMOOTHINGS: dict[str, type[Smoothing]] = dict.fromkeys(("none", "light", "paper", "strong"), Constant)
+SMOOTHINGS |= {"linear": Linear, "adaptive": Adaptive}

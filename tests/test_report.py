@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pspo.base.figure import spread
 from pspo.base.statistics import wilson_interval
 from pspo.report import METRICS, difference, final_table, meaning, read_metrics, write_curves, write_report
-from pspo.report.curves import LABEL_SPACING, PANELS, _spread, panels_of
-from pspo.report.metrics import table
+from pspo.report.curves import LABEL_SPACING, PANELS, panels_of
 
 README = Path(__file__).parents[1] / "README.md"
 ATTACK = "18 * 5 = <script>alert(1)</script>&lt;\u2028\x1b[31m \u202e\n#### 90"
@@ -178,8 +178,8 @@ def test_panels_without_their_metrics_are_left_out():
 
 
 def test_every_metric_of_a_panel_has_a_meaning():
-    curves = [curve for panel in PANELS for part in (panel, panel.below) if part for curve in part.curves]
-    assert {curve.key for curve in curves} <= METRICS.keys()
+    curves = {curve for panel in PANELS for part in (panel, panel.below) if part for curve in part.curves}
+    assert curves <= METRICS.keys()
     assert meaning("reward/brevity_mean") == METRICS["reward/<component>_mean"]
     assert meaning("reward/format_mean") == METRICS["reward/format_mean"]
     assert meaning("reward/nonsense") is None
@@ -201,10 +201,16 @@ def test_final_table_shows_accuracies_and_difference_on_80_columns():
 
 
 def test_labels_keep_their_order_and_distance():
-    heights = _spread([0.1, 0.6, 0.61, 0.62], LABEL_SPACING)
+    heights = spread([0.1, 0.6, 0.61, 0.62], LABEL_SPACING)
     assert heights[0] == pytest.approx(0.1)
     assert all(b - a >= LABEL_SPACING - 1e-9 for a, b in itertools.pairwise(heights))
     assert heights[2] == pytest.approx(0.61)
+
+
+def table():
+    """``METRICS`` as the Markdown table of the README."""
+    rows = ["| `{}` | {} |".format(name, meaning.replace("|", "\\|")) for name, meaning in METRICS.items()]
+    return "\n".join(["| key | meaning |", "|---|---|", *rows])
 
 
 def test_the_readme_has_the_table_of_metrics():

@@ -34,22 +34,4 @@ def default_objective(name: str) -> Objective:
     return build(Objective, values)  # type: ignore[type-abstract]
 
 
-__all__ = [
-    "CFPO",
-    "CISPO",
-    "DPPO",
-    "GMPO",
-    "MASPO",
-    "OBJECTIVES",
-    "PSPO",
-    "SAPO",
-    "TOPR",
-    "VESPO",
-    "Clip",
-    "NoClip",
-    "Objective",
-    "ObjectiveInput",
-    "PSPOClip",
-    "PSPOGeometric",
-    "default_objective",
-]
+__all__ = ["OBJECTIVES", "PSPO", "Objective", "ObjectiveInput", "default_objective"]

@@ -1,4 +1,4 @@
-"""Draw the gradient weights of all objectives, and what alpha does.
+"""Draw the gradient weights of all objectives and the effect of alpha on a run.
 
 python -m pspo.objective [directory]
 """
@@ -19,11 +19,11 @@ def main() -> None:
     with answering():
         directory: Path = parser.parse_args().directory
         directory.mkdir(parents=True, exist_ok=True)
-        picture.draw_weights(directory / "objectives.png")
-        picture.draw_alpha(directory / "alpha.png")
-        write_text(directory / "objectives.md", picture.table() + "\n")
-        for name in ("objectives.png", "objectives.md", "alpha.png"):
-            sys.stdout.write(f"{directory / name}\n")
+        weights, table, alpha = (directory / name for name in ("objectives.png", "objectives.md", "alpha.png"))
+        picture.draw_weights(weights)
+        picture.draw_alpha(alpha)
+        write_text(table, picture.table() + "\n")
+        sys.stdout.write(f"{weights}\n{table}\n{alpha}\n")
 
 
 if __name__ == "__main__":

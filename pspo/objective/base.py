@@ -18,18 +18,21 @@ from torch import Tensor
 from pspo.base import user_code
 from pspo.base.schema import Schema, unknown
 
+SEQUENCE_LEVELS = ("sequence", "sequence_token")
+"""The values of ``loss.importance`` whose ratio is a completion's, not a token's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveInput:
-    """What an objective sees of a batch; every tensor has shape (B, T) and ``mask_BT`` is true on completion tokens.
+    """The tensors of a batch that an objective may use, each of shape (B, T).
 
     Attributes:
         logprob_BT: log π_θ(a_t|s_t), with gradient.
         old_logprob_BT: log π_old(a_t|s_t), constant.
         log_ratio_BT: log of the importance ratio at the level of ``loss.importance``: of one token, log r_t = log π_θ −
             log π_old, clamped once by ``pspo.model.logprob.log_ratio``, or of a completion.
-        advantage_BT: A, constant; the same at all tokens of a completion, unless it is estimated per token (GAE).
-        mask_BT: which positions count.
+        advantage_BT: A, constant; the same at all tokens of a completion, except under an estimator per token (GAE).
+        mask_BT: true on completion tokens.
     """
 
     logprob_BT: Tensor
@@ -40,15 +43,15 @@ class ObjectiveInput:
 
     @property
     def ratio_BT(self) -> Tensor:
-        """The importance ratio r_t = π_θ(a_t|s_t) / π_old(a_t|s_t), or that of a completion."""
+        """The importance ratio r_t = π_θ(a_t|s_t) / π_old(a_t|s_t), or the ratio of a completion."""
         return self.log_ratio_BT.exp()
 
     def sequence_sum(self, values_BT: Tensor) -> Tensor:
-        """Σ_t over the completion's tokens, at each of them: (B, T)."""
+        """Σ_t over the completion's tokens, repeated at each token: (B, T)."""
         return torch.where(self.mask_BT, values_BT, 0.0).sum(-1, keepdim=True).expand_as(values_BT)
 
     def sequence_mean(self, values_BT: Tensor) -> Tensor:
-        """1/L Σ_t over the completion's L tokens, at each of them: (B, T)."""
+        """1/L Σ_t over the completion's L tokens, repeated at each token: (B, T)."""
         return self.sequence_sum(values_BT) / self.mask_BT.sum(-1, keepdim=True).clamp(min=1)
 
 
@@ -59,16 +62,16 @@ class Objective(Schema, ABC, block="objective"):
     name: str
     takes_alpha: ClassVar[bool] = False
     linear: ClassVar[bool] = False
-    """Whether the loss is linear in the ratio that it acts on, so that smoothing it is a factor on the gradient."""
+    """Whether the loss is linear in the ratio, so that smoothing the ratio is a factor on the gradient."""
     not_at: ClassVar[Mapping[str, str]] = {}
     """Importance levels at which the objective makes no sense, each with the reason, for ``pspo.loss``."""
     whole_completions: ClassVar[bool] = False
-    """Whether the formula has one advantage for a whole completion, so that an estimate per token does not fit."""
+    """Whether the formula has one advantage for a whole completion, so that an advantage per token does not fit."""
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
         """The class that ``objective.name`` names. Raises ConfigError with the list of objectives."""
-        from pspo.objective import OBJECTIVES, custom  # which import this module
+        from pspo.objective import OBJECTIVES, custom  # both import this module
 
         if values.get("name") == "custom":
             return cast(type[Self], custom.own_class(values))
@@ -81,7 +84,7 @@ class Objective(Schema, ABC, block="objective"):
         return user_code.source_files(getattr(self, "function", ""))
 
     def with_alpha(self, alpha: float) -> Self:
-        """The same objective with another alpha, where it takes one."""
+        """The same objective with another alpha; only where ``takes_alpha``."""
         return replace(self, alpha=alpha)  # type: ignore[call-arg]
 
     @abstractmethod

@@ -10,21 +10,19 @@ from pspo.objective.base import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named(Schema, block="objective"):
-    """Where the class of a user's objective is; its own fields are further keys of the block."""
+class Place(Schema, block="objective"):
+    """The file or module that holds a user's objective; the objective's own fields are further keys of the block."""
 
     name: str
     function: str = key("your Objective class: path/to/file.py:Name or package.module:Name", path=True)
 
 
 def own_class(values: Mapping[str, Any]) -> type[Schema]:
-    """The user's class with one more field, the place that it is named by. Raises ConfigError."""
+    """The user's class with the key ``objective.function`` as one more field. Raises ConfigError."""
     if values.get("function", "???") == "???":
-        return Named  # which says that the key is missing
-    named = build(Named, {name: values[name] for name in ("name", "function") if name in values})
-    found = user_code.find(named, "function")
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise named.refuse("function", "must be a subclass of pspo.objective.Objective, a frozen dataclass")
-    place = Named.__dataclass_fields__["function"].metadata
-    field = ("function", str, key(place["meaning"], path=True))
-    return make_dataclass(found.__name__, [field], bases=(found,), frozen=True, kw_only=True)
+        return Place  # whose construction says that the key is missing
+    place = build(Place, {name: values[name] for name in ("name", "function") if name in values})
+    objective = user_code.find(place, "function")
+    if not (isinstance(objective, type) and issubclass(objective, Objective)):
+        raise place.refuse("function", "must be a subclass of pspo.objective.Objective, a frozen dataclass")
+    return make_dataclass(objective.__name__, [], bases=(objective, Place), frozen=True, kw_only=True)

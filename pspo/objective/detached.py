@@ -1,5 +1,6 @@
 """Objectives whose ratio is a constant weight on A log π: no gradient flows through the ratio itself."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pspo.base.schema import key
-from pspo.objective.base import Objective, ObjectiveInput
+from pspo.objective.base import SEQUENCE_LEVELS, Objective, ObjectiveInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,23 +29,22 @@ class CISPO(Objective):
 class DPPO(Objective):
     """Divergence proximal policy optimisation: maximise sg[min(r, C)] A M log π, masked by a divergence, not a ratio.
 
-    Both divergences are those of the two-way choice "this token or another", between π_old and π at the sampled token.
+    Both divergences compare the Bernoulli distributions "the sampled token or another one" under π_old and π.
     ``tv``: M = 0 where A > 0 and π − π_old > δ, or A < 0 and π − π_old < −δ. ``kl``: M = 0 where KL(π_old‖π) > δ and
     the policy moves away (A > 0 and r > 1, or A < 0 and r < 1). Source: arXiv 2602.04879 (appendix C: δ 0.15 for TV,
     0.05 for KL; C = 20 is the value of verl's code, the paper's own is 5 or none). Gradient weight w(r) = min(r, C) M.
     """
 
-    not_at: ClassVar[dict[str, str]] = {
-        level: "its mask compares the two policies' probabilities of a single token"
-        for level in ("sequence", "sequence_token")
-    }
+    not_at: ClassVar[dict[str, str]] = dict.fromkeys(
+        SEQUENCE_LEVELS, "its mask compares the two policies' probabilities of a single token"
+    )
     divergence: Literal["tv", "kl"] = key("binary total variation or binary KL(old‖new)")
-    delta: float = key("δ: largest divergence that still learns", within="(0, inf)")
+    delta: float = key("δ: largest divergence at which a token keeps its gradient", within="(0, inf)")
     cap: float = key("C: largest weight of a token", within="[1, inf)")
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():
-            # Rounding may leave a log-probability just above 0; 1 − π is taken from it, not from a π rounded to 1.
+            # Rounding may leave log π just above 0. 1 − π is −expm1(log π), as π itself may be rounded to 1.
             new_logprob_BT, old_logprob_BT = x.logprob_BT.clamp(max=0), x.old_logprob_BT.clamp(max=0)
             new_BT, old_BT = new_logprob_BT.exp(), old_logprob_BT.exp()
             if self.divergence == "tv":
@@ -59,10 +59,7 @@ class DPPO(Objective):
         return -weight_BT * x.advantage_BT * x.logprob_BT
 
 
-_OWN = {
-    level: "it weighs whole completions by itself; set loss.importance=token"
-    for level in ("sequence", "sequence_token")
-}
+WHOLE_COMPLETIONS = "it weighs whole completions by itself; set loss.importance=token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +67,10 @@ class TOPR(Objective):
     """Tapered off-policy REINFORCE: maximise A log π where A > 0, sg[min(W, 1)] A log π elsewhere, with W = Π_t r_t.
 
     Source: Le Roux et al. 2025 (arXiv 2503.14286): right completions are imitated whatever the old policy
-    thought of them, wrong ones unlearned only as far as the policy still writes them. Gradient weight 1, or min(W, 1).
+    thought of them, wrong ones are unlearned as far as the policy still writes them. Gradient weight 1 or min(W, 1).
     """
 
-    not_at: ClassVar[dict[str, str]] = _OWN
+    not_at: ClassVar[dict[str, str]] = dict.fromkeys(SEQUENCE_LEVELS, WHOLE_COMPLETIONS)
     whole_completions: ClassVar[bool] = True
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
@@ -88,10 +85,10 @@ class VESPO(Objective):
     """Variational sequence-level soft policy optimisation: maximise sg[φ(W)] A log π, with W = Π_t r_t.
 
     φ(W) = e^λ W^k e^(−λW), with log W clamped to [log 1e-8, 20]. Source: arXiv 2602.10693. Gradient weight φ(W): 1 at
-    W = 1, 0 at both ends, with k and λ of their own where A ≥ 0 and where A < 0.
+    W = 1, 0 for W → 0 and W → ∞; k and λ where A ≥ 0 differ from k and λ where A < 0.
     """
 
-    not_at: ClassVar[dict[str, str]] = _OWN
+    not_at: ClassVar[dict[str, str]] = dict.fromkeys(SEQUENCE_LEVELS, WHOLE_COMPLETIONS)
     whole_completions: ClassVar[bool] = True
     k_positive: float = key("k where A >= 0: how fast the weight of unlikely completions falls", within="(0, inf)")
     lambda_positive: float = key("λ where A >= 0: how fast the weight of likely completions falls", within="(0, inf)")
@@ -100,12 +97,9 @@ class VESPO(Objective):
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():
-            log_w_BT = x.sequence_sum(x.log_ratio_BT).clamp(LOG_W_MIN, LOG_W_MAX)
+            log_w_BT = x.sequence_sum(x.log_ratio_BT).clamp(math.log(1e-8), 20)
             gain = x.advantage_BT >= 0
             k_BT = torch.full_like(log_w_BT, self.k_negative).masked_fill(gain, self.k_positive)
             lambda_BT = torch.full_like(log_w_BT, self.lambda_negative).masked_fill(gain, self.lambda_positive)
             weight_BT = (lambda_BT + k_BT * log_w_BT - lambda_BT * log_w_BT.exp()).exp()
         return -weight_BT * x.advantage_BT * x.logprob_BT
-
-
-LOG_W_MIN, LOG_W_MAX = -18.420680743952367, 20.0  # log 1e-8

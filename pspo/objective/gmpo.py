@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pspo.base.schema import key
-from pspo.objective.base import Objective, ObjectiveInput
+from pspo.objective.base import SEQUENCE_LEVELS, Objective, ObjectiveInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,9 @@ class GMPO(Objective):
     inside the band or on the corrective side, else 0.
     """
 
-    not_at: ClassVar[dict[str, str]] = {
-        level: "it takes the geometric mean over a completion by itself; set loss.importance=token"
-        for level in ("sequence", "sequence_token")
-    }
+    not_at: ClassVar[dict[str, str]] = dict.fromkeys(
+        SEQUENCE_LEVELS, "it takes the geometric mean over a completion by itself; set loss.importance=token"
+    )
     whole_completions: ClassVar[bool] = True
     eps: float = key("ε: how far a token's log-ratio may move from 0", within="(0, inf)")
 

@@ -1,4 +1,4 @@
-"""Soft trust regions: smooth functions of the ratio in the place of its clip."""
+"""Soft trust regions: smooth functions of the ratio instead of a clip."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pspo.base.schema import key
-from pspo.objective.base import Objective, ObjectiveInput
+from pspo.objective.base import SEQUENCE_LEVELS, Objective, ObjectiveInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,16 @@ class MASPO(Objective):
 
     F = exp(−(r − 1)² / 2σ²) where A > 0 and r > 1 (σ₊) or A < 0 and r < 1 (σ₋), else 1;
     σ₊ = clamp(σ π_old^−a, σ, 10) · clamp(1 + βA, 0.1, 10), σ₋ = clamp(σ π_old^−a, σ, 10) · clamp(1 / (1 − βA), 0.1,
-    10): rare tokens get room, and so do trusted signals. Source: arXiv 2602.17550. Gradient weight w(r) = r F.
+    10): the Gaussian is wider for rare tokens and for large A. Source: arXiv 2602.17550. Gradient weight w(r) = r F.
     """
 
-    not_at: ClassVar[dict[str, str]] = {
-        level: "its width depends on the old probability of a single token" for level in ("sequence", "sequence_token")
-    }
+    not_at: ClassVar[dict[str, str]] = dict.fromkeys(
+        SEQUENCE_LEVELS, "its width depends on the old probability of a single token"
+    )
     sigma: float = key("σ: smallest width of the Gaussian", within="(0, 10]")
-    mass: float = key("a: how much wider it is for tokens of little probability", within="[0, inf)")
+    mass: float = key("a: how much wider the Gaussian is for tokens of little probability", within="[0, inf)")
     risk: float = key(
-        "β: how much wider it is where A is large, and narrower where it is very negative", within="[0, inf)"
+        "β: how much wider the Gaussian is for large A, and narrower for very negative A", within="[0, inf)"
     )
 
     def __call__(self, x: ObjectiveInput) -> Tensor:

@@ -1,45 +1,34 @@
-"""The figure of a run: what was learned, and what it did to lengths, divergence and entropy."""
+"""The figure of a run: accuracy and reward over steps, and the lengths, divergence and gradients behind them."""
 
-import io
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from pspo.base.figure import GREEN, GREY, name_curves, png, styled, write_png
 from pspo.report.metrics import read_metrics, read_summary
 
-# Okabe and Ito (2008): told apart by colour-blind readers.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6B7280"
-INK, RULE = "#1F2933", "#E5E7EB"
-LABEL_SPACING = 0.13  # of a panel's height, between two labels at its right edge
+LABEL_SPACING = 0.13
+"""Share of a panel's height between two curves' names, of two lines each."""
 
 Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One metric over steps, named at the right edge where a panel has several."""
-
-    key: str
-    color: str = BLUE
-    label: str = ""
-    marker: str = ""
-
-
-@dataclass(frozen=True)
 class Panel:
-    """Axes with a title; ``below`` is a smaller one under it that shares the steps."""
+    """Axes with a title; ``below`` is a smaller panel under them that shares the steps.
+
+    ``curves`` maps a metric to the name at the end of its curve, which only a panel with several curves needs.
+    """
 
     title: str
-    curves: tuple[Curve, ...]
+    curves: Mapping[str, str]
     percent: bool = False
     log: bool = False
     tests: bool = False
@@ -49,45 +38,34 @@ class Panel:
 PANELS = (
     Panel(
         "Accuracy",
-        (
-            Curve("reward/correct_mean", BLUE, "training,\nsampled"),
-            Curve("validation/greedy_accuracy", ORANGE, "validation,\ngreedy", "o"),
-        ),
+        {"reward/correct_mean": "training,\nsampled", "validation/greedy_accuracy": "validation,\ngreedy"},
         percent=True,
         tests=True,
     ),
-    Panel("Reward", (Curve("reward/mean"),)),
+    Panel("Reward", {"reward/mean": ""}),
     Panel(
         "Completion length (tokens)",
-        (Curve("completion/length_mean"),),
-        below=Panel("Truncated completions", (Curve("completion/truncated_rate", ORANGE),), percent=True),
+        {"completion/length_mean": ""},
+        below=Panel("Truncated completions", {"completion/truncated_rate": ""}, percent=True),
     ),
-    Panel("KL(old‖new), k3 (nats per token)", (Curve("policy/kl_old_new_k3", GREEN),)),
+    Panel("KL(old‖new), k3 (nats per token)", {"policy/kl_old_new_k3": ""}),
     Panel(
         "Gradient norm before clipping",
-        (Curve("optimizer/grad_norm_mean", GREEN),),
-        below=Panel("Largest importance ratio, log scale", (Curve("policy/ratio_max", ORANGE),), log=True),
+        {"optimizer/grad_norm_mean": ""},
+        below=Panel("Largest importance ratio, log scale", {"policy/ratio_max": ""}, log=True),
     ),
-    Panel("Policy entropy (nats per token)", (Curve("policy/entropy_mean", GREEN),)),
+    Panel("Policy entropy (nats per token)", {"policy/entropy_mean": ""}),
     Panel(
-        "Tokens by gradient weight, beside noclip",
-        (
-            Curve("weight/zero_rate", ORANGE, "zero"),
-            Curve("weight/damped_rate", BLUE, "damped"),
-            Curve("weight/amplified_rate", GREEN, "amplified"),
-            Curve("weight/reversed_rate", GREY, "reversed"),
-        ),
+        "Tokens by gradient weight relative to noclip",
+        {f"weight/{name}_rate": name for name in ("damped", "zero", "amplified", "reversed")},
         percent=True,
     ),
-    Panel(
-        "Gradient mass kept, beside noclip",
-        (Curve("weight/mass_kept", BLUE),),
-        below=Panel("Alpha", (Curve("objective/alpha", ORANGE),)),
-    ),
-    Panel("Effective sample size, share of tokens", (Curve("ratio/ess", GREEN),)),
+    Panel("Gradient mass relative to noclip", {"weight/mass_kept": ""}, below=Panel("Alpha", {"objective/alpha": ""})),
+    Panel("Effective sample size, share of tokens", {"ratio/ess": ""}),
 )
 
 
+@styled
 def write_curves(directory: Path) -> Path:
     """Draw ``curves.png`` from metrics.jsonl and summary.json; panels without a metric are left out."""
     rows, summary = read_metrics(directory), read_summary(directory)
@@ -100,89 +78,54 @@ def write_curves(directory: Path) -> Path:
     if not panels:
         figure.text(0.5, 0.5, "no steps were logged", ha="center", color=GREY)
     path = directory / "curves.png"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(_png(figure, dpi=140))
-    beside.replace(path)
+    write_png(figure, path, dpi=140)
     return path
 
 
-def panel_images(rows: Rows, summary: dict[str, Any]) -> list[tuple[str, bytes]]:
-    """Every panel by itself, title and PNG, so that a page can arrange them to its width."""
-    images = []
+@styled
+def panel_images(rows: Rows, summary: dict[str, Any]) -> dict[str, bytes]:
+    """Title -> PNG of every panel alone, so that a page can arrange the panels to its width."""
+    images = {}
     for panel in panels_of(rows):
         figure = Figure(figsize=(4.9, 3.3), layout="constrained")
         _draw(figure, panel, rows, summary)
-        images.append((panel.title, _png(figure, dpi=160)))
+        images[panel.title] = png(figure, dpi=160)
     return images
 
 
 def panels_of(rows: Rows) -> list[Panel]:
-    """The panels that have something to show."""
-    return [panel for panel in PANELS if _shown(panel, rows)]
+    """The panels of which a metric was logged."""
+    return [panel for panel in PANELS if _logged(panel, rows)]
 
 
-def _png(figure: Figure, dpi: int) -> bytes:
-    # A figure of its own canvas: no pyplot, no global state. No Software entry: it holds matplotlib's version.
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _points(rows: Rows, key: str) -> tuple[list[int], list[float]]:
-    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def _shown(panel: Panel, rows: Rows) -> list[Panel]:
-    """The panel and the one below it, without those that lack every metric."""
+def _logged(panel: Panel, rows: Rows) -> list[Panel]:
+    """The panel and the one below it, without a panel of which no metric was logged."""
     both = [panel, panel.below] if panel.below else [panel]
-    return [p for p in both if any(_points(rows, curve.key)[0] for curve in p.curves)]
+    return [part for part in both if any(_points(rows, metric) for metric in part.curves)]
+
+
+def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
 
 
 def _draw(figure: Any, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
-    parts = _shown(panel, rows)
-    heights = [2.0, 1.0][: len(parts)]
-    grid = figure.subplots(len(parts), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, part in zip(grid.flat, parts, strict=True):
+    parts = _logged(panel, rows)
+    heights = (2, 1)[: len(parts)]
+    grid = figure.subplots(len(parts), sharex=True, squeeze=False, height_ratios=heights).flat
+    for axes, part in zip(grid, parts, strict=True):
         _draw_axes(axes, part, rows, summary)
-    grid.flat[-1].set_xlabel("step", color=GREY, fontsize=8.5)
+    axes.set_xlabel("step")
 
 
 def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
-    _style(axes, panel)
-    labels: list[tuple[float, str, str]] = []
-    for curve in panel.curves:
-        steps, values = _points(rows, curve.key)
-        if not steps:
-            continue
-        single = len(steps) == 1
-        axes.plot(steps, values, color=curve.color, lw=1.6, marker=curve.marker or ("o" if single else ""), ms=4)
-        labels.append((values[-1], curve.label, curve.color))
-    low, high = axes.get_ylim()
-    least = 0.001 * max(abs(low), abs(high))
-    if not panel.log and high - low < least:  # float32 rounding makes no curve
-        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
-    if panel.log:
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, 0.95), max(high, 2.1))  # with the ratio 1, where nothing has moved
-    if panel.percent and not panel.tests:
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.05 * max(high, 0.01)), max(high, 0.01))  # no share is negative, nor its axis
-    if panel.tests:
-        labels += _draw_tests(axes, summary)
-    if len(labels) > 1:
-        _label(axes, labels)
-
-
-def _style(axes: Axes, panel: Panel) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=10, color=INK, fontweight="bold")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
-    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=GREY)
-    axes.grid(axis="y", color=RULE, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.02, y=0.12)
+    axes.set_title(panel.title)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    names = _draw_tests(axes, summary) if panel.tests else []
+    for metric, name in panel.curves.items():
+        if points := _points(rows, metric):
+            marker = "o" if metric.startswith("validation/") or len(points) == 1 else ""
+            (line,) = axes.plot(*zip(*points, strict=True), marker=marker)
+            names.append((points[-1][1], name, str(line.get_color())))
     if panel.log:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=4))
@@ -190,36 +133,26 @@ def _style(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    low, high = axes.get_ylim()
+    widened = max(0.0, 0.001 * max(abs(low), abs(high)) - (high - low)) / 2  # float32 rounding makes no curve
+    low, high = low - widened, high + widened
+    if panel.log:
+        low, high = min(low, 0.95), max(high, 2.1)  # with the ratio 1, at which the policy has not moved
+    elif panel.percent:
+        low, high = max(low, -0.05 * max(high, 0.01)), max(high, 0.01)  # no share is negative, nor its axis
+    axes.set_ylim(low, high)
+    if len(names) > 1:
+        name_curves(axes, names, LABEL_SPACING)
 
 
 def _draw_tests(axes: Axes, summary: dict[str, Any]) -> list[tuple[float, str, str]]:
-    """Dashed lines with 95 % bands: accuracy on the first test set before and after training."""
-    labels = []
+    """Draw accuracy on the first test set before and after training, dashed, with 95 % bands; returns the names."""
+    names = []
     for name, result in list(summary.get("evaluation", {}).items())[:1]:
         for when, color in (("before", GREY), ("after", GREEN)):
             if when in result:
                 test = result[when]
                 axes.axhspan(test["ci95_low"], test["ci95_high"], color=color, alpha=0.13, lw=0)
                 axes.axhline(test["accuracy"], color=color, lw=1.3, ls=(0, (4, 3)))
-                labels.append((test["accuracy"], f"{name} test,\n{when}", color))
-    return labels
-
-
-def _label(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Names at the right edge, each as near its line as the others let it."""
-    axes.autoscale_view()
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    ordered = sorted(labels, key=lambda label: label[0])
-    heights = _spread([(value - low) / (high - low) for value, _, _ in ordered], LABEL_SPACING)
-    for height, (_, text, color) in zip(heights, ordered, strict=True):
-        axes.text(1.02, height, text, color=color, fontsize=8, va="center", linespacing=1.0, transform=axes.transAxes)
-
-
-def _spread(heights: Sequence[float], spacing: float) -> list[float]:
-    """Ascending heights moved apart to at least ``spacing``: the mean of pushing all up and pushing all down."""
-    up, down = list(heights), list(heights)
-    for i in range(1, len(up)):
-        up[i] = max(up[i], up[i - 1] + spacing)
-        down[-1 - i] = min(down[-1 - i], down[-i] - spacing)
-    return [(above + below) / 2 for above, below in zip(up, down, strict=True)]
+                names.append((test["accuracy"], f"{name} test,\n{when}", color))
+    return names

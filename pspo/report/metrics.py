@@ -1,4 +1,4 @@
-"""What stands in ``metrics.jsonl``: its rows and the meaning of every key."""
+"""The files that a report reads, ``metrics.jsonl`` and ``summary.json``, and the meaning of every metric."""
 
 import json
 import re
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pspo.base.files import read_lines
+
+QUANTILES = {f"q{percent:02}": f"{percent} % quantile" for percent in (1, 25, 50, 75, 99)}
+QUANTILES |= {"q50": "median", "max": "largest value in the step"}
 
 METRICS: dict[str, str] = {
     "step": "rollouts so far; row 0 is the validation before training",
@@ -28,21 +31,13 @@ METRICS: dict[str, str] = {
     "policy/sampler_gap_mean": "mean |log-prob of sampler − of trainer| at equal weights, nats: numerical error only",
     "policy/kl_reference": "loss.kl's estimate of KL(policy‖reference), the policy before training, nats per token",
     "objective/alpha": "alpha of the step, where the objective has one",
+    **{
+        f"ratio/{sign}_{quantile}": f"{words} of the ratio on tokens with A {relation} 0"
+        for sign, relation in (("positive", ">"), ("negative", "<"))
+        for quantile, words in QUANTILES.items()
+    },
     "ratio/positive_q01": "1 % quantile of the ratio on tokens with A > 0, at the level of loss.importance; mean over "
     "the step's inner steps, as all keys down to optimizer/update_norm_estimate (each one: diagnostics.jsonl)",
-    **{
-        f"ratio/{sign}_{quantile}": f"{told} of the ratio on tokens with A {'>' if sign == 'positive' else '<'} 0"
-        for sign in ("positive", "negative")
-        for quantile, told in (
-            ("q01", "1 % quantile"),
-            ("q25", "25 % quantile"),
-            ("q50", "median"),
-            ("q75", "75 % quantile"),
-            ("q99", "99 % quantile"),
-            ("max", "largest value in the step"),
-        )
-        if (sign, quantile) != ("positive", "q01")
-    },
     "ratio/ess": "effective sample size (Σr)² / Σr² as a share of the tokens, 0 to 1",
     "ratio/tv": "total variation between old and new policy, E|r − 1| / 2 on sampled tokens, before the inner step",
     "weight/zero_rate": "share of tokens (A ≠ 0) whose gradient weight w is 0, 0 to 1",
@@ -84,12 +79,10 @@ METRICS: dict[str, str] = {
 
 
 def meaning(key: str) -> str | None:
-    """The meaning of a logged key, or None; a reward's own components fall under ``reward/<component>_mean``."""
-    if re.fullmatch(r"reward/\w+_mean", key):
-        return METRICS.get(key, METRICS["reward/<component>_mean"])
-    if key not in METRICS and key.startswith("counterfactual/"):
-        return METRICS.get(f"counterfactual/<objective>_{key.rpartition('_')[2]}")
-    return METRICS.get(key)
+    """The meaning of a metric, or None; ``reward/<component>_mean`` stands for every component of a reward."""
+    return METRICS.get(key) or next(
+        (text for pattern, text in METRICS.items() if re.fullmatch(re.sub("<.*>", r"\\w+", pattern), key)), None
+    )
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -101,9 +94,3 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """``summary.json``, or {} while the run is not done."""
     path = directory / "summary.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def table() -> str:
-    """``METRICS`` as a Markdown table, for the README."""
-    rows = ["| `{}` | {} |".format(name, meaning.replace("|", "\\|")) for name, meaning in METRICS.items()]
-    return "\n".join(["| key | meaning |", "|---|---|", *rows])

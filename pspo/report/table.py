@@ -1,4 +1,4 @@
-"""Accuracy before and after training with the intervals it carries."""
+"""Test accuracy before and after training and the difference, each with its 95 % interval."""
 
 import math
 from collections.abc import Mapping
@@ -6,11 +6,6 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
-
-DIFFERENCE_NOTE = (
-    "Accuracy: greedy answers, Wilson 95 % interval. Difference: Newcombe's interval from the two Wilson ones, which "
-    "takes them as independent; both answer the same problems, so it is on the wide side."
-)
 
 
 def difference(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float, float]:
@@ -38,7 +33,7 @@ def points(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
 
 def final_table(summary: Mapping[str, Any]) -> Table:
-    """What a run prints at its end: accuracy per test set with its interval, before and after where it has trained."""
+    """The table that a run prints at its end: accuracy per test set, before and after training where it has trained."""
     table = Table(
         title=Text(f"{objective(summary)}, seed {summary['seed']}, {summary['steps']} steps", style="bold"),
         title_justify="left",
@@ -57,8 +52,6 @@ def final_table(summary: Mapping[str, Any]) -> Table:
 
 
 def objective(summary: Mapping[str, Any]) -> str:
-    """``pspo (alpha 0.1)``."""
-    settings = dict(summary["objective"])
-    name = settings.pop("name")
-    described = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return f"{name} ({described})" if described else str(name)
+    """The objective's name with its settings: ``pspo (alpha 0.1)``."""
+    settings = ", ".join(f"{key} {value}" for key, value in summary["objective"].items() if key != "name")
+    return str(summary["objective"]["name"]) + (f" ({settings})" if settings else "")
