@@ -1,9 +1,9 @@
-"""What a sweep would do: every job composed and validated, its directory, and what became of it so far."""
+"""The plan of a sweep: every job composed and validated, with its directory and its state so far."""
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pspo.base.schema import ConfigError, as_dict
@@ -15,7 +15,7 @@ from pspo.run import earlier
 class Planned:
     """One run of a sweep.
 
-    ``state`` is that of ``earlier.History``, or queued where SLURM has it; ``arm`` names its arm by factor.
+    ``state`` is that of ``earlier.History``, or queued where SLURM has the run; ``arm`` names the run's arm by factor.
     """
 
     overrides: list[str]
@@ -48,22 +48,12 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
     return runs
 
 
-def unique(runs: Sequence[Planned]) -> list[Planned]:
-    """Without those that would be made in the directory of an earlier one."""
-    return list({run.directory: run for run in reversed(runs)}.values())[::-1]
-
-
-def with_queued(runs: Sequence[Planned], queued: Mapping[Path, str]) -> list[Planned]:
-    """The runs, those told queued that have a task in a queue."""
-    return [replace(run, state="queued") if run.directory in queued else run for run in runs]
-
-
 def show(runs: Sequence[Planned], *notes: str) -> None:
     """Print the table of runs and the notes below it."""
-    shared = set[str]().union(*(run.overrides for run in runs)).intersection(*(run.overrides for run in runs))
-    told = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
-    width = max(map(len, told), default=0) + 2
-    lines = [f"{run.state:<8}{words:<{width}}{run.directory}" for run, words in zip(runs, told, strict=True)]
+    shared = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
+    names = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
+    width = max(map(len, names), default=0) + 2
+    lines = [f"{run.state:<8}{name:<{width}}{run.directory}" for run, name in zip(runs, names, strict=True)]
     sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
     sys.stdout.flush()
 
@@ -71,8 +61,8 @@ def show(runs: Sequence[Planned], *notes: str) -> None:
 def counted(runs: Sequence[Planned]) -> str:
     """``12 runs: 9 new, 2 done, 1 failed``."""
     states = [run.state for run in runs]
-    told = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(told)}"
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(counts)}"
 
 
 def _words(run: Planned) -> str:
