@@ -72,7 +72,7 @@ class Slurm(Launcher):
     exclude: str | None = key("nodes not to use")
     comment: str | None = key("kept with the job")
     array_parallelism: int = key("jobs at one time, divided among the arrays, at least one each", within="[1, inf)")
-    notice_s: int = key("seconds from the signal to save to the time limit or preemption", within="[10, inf)")
+    notice_s: int = key("seconds before the time limit or a preemption when a run is told to save", within="[10, inf)")
     setup: list[str] = key("shell lines before the job, such as module load")
     additional: dict[str, Any] = key("any further sbatch parameter by its long name; true gives a bare flag")
     wait: bool = key("wait for the last job; exit status 1 if any failed")
