@@ -4,8 +4,7 @@
 """
 
 from pspo.config import open_keys
-from pspo.launcher.base import RunsFailed
-from pspo.launcher.plan import Planned, make_plan, show
+from pspo.launcher.base import Planned, RunsFailed, make_plan, show
 from pspo.launcher.settings import configure
 from pspo.launcher.slurm import Job
 

@@ -13,8 +13,7 @@ import torch
 
 from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
-from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
-from pspo.launcher.plan import Planned, counted
+from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import failure
 
 POLL_S = 0.2

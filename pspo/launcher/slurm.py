@@ -21,8 +21,7 @@ from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
 from pspo.config import compose
 from pspo.host import slurm
-from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
-from pspo.launcher.plan import Planned, counted
+from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import result
 
 NO_LIMIT = 10**6

@@ -140,10 +140,8 @@ class Mirror:
 
     def _fail(self, error: str) -> None:
         if not self.error and not self._replay:
-            off = (
-                "W&B is off for the rest of this run (%s); metrics.jsonl goes on, and python -m pspo.sync %s sends W&B"
-            )
-            log.warning(f"{off} what it lacks", error, self.directory.parent)
+            rest = f"metrics.jsonl goes on, and python -m pspo.sync {self.directory.parent} sends W&B what it lacks"
+            log.warning("W&B is off for the rest of this run (%s); %s", error, rest)
         self.error = self.error or error
 
 
