@@ -18,7 +18,7 @@ from pspo import dataset, model
 from pspo.base.command import answering
 from pspo.base.console import log, log_to_console
 from pspo.base.schema import ConfigError
-from pspo.config import Config, compose_all
+from pspo.config import Config, compose, compose_all
 from pspo.host import environment
 from pspo.model import source
 from pspo.model.folder import cache_directory
@@ -26,37 +26,31 @@ from pspo.run.__main__ import EXPECTED
 from pspo.sweep import expand
 
 VERIFY = "--verify"
-"""Asks for a look at the caches alone; the command starts itself so, with the hub switched off."""
+"""The flag with which the command starts itself, offline, to load what it has fetched."""
 
 
 def prefetch(overrides: Sequence[str]) -> list[str]:
-    """Download or make what the runs need, verify it without a network; returns what a job is to export.
-
-    Raises ConfigError.
-    """
-    configs = _compose(overrides)
+    """Download or make what the runs need and load it offline; returns shell lines for the jobs. Raises ConfigError."""
+    configs = compose_all(job.overrides for job in expand(None, overrides))
     for config in configs:
         fetch(config)
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", "pspo.prefetch", VERIFY, *overrides], env=offline, check=False)
-    if done.returncode:
+    verified = subprocess.run([sys.executable, "-m", "pspo.prefetch", VERIFY, *overrides], env=offline, check=False)
+    if verified.returncode:
         raise ConfigError("what was fetched cannot be loaded offline; delete it from the cache and repeat this command")
     return exports(configs)
 
 
 def fetch(config: Config) -> None:
-    """Bring the data set and the policy of one run into the caches; what is whole there is left. Raises ConfigError."""
+    """Bring the data set and the policy of one run into the caches, unless they are there. Raises ConfigError."""
     dataset.load(config.dataset, config.seed)
     model.check(config.model)
-    if config.model.made_here:
-        threads = environment.choose_threads(config.threads)
-        environment.settle(threads)
-        log.info(
-            "warm start for seed %d and %d CPU threads: jobs with other threads make their own", config.seed, threads
-        )
-        model.load(config.model, config.seed, torch.device("cpu"))
-    else:
+    if not config.model.made_here:
         source.locate(config.model)
+        return
+    threads = environment.choose_threads(config.threads)
+    log.info("warm start for seed %d and %d CPU threads: jobs with other threads make their own", config.seed, threads)
+    _make_warm_start(config)
 
 
 def verify(config: Config) -> None:
@@ -65,39 +59,39 @@ def verify(config: Config) -> None:
     The weights themselves would need more memory than a login node may give. Raises ConfigError.
     """
     problems = dataset.load(config.dataset, config.seed)
-    some = next(split for split in (problems.train, problems.validation, *problems.test.values()) if split)
+    splits = {"train": problems.train, "validation": problems.validation} | problems.test
     if config.model.made_here:
-        environment.settle(environment.choose_threads(config.threads))
-        model.load(config.model, config.seed, torch.device("cpu"))
-        told = "the embedded policy"
+        _make_warm_start(config)
+        policy = "the embedded policy"
     else:
         directory = source.locate(config.model)
-        told = f"{directory} ({_count_tensors(directory)} tensors)"
-    dataset.encode(model.tokenizer(config.model), config.dataset, some[:1])
-    sizes = {"train": problems.train, "validation": problems.validation} | problems.test
-    counts = ", ".join(f"{len(split)} {name}" for name, split in sizes.items())
-    log.info("verified offline: dataset=%s (%s), %s", config.dataset.name, counts, told)
+        policy = f"{directory} ({_count_tensors(directory)} tensors)"
+    dataset.encode(model.tokenizer(config.model), config.dataset, next(filter(None, splits.values()))[:1])
+    counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
+    log.info("verified offline: dataset=%s (%s), %s", config.dataset.name, counts, policy)
+
+
+def _make_warm_start(config: Config) -> None:
+    """Load the embedded policy, which makes its warm start for these CPU threads where the cache has none."""
+    environment.settle(environment.choose_threads(config.threads))
+    model.load(config.model, config.seed, torch.device("cpu"))
 
 
 def exports(configs: Sequence[Config]) -> list[str]:
     """Shell lines that let a job find the caches and keep it off the network."""
-    lines = [f"export HF_HOME={shlex.quote(constants.HF_HOME)}", "export HF_HUB_OFFLINE=1"]
+    paths = {"HF_HOME": constants.HF_HOME, "HF_HUB_OFFLINE": "1"}
     if Path(constants.HF_HUB_CACHE) != Path(constants.HF_HOME) / "hub":
-        lines.insert(1, f"export HF_HUB_CACHE={shlex.quote(constants.HF_HUB_CACHE)}")
+        paths["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
     if any(config.model.made_here for config in configs):
-        lines.append(f"export XDG_CACHE_HOME={shlex.quote(str(cache_directory().parent.absolute()))}")
+        paths["XDG_CACHE_HOME"] = str(cache_directory().parent.absolute())
+    lines = [f"export {name}={shlex.quote(path)}" for name, path in paths.items()]
     if any(config.tracker.name == "wandb" for config in configs):
         lines.append("export WANDB_MODE=offline  # later, with internet: python -m pspo.sync outputs/<group>")
     return lines
 
 
-def _compose(overrides: Sequence[str]) -> list[Config]:
-    """Those of every run: ``seed=0,1`` asks for two."""
-    return compose_all([job.overrides for job in expand(None, overrides)])
-
-
 def _count_tensors(directory: Path) -> int:
-    """How many tensors the weight files hold; their lengths are checked against what they promise."""
+    """How many tensors the weight files hold; safetensors compares the files' lengths with their headers."""
     names = set()
     for path in directory.glob("*.safetensors"):
         try:
@@ -116,11 +110,11 @@ def main() -> None:
     log_to_console()
     overrides = [argument for argument in sys.argv[1:] if argument != VERIFY]
     with answering(*EXPECTED, stopped="stopped; the same command fetches what is missing"):
-        if VERIFY in sys.argv[1:]:
-            for config in _compose(overrides):
-                verify(config)
-        else:
+        if VERIFY not in sys.argv[1:]:
             sys.stdout.write("\n".join(["# in the jobs:", *prefetch(overrides)]) + "\n")
+            return
+        for job in expand(None, overrides):
+            verify(compose(job.overrides))
 
 
 if __name__ == "__main__":

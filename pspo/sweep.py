@@ -2,7 +2,7 @@
 
 ``python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]``
 
-A file in ``sweeps/`` says in ``common`` what all jobs share, in ``arms`` what is compared and in ``lists`` over what::
+A file in ``sweeps/`` has the overrides of all jobs, the arms that are compared, and the lists to compare them over::
 
     common: [optimizer.lr=5e-5]
     arms:                                  # one or more factors, of named arms that may differ in several keys at once
@@ -28,17 +28,18 @@ from pspo.base.files import CONF, write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
 from pspo.config import in_quotes, quoted
 from pspo.launcher import Planned, make_plan
+from pspo.launcher.settings import read_keys
 
 SWEEPS = CONF.parent / "sweeps"
-"""The files: beside ``conf/``, in a checkout and in an installed wheel."""
+"""The files that come with pspo: beside ``conf/``, in a checkout and in an installed wheel."""
 
 LOCK_TIMEOUT_S = 60
-"""Longest wait for another submission that writes ``sweep.json``, which takes it milliseconds."""
+"""Longest wait in seconds for another submission that writes ``sweep.json``, which takes it milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFile(Schema):
-    """One file."""
+    """The keys of a sweep's file."""
 
     group: str = key("directory under output_dir; the file's name unless it is given")
     common: list[str] = key("overrides of all jobs")
@@ -48,14 +49,14 @@ class SweepFile(Schema):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: its overrides and, by factor, its arms."""
+    """The overrides of one run of a sweep and, by factor, its arms."""
 
     overrides: list[str]
     arm: Mapping[str, str]
 
 
 def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> list[Job]:
-    """The jobs of a file, if any, under the command line's overrides; these take the place of common ones and of lists.
+    """The jobs of a file, if any, under the command line's overrides, which replace the file's common ones and lists.
 
     Raises ConfigError.
     """
@@ -63,24 +64,24 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     given = dict(_values(parser, argument, "the command line") for argument in arguments)
     if file is None:
         return [Job(list(job), {}) for job in itertools.product(*given.values())]
-    sweep = load(Path(file))
+    sweep = load(file)
     common = {"group": [f"group={sweep.group}"]} | _single(parser, sweep.common, f"{file}: common")
-    lists = {
-        name: [v for item in _items(values) for v in _values(parser, f"{name}={item}", f"{file}: lists")[1]]
-        for name, values in sweep.lists.items()
-    }
+    lists: dict[str, list[str]] = {}
+    for name, values in sweep.lists.items():
+        items = [_values(parser, f"{name}={_text(v)}", f"{file}: lists")[1] for v in _as_list(values)]
+        lists[name] = [*itertools.chain(*items)]
     factors = {
         factor: {arm: _single(parser, overrides, f"{file}: {factor}.{arm}") for arm, overrides in table.items()}
         for factor, table in sweep.arms.items()
     }
-    taken = dict.fromkeys(lists, "lists") | dict.fromkeys(given, "the command line")
+    setters = dict.fromkeys(lists, "lists") | dict.fromkeys(given, "the command line")
     for factor, table in factors.items():
-        for name in {name for overrides in table.values() for name in overrides}:
-            if name in taken:
-                raise ConfigError(
-                    f"{file}: the arms of {factor} set {name}, and so does {taken[name]}; leave it to one"
-                )
-            taken[name] = f"arms.{factor}"
+        names = set().union(*table.values())
+        if twice := min(names & setters.keys(), default=None):
+            raise ConfigError(
+                f"{file}: the arms of {factor} set {twice}, and so does {setters[twice]}; leave it to one"
+            )
+        setters |= dict.fromkeys(names, f"arms.{factor}")
     jobs = []
     for arms in itertools.product(*(table.items() for table in factors.values())):
         arm = dict(zip(factors, (name for name, _ in arms), strict=True))
@@ -90,7 +91,7 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
 
 
 def plan(file: str | None, jobs: Sequence[Job]) -> list[Planned]:
-    """Every job composed, checked, and found in its directory. Raises ConfigError."""
+    """Every job composed and checked, with its directory and its state. Raises ConfigError."""
     try:
         return make_plan([job.overrides for job in jobs], [job.arm for job in jobs])
     except ConfigError as error:
@@ -98,25 +99,19 @@ def plan(file: str | None, jobs: Sequence[Job]) -> list[Planned]:
 
 
 def record(file: str, planned: Sequence[Planned]) -> None:
-    """Add the runs to ``sweep.json`` of their group's directory, for reports to group by; the newest word counts.
+    """Add the runs to ``sweep.json`` of their group's directory, for reports to group by; the newest entry counts.
 
     Submissions at the same time add to it one after another. Raises ConfigError where it cannot be written.
     """
-    for parent in {run.directory.parent for run in planned}:
-        path = parent / "sweep.json"
-        rows = {
-            run.directory.name: {
-                "sweep": Path(file).stem,
-                "arm": dict(run.arm),
-                "overrides": run.overrides,
-                "directory": run.directory.name,
-            }
-            for run in planned
-            if run.directory.parent == parent
-        }
+    groups: dict[Path, dict[str, Any]] = {}
+    for run in planned:
+        name, about = run.directory.name, {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
+        groups.setdefault(run.directory.parent, {})[name] = about | {"directory": name}
+    for group, rows in groups.items():
+        path = group / "sweep.json"
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(parent / ".sweep.lock", timeout=LOCK_TIMEOUT_S):
+            group.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(group / ".sweep.lock", timeout=LOCK_TIMEOUT_S):
                 known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
                 write_json(path, list((known | rows).values()))
         except filelock.Timeout as error:
@@ -127,15 +122,15 @@ def record(file: str, planned: Sequence[Planned]) -> None:
 
 def _single(parser: OverridesParser, texts: Sequence[str], where: str) -> dict[str, list[str]]:
     """Overrides by key, each of one value."""
-    found: dict[str, list[str]] = {}
+    overrides: dict[str, list[str]] = {}
     for text in texts:
         name, values = _values(parser, text, where)
-        if name in found:
+        if name in overrides:
             raise ConfigError(f"{where}: {name} is given twice")
         if len(values) > 1:
             raise ConfigError(f"{where}: {text} has {len(values)} values; they belong into lists")
-        found[name] = values
-    return found
+        overrides[name] = values
+    return overrides
 
 
 def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[str]]:
@@ -151,34 +146,26 @@ def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[s
     return name, [f"{name}={value}" for value in override.sweep_string_iterator()]
 
 
-def _items(values: Any) -> list[str]:
-    """The values of a key in ``lists``: a YAML list, or one text in Hydra's grammar."""
-    return [_text(value) for value in values] if isinstance(values, list) else [_text(values)]
+def _as_list(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
 
 
 def _text(value: Any) -> str:
+    """A YAML scalar or list in Hydra's grammar."""
     return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
 
 
-def load(path: Path) -> SweepFile:
-    """Read one file; all scalars stay text, as Hydra parses them. Raises ConfigError."""
+def load(name: str) -> SweepFile:
+    """Read a sweep's file, by its name or its path; all scalars stay text, as Hydra parses them. Raises ConfigError."""
+    path = find(name)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise unknown(str(path), names(), "sweep") from None
+        values = read_keys(path, ": arms, lists, common or group", _Loader)
+        sweep = build(SweepFile, {"group": path.stem, "common": [], "arms": {}, "lists": {}} | values)
+        if not sweep.arms and not sweep.lists:
+            raise ConfigError("no arms and no lists, so that there is nothing to compare")
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys: arms, lists, common or group")
-    try:
-        made = build(SweepFile, {"group": path.stem, "common": [], "arms": {}, "lists": {}} | values)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not made.arms and not made.lists:
-        raise ConfigError(f"{path}: no arms and no lists, so that there is nothing to compare")
-    return made
+        raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
+    return sweep
 
 
 class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
@@ -186,10 +173,10 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        twice = [str(name) for name in names if names.count(name) > 1]
-        if twice:
-            line = node.start_mark.line + 1
-            raise ConfigError(f"two arms or keys have the name {twice[0]} (in the table of line {line}); rename one")
+        for name in names:
+            if names.count(name) > 1:
+                line = node.start_mark.line + 1
+                raise ConfigError(f"two arms or keys have the name {name} (in the table of line {line}); rename one")
         return dict(super().construct_mapping(node, deep=deep))
 
 

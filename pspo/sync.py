@@ -23,7 +23,7 @@ REACH_TIMEOUT_S = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run: rows sent now, and why not all of them were; "" where W&B took all."""
+    """The rows of one run sent now, and why W&B still lacks rows; "" where it has all."""
 
     run: str
     num_sent: int
@@ -38,19 +38,20 @@ def sync(directory: Path) -> list[Outcome]:
     """
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; give outputs/<group>")
-    runs = [path.parent for path in sorted(directory.rglob("wandb.json"))]
-    lacking = [run for run in runs if (rows := _durable_rows(run)) and _record(run).get("arrived") != _state(run, rows)]
+    durable = {path.parent: _durable_rows(path.parent) for path in sorted(directory.rglob("wandb.json"))}
+    records = {run: json.loads((run / "wandb.json").read_text()) for run in durable}
+    lacking = [run for run, rows in durable.items() if rows and records[run].get("arrived") != _state(run, rows)]
     if lacking:
         _check_login()
-    return [_send(run) for run in lacking]
+    return [_send(run, durable[run], records[run]) for run in lacking]
 
 
-def _send(run: Path) -> Outcome:
-    rows, num_sent = _durable_rows(run), 0
+def _send(run: Path, rows: list[dict[str, Any]], record: dict[str, Any]) -> Outcome:
+    state, num_sent = _state(run, rows), 0
     for _ in range(2):  # the second mirror learns from W&B's last step whether the rows of the first arrived
         mirror = Mirror(run, replay=True)
         mirror.send(rows)
-        if (run / "DONE").is_file():
+        if state["done"]:
             mirror.summarize(json.loads((run / "summary.json").read_text()))
         mirror.close(int((run / "FAILED").is_file()))
         if mirror.error or not mirror.num_sent:
@@ -58,7 +59,7 @@ def _send(run: Path) -> Outcome:
         num_sent = num_sent or mirror.num_sent
     error = mirror.error or (f"W&B still lacks {mirror.num_sent}; see {run / 'wandb'}" if mirror.num_sent else "")
     if not error:
-        write_json(run / "wandb.json", _record(run) | {"arrived": _state(run, rows)})
+        write_json(run / "wandb.json", record | {"arrived": state})
     return Outcome(run.name, num_sent, " ".join(error.split()))
 
 
@@ -68,10 +69,6 @@ def _durable_rows(run: Path) -> list[dict[str, Any]]:
         return rows
     newest = max((int(path.name.split("_")[1]) for path in run.glob("checkpoints/step_*")), default=-1)
     return [row for row in rows if row["step"] <= newest]
-
-
-def _record(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "wandb.json").read_text()))
 
 
 def _state(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,9 +16,8 @@ import yaml
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
 from pspo.config import compose, run_directory
-from pspo.launcher import Job, RunsFailed, configure, make_plan
+from pspo.launcher import Job, Planned, RunsFailed, configure, make_plan
 from pspo.launcher.local import Local
-from pspo.launcher.plan import Planned
 from pspo.launcher.slurm import Slurm
 from pspo.run.outcome import result
 

@@ -13,8 +13,7 @@ import pytest
 
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
-from pspo.launcher import make_plan
-from pspo.launcher.settings import configure
+from pspo.launcher import configure, make_plan
 from pspo.status import collect
 from pspo.status.__main__ import cancel, retry
 from pspo.sync import Outcome, sync

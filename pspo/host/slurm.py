@@ -1,4 +1,4 @@
-"""What SLURM knows of jobs, asked through its own commands; where there is no SLURM, nothing is known."""
+"""What SLURM knows of jobs, through its own commands; where there is no SLURM, nothing is known."""
 
 import os
 import re
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 TIMEOUT_S = 20.0
-"""A controller that does not answer for so long is taken for one that cannot tell."""
+"""Longest wait in seconds for a command of SLURM; a slower controller counts as no answer."""
+
+UNKNOWN = "unknown to SLURM"
+"""The state of a job that SLURM, when asked, does not know (any more)."""
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -19,11 +22,11 @@ class JobState:
     """One job or array task.
 
     Attributes:
-        state: SLURM's word, such as PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, NODE_FAIL, OUT_OF_MEMORY.
-        signal: the number of the signal that ended it, 0 for none; that of a step where it is the step that was killed.
-        exit_code: of the batch script, 0 where it has not ended.
-        restarts: how often it was requeued; 0 where SLURM does not say.
-        reason: why it waits or failed, in SLURM's word.
+        state: SLURM's word, such as PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, OUT_OF_MEMORY; or UNKNOWN.
+        signal: number of the signal that ended the job, or the job's step where only the step was killed; 0 for none.
+        exit_code: exit code of the batch script, 0 before its end.
+        restarts: number of requeues; 0 where SLURM does not report it.
+        reason: SLURM's word for why the job waits or failed.
     """
 
     state: str
@@ -34,17 +37,17 @@ class JobState:
 
     @property
     def waiting(self) -> bool:
-        """Whether it has yet to start, for the first time or again."""
+        """Whether the job has yet to start, for the first time or again."""
         return self.state in WAITING
 
     @property
     def active(self) -> bool:
-        """Whether it may have a process."""
+        """Whether the job may have a process."""
         return self.state in ACTIVE
 
     @property
     def alive(self) -> bool:
-        """Whether it waits or may have a process."""
+        """Whether the job waits or may have a process."""
         return self.waiting or self.active
 
 
@@ -55,79 +58,65 @@ def current_job() -> str | None:
 
 
 def job_end() -> float | None:
-    """When SLURM will end the current job, in seconds since the epoch; None outside of a job or where it is unknown."""
-    job, told = current_job(), os.environ.get("SLURM_JOB_END_TIME", "")
-    if job is None or told.isdigit():
-        return None if job is None else float(told)
-    queue = _run(["squeue", "--noheader", f"--jobs={job}", "--format=%e"])
+    """Time limit of the current job, in seconds since the epoch; None outside of a job or where it is unknown."""
+    job, end = current_job(), os.environ.get("SLURM_JOB_END_TIME", "")
+    if job is None or end.isdigit():
+        return None if job is None else float(end)
+    queue = _run("squeue", "--noheader", f"--jobs={job}", "--format=%e")
     try:
-        return datetime.fromisoformat(queue.stdout.strip() if queue else "").timestamp()
+        return datetime.fromisoformat(queue.stdout.strip()).timestamp()
     except ValueError:  # N/A, NONE
         return None
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """The jobs and array tasks (``12`` or ``12_3``) that SLURM knows: from squeue, else from sacct. Never raises."""
-    return _ask(job_ids)[0]
+    """State of each job or array task (``12``, ``12_3``), from squeue, else sacct; {} where SLURM does not answer."""
+    wanted = set(job_ids)
+    if not wanted:
+        return {}
+    fields = "JobArrayID:64|,State:32|,exit_code:32|,DerivedEC:32|,RestartCnt:16|,Reason:64"
+    queue = _run("squeue", "--noheader", "--array", "--states=all", _jobs(wanted), f"--Format={fields}")
+    if queue.returncode and "Invalid job id" not in queue.stderr:
+        return {}
+    states = dict.fromkeys(wanted, JobState(UNKNOWN))
+    for line in queue.stdout.splitlines():
+        job_id, state, code, derived, restarts, reason = (cell.strip() for cell in line.split("|"))
+        states[job_id] = _state(state, code, derived, int(restarts), reason)
+    if forgotten := {job_id for job_id in wanted if states[job_id].state == UNKNOWN}:  # squeue lists minutes only
+        states |= _accounted(forgotten)
+    return {job_id: states[job_id] for job_id in wanted}
 
 
 def is_gone(job_id: str) -> bool:
-    """Whether SLURM answers that this job has no process: it has ended, was never there, or waits to start again."""
-    found, answered = _ask([job_id])
-    return answered and not (job_id in found and found[job_id].active)
-
-
-def gone(job_ids: Iterable[str]) -> set[str]:
-    """The jobs that have ended or were never there; empty where SLURM cannot be asked."""
-    wanted = set(job_ids)
-    found, answered = _ask(wanted)
-    return {job_id for job_id in wanted if not (job_id in found and found[job_id].alive)} if answered else set()
+    """Whether SLURM answers that a job has no process: it has ended, was never there, or waits to start again."""
+    state = job_states([job_id]).get(job_id)
+    return state is not None and not state.active
 
 
 def cancel(job_ids: Sequence[str]) -> str:
-    """Cancel jobs; returns what scancel complains of, "" for nothing."""
-    done = _run(["scancel", *job_ids])
-    return "scancel cannot be run or does not answer" if done is None else done.stderr.strip()
+    """Cancel jobs; returns scancel's complaint, or ""."""
+    return _run("scancel", *job_ids).stderr.strip()
 
 
 def max_array_size() -> int | None:
     """How many jobs an array may have on this cluster (``MaxArraySize``); None where SLURM cannot be asked."""
-    done = _run(["scontrol", "show", "config"])
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE) if done is not None else None
-    return max(1, int(found[1])) if found else None  # 0 switches arrays off
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config").stdout, re.MULTILINE)
+    return max(1, int(match[1])) if match else None  # 0 switches arrays off
 
 
-def _ask(job_ids: Iterable[str]) -> tuple[dict[str, JobState], bool]:
-    """The states known, and whether SLURM answered at all."""
-    wanted = set(job_ids)
-    arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in wanted}))
-    if not wanted:
-        return {}, False
-    fields = "JobArrayID:64|,State:32|,exit_code:32|,DerivedEC:32|,RestartCnt:16|,Reason:64"
-    queue = _run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={arrays}", f"--Format={fields}"])
-    answered = queue is not None and (queue.returncode == 0 or "Invalid job id" in queue.stderr)
-    found: dict[str, JobState] = {}
-    for line in queue.stdout.splitlines() if queue is not None else []:
-        job_id, state, code, derived, restarts, reason = (cell.strip() for cell in line.split("|"))
-        found[job_id] = _state(state, code, derived, int(restarts), reason)
-    if answered and (missing := wanted - found.keys()):  # squeue forgets what ended some minutes ago
-        found |= _accounted(missing)
-    return {job_id: state for job_id, state in found.items() if job_id in wanted}, answered
+def _jobs(job_ids: set[str]) -> str:
+    return f"--jobs={','.join(sorted({job_id.partition('_')[0] for job_id in job_ids}))}"
 
 
 def _accounted(job_ids: set[str]) -> dict[str, JobState]:
-    """What accounting, where a cluster has it, remembers of ended jobs."""
-    jobs = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
+    """States of ended jobs, where the cluster has accounting; of two rows with one id, as after a requeue, the last."""
     columns = "--format=JobID,State,ExitCode,DerivedExitCode"
-    done = _run(["sacct", "--parsable2", "--allocations", columns, f"--jobs={jobs}"])
-    if done is None or done.returncode:
-        return {}
-    header, *lines = done.stdout.splitlines() or [""]
+    header, *lines = _run("sacct", "--parsable2", "--allocations", columns, _jobs(job_ids)).stdout.splitlines() or [""]
     rows = [dict(zip(header.split("|"), line.split("|"), strict=False)) for line in lines]
     return {
         row["JobID"]: _state(row["State"], row.get("ExitCode", ""), row.get("DerivedExitCode", ""), 0, "")
         for row in rows
-        if row["JobID"] in job_ids  # of two rows with one id, as after a requeue, the last is the newest
+        if row["JobID"] in job_ids
     }
 
 
@@ -140,16 +129,17 @@ def _state(word: str, code: str, derived: str, restarts: int, reason: str) -> Jo
 
 
 def _status(code: str) -> tuple[int, int]:
-    """Exit code and signal, from ``1:0`` as sacct has it or from a wait status as squeue may have it."""
+    """Exit code and signal, from sacct's ``1:0`` or from squeue's wait status."""
     first, colon, second = code.partition(":")
     if colon:
         return int(first), int(second)
     return divmod(int(first), 256) if first.isdigit() else (0, 0)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM; one that is not there or does not answer in time has failed, without output."""
+    plain = os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
-        plain = os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=plain)
     except (OSError, subprocess.TimeoutExpired):
-        return None
+        return subprocess.CompletedProcess(command, 1, "", f"{command[0]} cannot be run or does not answer")

@@ -1,16 +1,76 @@
-"""What all launchers share: their keys, what is to be run of a plan, what it costs, and how it is told."""
+"""What all launchers share: the plan of a sweep, the choice of the runs to make, and the dry run."""
 
+import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from pspo.base.console import log, log_to_console
 from pspo.base.files import write_json
-from pspo.base.schema import Schema, as_dict, key
-from pspo.launcher.plan import Planned, counted, show, unique
+from pspo.base.schema import ConfigError, Schema, as_dict, key
+from pspo.config import check, compose_all, identity, run_directory
+from pspo.run import earlier
 from pspo.run.outcome import failure, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One run of a sweep.
+
+    ``state`` is that of ``earlier.History``, or queued where SLURM has the run; ``arm`` names the run's arm by factor.
+    """
+
+    overrides: list[str]
+    directory: Path
+    state: str
+    arm: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
+    """One entry for each job, in order. Raises ConfigError if any does not compose, or if two arms are the same run."""
+    overrides = [[override.lstrip("+") for override in job] for job in jobs]
+    checked, runs, seen = set(), [], dict[tuple[str, str, str], Planned]()
+    for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
+        parts = [config.output_dir, config.group, *map(as_dict, (config.dataset, config.model, config.reward))]
+        looked_at = json.dumps([*parts, config.budget.total > 0])
+        if looked_at not in checked:
+            check(config)
+            checked.add(looked_at)
+        same = (config.output_dir, config.group, identity(config))
+        before = seen.get(same)
+        directory = run_directory(config, job) if before is None else before.directory
+        run = Planned(overrides=job, directory=directory, state=earlier.look(config, directory).state, arm=arm)
+        if arm and before:
+            raise ConfigError(
+                f"two arms are one and the same run, {directory.name}: {_words(before)} and {_words(run)}; "
+                "either they differ in nothing, or an override takes away what they differ in"
+            )
+        seen[same] = run
+        runs.append(run)
+    return runs
+
+
+def show(runs: Sequence[Planned], *notes: str) -> None:
+    """Print the table of runs and the notes below it."""
+    shared = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
+    names = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
+    width = max(map(len, names), default=0) + 2
+    lines = [f"{run.state:<8}{name:<{width}}{run.directory}" for run, name in zip(runs, names, strict=True)]
+    sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
+    sys.stdout.flush()
+
+
+def counted(runs: Sequence[Planned]) -> str:
+    """``12 runs: 9 new, 2 done, 1 failed``."""
+    states = [run.state for run in runs]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(counts)}"
+
+
+def _words(run: Planned) -> str:
+    return " ".join(f"{factor}={name}" for factor, name in run.arm.items())
 
 
 class RunsFailed(RuntimeError):
@@ -18,7 +78,7 @@ class RunsFailed(RuntimeError):
 
 
 Outcome = float | RunsFailed | None
-"""Of one job: the number for the sweeper, its failure, or None where it is not waited for."""
+"""Of one job: the number for the sweeper, its failure, or None where the launcher does not wait for the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +90,14 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
     hours_per_run: float | None = key("your estimate, for the cost in GPU-hours", within="(0, inf)")
 
     def launch(self, planned: Sequence[Planned]) -> list[Outcome]:
-        """Run what is to be run; one outcome for each run planned, in order. Raises ConfigError before the first."""
+        """Make the runs that are not done; one outcome for each run planned. Raises ConfigError before the first."""
         log_to_console()
         self.check()
-        runs = self._look(unique(planned))
+        runs = list({run.directory: run for run in planned}.values())
         if len(runs) < len(planned):
             log.warning("%d of %d jobs are the same run as another one", len(planned) - len(runs), len(planned))
+        queued = self._queued(runs)
+        runs = [replace(run, state="queued") if run.directory in queued else run for run in runs]
         again = ("new", "resume", "again", *(["failed"] if self.retry_failed else []))
         todo = [run for run in runs if run.state in again]
         if self.dry_run:
@@ -48,23 +110,23 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ConfigError where it cannot work: no SLURM, no such partition, too few GPUs or processors."""
+        """Raise ConfigError where the launcher cannot work: no SLURM, no such partition, too few GPUs or processors."""
 
-    def _look(self, runs: list[Planned]) -> list[Planned]:
-        """The runs with what only this launcher knows of their state."""
-        return runs
+    def _queued(self, runs: list[Planned]) -> dict[Path, str]:
+        """Directories of the runs that an earlier submission has brought into a queue, with their jobs."""
+        return {}
 
     @abstractmethod
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
-        """Run ``todo``, some of all ``runs``; the outcomes by directory."""
+        """Make the runs ``todo`` of all ``runs``; the outcomes of all by directory."""
 
     @abstractmethod
     def _num_gpus(self) -> int:
-        """Of one run."""
+        """GPUs of one run."""
 
+    @abstractmethod
     def _notes(self, todo: list[Planned]) -> list[str]:
-        """More for a dry run to print."""
-        return []
+        """Further lines for a dry run to print."""
 
     def _cost(self, num_runs: int) -> str:
         if self.hours_per_run is None:
@@ -83,22 +145,22 @@ def _hints(runs: Sequence[Planned]) -> list[str]:
 
 
 def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:
-    """Of runs that have all ended: DONE decides; any other failed, for the reason given or the one that it left."""
+    """Outcomes of ended runs: one without DONE has failed, for the reason in its directory or else in ``reasons``."""
     failed = {
         run.directory: failure(run.directory) or reasons.get(run.directory) or "ended without DONE; see its run.log"
         for run in runs
         if not (run.directory / "DONE").is_file()
     }
-    told = [f"{directory} ({reason})" for directory, reason in failed.items()]
-    error = RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(told[:5])}{'; ...' * (len(told) > 5)}")
+    lines = [f"{directory} ({reason})" for directory, reason in failed.items()]
+    error = RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(lines[:5])}{'; ...' * (len(lines) > 5)}")
     return {run.directory: error if run.directory in failed else result(run.directory) for run in runs}
 
 
 def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
-    """Write ``.submitit/<job id>/runs.json`` in every group that has runs among them: which task is which run."""
+    """Write ``.submitit/<job id>/runs.json`` in the group of every run: which task is which run."""
     about = {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "launcher": as_dict(launcher)}
     for parent in {run.directory.parent for run in runs}:
-        rows: list[dict[str, Any]] = [
+        rows = [
             {"task": task, "directory": str(run.directory), "overrides": run.overrides}
             for task, run in zip(tasks, runs, strict=True)
             if run.directory.parent == parent

@@ -1,27 +1,26 @@
-"""Slots on this machine: a run per slot at one time, each a ``python -m pspo.run`` of its own."""
+"""Slots on this machine: one run per slot at a time, each a ``python -m pspo.run`` of its own."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
-from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
-from pspo.launcher.plan import Planned, counted
+from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import failure
 
 POLL_S = 0.2
+"""Seconds between two looks at the processes of the slots."""
+
 STOP_TIMEOUT_S = 60.0
-"""Longest time that runs may take to save when the launcher is stopped; they are killed then."""
+"""Longest time in seconds that runs may take to save when the launcher is stopped; they are killed then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class Local(Launcher):
     slots: int | None = key("runs at one time; null takes as many as there are GPUs for, or one", within="[1, inf)")
     gpus: int | None = key("GPUs of one run; null takes one where there are any", within="[0, inf)")
 
-    command = (sys.executable, "-m", "pspo.run")  # to which a slot adds the overrides of its run
+    command = (sys.executable, "-m", "pspo.run")  # a slot adds the overrides of its run
 
     def check(self) -> None:
         """Raise ConfigError where there are not enough GPUs or processors for the slots."""
@@ -56,58 +55,58 @@ class Local(Launcher):
     def _notes(self, todo: list[Planned]) -> list[str]:
         slots = min(self._num_slots(), max(1, len(todo)))
         each = f"{len(_processors()) // self._num_slots()} processors and {self._num_gpus()} GPUs"
-        if self.hours_per_run is None:
-            return [f"{slots} at a time, each with {each}"]
-        return [f"{slots} at a time, each with {each}; about {-(-len(todo) // slots) * self.hours_per_run:g} h in all"]
+        hours = (
+            "" if self.hours_per_run is None else f"; about {-(-len(todo) // slots) * self.hours_per_run:g} h in all"
+        )
+        return [f"{slots} at a time, each with {each}{hours}"]
 
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
         log.info("%s; %d to run, %d at a time", counted(runs), len(todo), self._num_slots())
         if todo:
-            self._feed(todo)
+            self._fill_slots(todo)
         return outcomes(runs, {})
 
-    def _feed(self, todo: list[Planned]) -> None:
-        """Run all, a new one whenever a slot is free. Stopped by Ctrl-C or SIGTERM, it stops its runs, which save."""
-        folder = (
-            todo[0].directory.parent.absolute() / ".submitit" / f"local_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
-        )
+    def _fill_slots(self, todo: list[Planned]) -> None:
+        """Start a run whenever a slot is free, until all have ended. Ctrl-C or SIGTERM stops the runs, which save."""
+        name = f"local_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
+        folder = todo[0].directory.parent.absolute() / ".submitit" / name
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
-        free, busy = list(range(self._num_slots()))[::-1], dict[int, tuple[subprocess.Popen[bytes], int, float]]()
-        tasks, waiting = [""] * len(todo), list(enumerate(todo))
-        record_runs(self, "local", folder, todo, tasks)
         log.info("logs in %s", folder)
-        with _stoppable():
-            try:
-                while waiting or busy:
-                    while waiting and free:
-                        slot, (number, run) = free.pop(), waiting.pop(0)
-                        tasks[number] = str(number)
-                        busy[slot] = (self._start(slot, run, folder / f"{number}_0_log"), number, time.monotonic())
+        num_slots, tasks, waiting = self._num_slots(), [""] * len(todo), list(range(len(todo)))
+        busy: dict[int, tuple[int, float, subprocess.Popen[bytes]]] = {}
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the runs would go on without us
+        try:
+            while waiting or busy:
+                for slot in range(num_slots):
+                    if slot in busy and busy[slot][-1].poll() is not None:
+                        number, begun, _ = busy.pop(slot)
+                        _log_end(todo[number], time.monotonic() - begun, folder / f"{number}_0_log.err")
+                    if slot not in busy and waiting:
+                        number = waiting.pop(0)
+                        process = self._start(slot, todo[number], folder / f"{number}_0_log")
+                        busy[slot], tasks[number] = (number, time.monotonic(), process), str(number)
                         record_runs(self, "local", folder, todo, tasks)
-                        log.info("started  %d of %d: %s", number + 1, len(todo), run.directory.name)
-                    for slot, (process, number, begun) in list(busy.items()):
-                        if process.poll() is not None:
-                            del busy[slot]
-                            free.append(slot)
-                            _tell_end(todo[number], time.monotonic() - begun, folder / f"{number}_0_log.err")
-                    time.sleep(POLL_S)
-            except KeyboardInterrupt:
-                _stop([process for process, *_ in busy.values()])
-                raise
+                        log.info("started  %d of %d: %s", number + 1, len(todo), todo[number].directory.name)
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            _stop([process for *_, process in busy.values()])
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
     def _start(self, slot: int, run: Planned, logs: Path) -> subprocess.Popen[bytes]:
-        """A run's process with the GPUs and processors of a slot, in a process group that Ctrl-C does not reach.
+        """Start a run on the GPUs and processors of a slot, in a process group that Ctrl-C does not reach.
 
-        A run takes as many threads as it has processors; what SLURM and the shell say of threads is for all slots.
+        A run takes one thread per processor of its slot; thread numbers of SLURM and the shell are meant for all slots.
         """
         processors, gpus = _processors(), _gpus()[slot * self._num_gpus() : (slot + 1) * self._num_gpus()]
         each = len(processors) // self._num_slots()
         environment = os.environ | {"OMP_NUM_THREADS": str(each), "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
         environment.pop("SLURM_CPUS_PER_TASK", None)
-        _pin(processors[slot * each : (slot + 1) * each])  # a child inherits them
+        _pin(processors[slot * each : (slot + 1) * each])  # the process started next inherits them
         try:
             with logs.with_suffix(".out").open("wb") as out, logs.with_suffix(".err").open("wb") as err:
                 command = [*self.command, *run.overrides]
@@ -116,7 +115,7 @@ class Local(Launcher):
             _pin(processors)
 
 
-def _tell_end(run: Planned, seconds: float, log_file: Path) -> None:
+def _log_end(run: Planned, seconds: float, log_file: Path) -> None:
     if (run.directory / "DONE").is_file():
         log.info("done     %s (%.0f s)", run.directory.name, seconds)
     else:
@@ -124,7 +123,7 @@ def _tell_end(run: Planned, seconds: float, log_file: Path) -> None:
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Tell all runs to save and leave; kill those that do not, and what they have started."""
+    """Tell all runs to save and leave; kill a run that does not, with the processes that it has started."""
     log.warning("stopping %d runs", len(processes))
     deadline = time.monotonic() + STOP_TIMEOUT_S
     for process in processes:
@@ -137,35 +136,19 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Make SIGTERM as good as Ctrl-C, as our runs would go on without us."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
-
-
 def _gpus() -> list[int]:
-    """The GPUs that this process may use, by the number that CUDA_VISIBLE_DEVICES knows them by."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is None:
+    """The GPUs that this process may use, by their numbers in CUDA_VISIBLE_DEVICES."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
         return list(range(torch.cuda.device_count()))
-    names = [name.strip() for name in told.split(",") if name.strip()]
+    names = [name.strip() for name in visible.split(",") if name.strip()]
     if not all(name.isdigit() for name in names):
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES={told}: hydra/launcher=local needs the GPUs by number, such as 0,1")
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: hydra/launcher=local needs the GPUs by number, such as 0,1")
     return [int(name) for name in names]
 
 
 def _processors() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 def _pin(processors: list[int]) -> None:

@@ -16,39 +16,37 @@ from pspo.launcher.slurm import Slurm
 def configure(kind: str, values: Mapping[str, Any], overrides: Sequence[str]) -> Launcher:
     """The launcher ``slurm`` or ``local`` with ``values`` as composed by Hydra. Raises ConfigError.
 
-    For SLURM the cluster's file comes over the preset, and ``overrides``, those of the command line, over both.
+    For SLURM the cluster's file counts more than the preset, and the command line's ``overrides`` more than both.
     """
     if kind == "local":
         return build(Local, values)
-    given = {override.lstrip("+").partition("=")[0].removeprefix("hydra.launcher.") for override in overrides}
-    merged, file = dict(values), cluster_file()
-    for name, value in _read(file).items():
-        if name == "additional" and isinstance(value, dict):
-            merged[name] = value | dict(values[name])
-        elif name not in given:
-            merged[name] = value
+    file = _cluster_file()
+    own = read_keys(file, " of hydra.launcher, such as partition: gpu") if file.is_file() else {}
+    names = {override.lstrip("+").partition("=")[0].removeprefix("hydra.launcher.") for override in overrides}
+    merged = dict(values) | {name: value for name, value in own.items() if name not in names}
+    if isinstance(additional := own.get("additional"), dict):
+        merged["additional"] = additional | dict(values["additional"])
     try:
         return build(Slurm, merged)
     except ConfigError as error:
         raise ConfigError(f"{error}; {file} counts too" if file.is_file() else str(error)) from error
 
 
-def cluster_file() -> Path:
-    """Where the settings of the user's cluster are looked for; it need not exist, unless $PSPO_CLUSTER names it."""
-    told = os.environ.get("PSPO_CLUSTER")
-    if told is not None and not Path(told).is_file():
-        raise ConfigError(f"PSPO_CLUSTER={told}: there is no such file; make it, or unset the variable")
+def _cluster_file() -> Path:
+    """The file with the settings of the user's cluster, which need not exist, unless $PSPO_CLUSTER names it."""
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(told) if told is not None else Path(home) / "pspo" / "cluster.yaml"
+    named = os.environ.get("PSPO_CLUSTER")
+    if named is not None and not Path(named).is_file():
+        raise ConfigError(f"PSPO_CLUSTER={named}: there is no such file; make it, or unset the variable")
+    return Path(home, "pspo", "cluster.yaml") if named is None else Path(named)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+def read_keys(file: Path, which: str, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """The content of a YAML file, {} where it is empty. Raises ConfigError, which says ``which`` keys belong there."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), Loader=loader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{file} must hold keys of hydra.launcher, such as partition: gpu")
-    return dict(values or {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold keys{which}")
+    return values

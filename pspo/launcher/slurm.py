@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,39 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
+from pspo.config import compose
 from pspo.host import slurm
-from pspo.launcher.base import Launcher, Outcome, outcomes, record_runs
-from pspo.launcher.job import Job
-from pspo.launcher.plan import Planned, counted, with_queued
+from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
+from pspo.run.outcome import result
 
 NO_LIMIT = 10**6
 """Requeues that submitit allows: a job that is preempted often must not use them up."""
 
 POLL_S = (1.0, 30.0)
-"""First and longest pause between two questions to SLURM while waiting."""
+"""First and longest pause in seconds between two questions to SLURM while waiting."""
+
+NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exclude", "comment")
+
+
+class Job:
+    """One job: compose, validate and make the run of some overrides.
+
+    After the loss of a node SLURM starts the pickle of the submission again, so that a job holds its overrides alone;
+    the directory and the newest checkpoint of its run are looked up on the disk.
+    """
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        self.overrides = list(overrides)
+
+    def __call__(self) -> float | None:
+        """Make the run; whatever it raises is the job's failure. Returns the ``result`` of the run."""
+        from pspo.run.job import run
+
+        return result(run(compose(self.overrides), self.overrides))
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit queues again after a signal: the same job."""
+        return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +61,7 @@ class Slurm(Launcher):
     partition: str | None = key("partition, or several with commas")
     account: str | None = key("account that is charged")
     qos: str | None = key("quality of service")
-    time_min: int = key(
-        "time limit of one job in minutes; a run that needs longer is requeued and resumes", within="[1, inf)"
-    )
+    time_min: int = key("minutes of one job at most; a longer run is requeued and resumes", within="[1, inf)")
     memory_gib: float | None = key("memory of one job in GiB", within="(0, inf)")
     gpus: int = key("GPUs of one job", within="[0, inf)")
     gpu_type: str | None = key("kind of GPU, as in --gres=gpu:<kind>:1")
@@ -49,12 +70,8 @@ class Slurm(Launcher):
     constraint: str | None = key("features that a node must have")
     exclude: str | None = key("nodes not to use")
     comment: str | None = key("kept with the job")
-    array_parallelism: int = key(
-        "jobs of the sweep that may run at one time, divided among its arrays, at least one each", within="[1, inf)"
-    )
-    notice_s: int = key(
-        "seconds before the time limit, or a preemption, when a run is told to save", within="[10, inf)"
-    )
+    array_parallelism: int = key("jobs at one time, divided among the arrays, at least one each", within="[1, inf)")
+    notice_s: int = key("seconds before the time limit or a preemption when a run is told to save", within="[10, inf)")
     setup: list[str] = key("shell lines before the job, such as module load")
     additional: dict[str, Any] = key("any further sbatch parameter by its long name; true gives a bare flag")
     wait: bool = key("wait for the last job; exit status 1 if any failed")
@@ -81,32 +98,39 @@ class Slurm(Launcher):
             )
         if self.partition is None or shutil.which("sinfo") is None:
             return
-        asked = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
-        if asked.returncode:
-            raise ConfigError(f"SLURM does not answer ({asked.stderr.strip()}); try again, or ask its administrators")
-        known = sorted(set(asked.stdout.split()))
+        sinfo = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
+        if sinfo.returncode:
+            raise ConfigError(f"SLURM does not answer ({sinfo.stderr.strip()}); try again, or ask its administrators")
+        known = sorted(set(sinfo.stdout.split()))
         for name in self.partition.split(","):
             if name not in known:
                 raise self.refuse("partition", f"this cluster has no partition {name}; it has {', '.join(known)}")
 
-    def _look(self, runs: list[Planned]) -> list[Planned]:
-        return with_queued(runs, _queued(runs))
+    def _queued(self, runs: list[Planned]) -> dict[Path, str]:
+        tasks: dict[str, Path] = {}
+        for parent in {run.directory.parent for run in runs}:
+            for path in parent.glob(".submitit/*/runs.json"):
+                record = json.loads(path.read_text())
+                if record["cluster"] == "slurm":
+                    tasks |= {row["task"]: parent / Path(row["directory"]).name for row in record["runs"]}
+        wanted = {run.directory for run in runs}
+        states = slurm.job_states(task for task, directory in tasks.items() if directory in wanted)
+        return {tasks[task]: task for task, state in states.items() if state.alive}
 
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
-        tasks = _queued(runs)
+        tasks, num_submitted = self._queued(runs), 0
         lines = [f"{counted(runs)}; {len(todo)} submitted"]
-        arrays, num_submitted = self._arrays(todo), 0
-        for array in arrays:
+        for array, folder, parameters in self._arrays(todo):
             try:
-                folder, submitted = self._submit(array, len(arrays))
+                jobs = self._submit(array, folder, parameters)
             except ConfigError as error:
                 if not num_submitted:
                     raise
-                told = f"{num_submitted} of {len(todo)} runs are in the queue, and this command submits the others"
-                raise ConfigError(f"{error}; {told}") from error
-            tasks |= submitted
+                rest = f"{num_submitted} of {len(todo)} runs are in the queue, and this command submits the others"
+                raise ConfigError(f"{error}; {rest}") from error
+            tasks |= {run.directory: job.job_id for run, job in zip(array, jobs, strict=True)}
             num_submitted += len(array)
-            lines += [f"jobs   {folder.name}, {len(array)} in all", f"logs   {folder}"]
+            lines += [f"jobs   {jobs[0].paths.folder.name}, {len(array)} in all", f"logs   {jobs[0].paths.folder}"]
         groups = sorted({str(run.directory.parent) for run in runs})
         sys.stdout.write("\n".join([*lines, *(f"watch  python -m pspo.status {group}" for group in groups)]) + "\n")
         sys.stdout.flush()
@@ -118,117 +142,79 @@ class Slurm(Launcher):
             log.warning("the jobs go on; python -m pspo.status --cancel %s ends them", groups[0])
             raise
 
-    def _arrays(self, todo: list[Planned]) -> list[list[Planned]]:
-        """The runs in as few arrays as the cluster's ``MaxArraySize`` allows, all nearly equally long."""
-        num_arrays = -(-len(todo) // (slurm.max_array_size() or len(todo) or 1))
-        bounds = [len(todo) * i // num_arrays for i in range(num_arrays + 1)] if todo else []
-        return [todo[first:last] for first, last in itertools.pairwise(bounds)]
-
-    def _submit(self, array: list[Planned], num_arrays: int) -> tuple[Path, dict[Path, str]]:
-        """Submit one of a sweep's arrays: its folder, and the job id of each run."""
-        folder = _folder(array)
+    def _submit(self, array: list[Planned], folder: Path, parameters: dict[str, Any]) -> list[submitit.Job[Any]]:
+        """Submit and record one of a sweep's arrays."""
         try:
             with _outside_of_jobs():
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
-                executor.update_parameters(**self._parameters(array, num_arrays))
+                executor.update_parameters(**parameters)
                 jobs = executor.submit_array([Job(run.overrides) for run in array])
         except submitit.core.utils.FailedJobError as error:
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
             raise ConfigError(f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}") from error
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
-        place, tasks = jobs[0].paths.folder, [job.job_id for job in jobs]
-        record_runs(self, "slurm", place, array, tasks)
-        return place, dict(zip((run.directory for run in array), tasks, strict=True))
+        record_runs(self, "slurm", jobs[0].paths.folder, array, [job.job_id for job in jobs])
+        return jobs
 
     def _notes(self, todo: list[Planned]) -> list[str]:
-        notes, arrays = [], self._arrays(todo)
-        for array in arrays:
-            folder, parameters = _folder(array), self._parameters(array, len(arrays))
+        notes = []
+        for array, folder, parameters in self._arrays(todo):
             command = f"{sys.executable} -u -m submitit.core._submit {folder}"
             notes += ["", _make_sbatch_string(command=command, folder=folder, map_count=len(array), **parameters)]
         return notes
 
-    def _parameters(self, array: list[Planned], num_arrays: int) -> dict[str, Any]:
-        """What submitit is told of one of a sweep's arrays.
+    def _arrays(self, todo: list[Planned]) -> list[tuple[list[Planned], Path, dict[str, Any]]]:
+        """The runs in as few, nearly equally long arrays as ``MaxArraySize`` allows; submitit's folder and parameters.
 
         srun is needed, as USR2 does not reach Python without it; srun must be told the processors again.
         """
-        gpu = f"gpu:{self.gpu_type}:{self.gpus}" if self.gpu_type else f"gpu:{self.gpus}"
-        memory = None if self.memory_gib is None else f"{round(self.memory_gib * 1024)}M"
-        given = {
-            "job_name": f"pspo-{array[0].directory.parent.name}",
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
+        num_arrays = -(-len(todo) // (slurm.max_array_size() or len(todo) or 1))
+        bounds = [len(todo) * i // num_arrays for i in range(num_arrays + 1)] if todo else []
+        values = {name: getattr(self, name) for name in NAMED_AS_IN_SBATCH} | {
             "time": self.time_min,
-            "mem": memory,
-            "gres": gpu if self.gpus else None,
+            "mem": None if self.memory_gib is None else f"{round(self.memory_gib * 1024)}M",
+            "gres": ":".join(filter(None, ["gpu", self.gpu_type, str(self.gpus)])) if self.gpus else None,
             "cpus_per_task": self.cpus,
-            "nodes": self.nodes,
             "ntasks_per_node": 1,
-            "constraint": self.constraint,
-            "exclude": self.exclude,
-            "comment": self.comment,
-            "array_parallelism": max(1, self.array_parallelism // num_arrays),
+            "array_parallelism": max(1, self.array_parallelism // max(1, num_arrays)),
             "signal_delay_s": self.notice_s,
             "setup": self.setup or None,
             "srun_args": [f"--cpus-per-task={self.cpus}"],
             "additional_parameters": {"requeue": True} | self.additional,
         }
-        return {name: value for name, value in given.items() if value is not None}
-
-
-def _folder(array: list[Planned]) -> Path:
-    """Where submitit keeps the pickles and logs of an array, or of a job."""
-    return array[0].directory.parent.absolute() / ".submitit" / ("%A" if len(array) > 1 else "%j")
-
-
-def _queued(runs: list[Planned]) -> dict[Path, str]:
-    """The runs that an earlier submission has brought into SLURM's queue, and their jobs there."""
-    wanted, tasks = {run.directory for run in runs}, dict[Path, set[str]]()
-    for parent in {directory.parent for directory in wanted}:
-        for path in parent.glob(".submitit/*/runs.json"):
-            record = json.loads(path.read_text())
-            for row in record["runs"] if record["cluster"] == "slurm" else []:
-                tasks.setdefault(parent / Path(row["directory"]).name, set()).add(row["task"])
-    states = slurm.job_states({task for directory in wanted for task in tasks.get(directory, ())})
-    return {
-        directory: task
-        for directory in wanted
-        for task in tasks.get(directory, ())
-        if task in states and states[task].alive
-    }
+        parameters, arrays = {name: value for name, value in values.items() if value is not None}, []
+        for first, last in itertools.pairwise(bounds):
+            array, group = todo[first:last], todo[first].directory.parent.absolute()
+            folder = group / ".submitit" / ("%A" if len(array) > 1 else "%j")
+            arrays.append((array, folder, {"job_name": f"pspo-{group.name}"} | parameters))
+        return arrays
 
 
 def _wait(tasks: Mapping[Path, str]) -> dict[Path, str]:
-    """Until no task runs or waits; what SLURM calls each. A job has ended when it is seen so twice.
+    """Wait until no task runs or waits; SLURM's last word on each. A job has ended when it is seen so twice.
 
     submitit's own ``result()`` waits for ever for a job that was cancelled or killed, where there is no accounting.
     """
-    (pause, longest), waiting, once, ended = POLL_S, dict(tasks), set[str](), dict[Path, str]()
+    (pause, longest), waiting, seen, ended = POLL_S, dict(tasks), set[str](), dict[Path, str]()
     while waiting:
         time.sleep(pause)
-        gone = slurm.gone(waiting.values())
-        over = [place for place, job in waiting.items() if job in once & gone]
-        pause = POLL_S[0] if gone - once else min(1.5 * pause, longest)
-        once = gone
-        states = slurm.job_states(waiting[place] for place in over)
-        for place in over:
-            job = waiting.pop(place)
-            ended[place] = f"job {job} is {states[job].state if job in states else 'unknown to SLURM'}"
-            log.info("%s: %s", place.name, "DONE" if (place / "DONE").is_file() else ended[place])
+        states = slurm.job_states(waiting.values())
+        over = {job for job, state in states.items() if not state.alive}
+        for directory, job in list(waiting.items()):
+            if job in seen & over:
+                del waiting[directory]
+                ended[directory] = f"job {job} is {states[job].state}"
+                log.info("%s: %s", directory.name, "DONE" if (directory / "DONE").is_file() else ended[directory])
+        pause = POLL_S[0] if over - seen else min(1.5 * pause, longest)
+        seen = over
     return ended
 
 
 @contextlib.contextmanager
 def _outside_of_jobs() -> Iterator[None]:
-    """Hide what SLURM tells the job that we are in, if any, as sbatch would take it for wishes."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    conf = os.environ.get("SLURM_CONF")
-    with clean_env():
-        if conf:
-            os.environ["SLURM_CONF"] = conf
+    """Hide the variables of the job that this process is part of, if any, as sbatch would take them for wishes."""
+    cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext():
+        os.environ |= cluster
         yield

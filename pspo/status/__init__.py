@@ -1,4 +1,4 @@
-"""What became of a group's runs: done, running, waiting, or how each of them ended."""
+"""The states of a group's runs: done, running, waiting, or how each run ended."""
 
 from pspo.status.state import Group, Row, collect, held
 

@@ -1,4 +1,4 @@
-"""What became of a group's runs, in one table: from their directories, and from SLURM where it exists.
+"""The state of every run of a group in one table, from the run directories, and from SLURM where it exists.
 
 python -m pspo.status outputs/<group> [--watch] [--json] [--cancel] [--retry-failed]
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.console import Group as Together
+from rich.console import Group as Renderables
 from rich.live import Live
 from rich.padding import Padding
 from rich.text import Text
@@ -24,11 +24,13 @@ from pspo.host import slurm
 from pspo.status.state import RETRIED, STATES, Group, Row, collect
 
 WATCH_S = 5.0
+"""Seconds between two refreshes of the table."""
+
 INDENT = (0, 0, 0, 4)
 
 
 def table(group: Group, width: int) -> RenderableType:
-    """The rows for a person: each run's name and numbers, in one line where ``width`` columns allow it, then notes."""
+    """The table for a person: each run's name and numbers, in one line where ``width`` columns allow it, then notes."""
     states = [row.state for row in group.rows]
     counts = [f"{len(states)} run{'s' * (len(states) != 1)}"]
     counts += [f"{states.count(state)} {state}" for state in STATES if state in states]
@@ -38,13 +40,13 @@ def table(group: Group, width: int) -> RenderableType:
     names = _names(group.rows)
     column = max(map(len, names), default=0) + 2
     in_one = column + max(map(len, lines), default=0) <= width
-    made: list[RenderableType] = [Text(f"{group.directory}: {', '.join(counts)}")]
+    parts: list[RenderableType] = [Text(f"{group.directory}: {', '.join(counts)}")]
     for row, name, line in zip(group.rows, names, lines, strict=True):
         state = Text.assemble((row.state, STATES[row.state]), line.removeprefix(row.state))
-        made += [Text(name.ljust(column)) + state] if in_one else [Text(name), Padding(state, INDENT, expand=False)]
+        parts += [Text(name.ljust(column)) + state] if in_one else [Text(name), Padding(state, INDENT, expand=False)]
         if notes := _notes(row):
-            made.append(Padding(Text(notes), INDENT, expand=False))
-    return Together(*made)
+            parts.append(Padding(Text(notes), INDENT, expand=False))
+    return Renderables(*parts)
 
 
 def _numbers(row: Row) -> list[str]:
@@ -58,15 +60,15 @@ def _numbers(row: Row) -> list[str]:
 
 
 def _notes(row: Row) -> str:
-    """What a run does, with the time that is left; its restarts; and the last line of why it ended or waits."""
+    """A run's phase with the time that is left, its restarts, and the last line of why it ended or waits."""
     left = "" if row.eta_s is None else f", {duration(row.eta_s)} left"
     restarts = f"{row.restarts} restart{'s' * (row.restarts != 1)}" if row.restarts else ""
-    return "; ".join(filter(None, [row.phase + left, restarts, row.why and row.why.splitlines()[-1]]))
+    return "; ".join(filter(None, [row.phase + left, restarts, row.why.rpartition("\n")[2]]))
 
 
 def _names(rows: list[Row]) -> list[str]:
-    """What sets each run apart, and the end of its directory's name; all of that name where nothing does."""
-    shared = set[str]().union(*(row.overrides for row in rows)).intersection(*(row.overrides for row in rows))
+    """The overrides that not all runs share and the end of the directory's name; that whole name without overrides."""
+    shared = set.intersection(*(set(row.overrides) for row in rows)) if rows else set()
     names = []
     for row in rows:
         words = " ".join(_short(override, row.run) for override in row.overrides if override not in shared)
@@ -83,38 +85,39 @@ def _short(override: str, run: str) -> str:
 
 
 def cancel(group: Group) -> None:
-    """Cancel every job of the group that is at work or waits."""
-    alive = {job_id: job for job_id, job in group.jobs.items() if job.alive}
+    """Cancel every running or waiting job of the group."""
+    alive = {job_id: job for job_id, job in sorted(group.jobs.items()) if job.alive}
     for row in group.rows:
         if row.state == "running" and row.job_id not in alive:
             sys.stderr.write(f"pspo: {row.run} runs outside SLURM; stop its process\n")
     if not alive:
         sys.stderr.write("pspo: no job of this group runs or waits in SLURM; nothing to cancel\n")
         return
-    for job_id, job in sorted(alive.items()):
+    for job_id, job in alive.items():
         print(f"cancel {job_id} ({job.state.lower()})")  # noqa: T201
-    if complaint := slurm.cancel(sorted(alive)):
+    if complaint := slurm.cancel(list(alive)):
         raise ConfigError(f"scancel says: {complaint}; ask the cluster's administrators, or cancel these jobs yourself")
 
 
 def retry(group: Group) -> None:
-    """Submit again what failed, each run by the launcher that submitted it, with the settings of that time."""
-    from pspo.launcher import make_plan  # seconds that a look at the table need not wait for
+    """Submit the failed runs again, each by the launcher and with the settings of its newest submission."""
+    from pspo.launcher import make_plan  # imports torch, which a look at the table does without
     from pspo.launcher.local import Local
     from pspo.launcher.slurm import Slurm
 
-    tasks = {row.run: group.task(row.run) for row in group.rows if row.state in RETRIED}
-    for run in [run for run, task in tasks.items() if task is None]:
-        sys.stderr.write(f"pspo: {run} was not submitted by a launcher; the command that started it resumes it\n")
-    by_record: dict[Path, list[list[str]]] = {}
-    for task in filter(None, tasks.values()):
-        by_record.setdefault(task.record, []).append(task.overrides)
-    if not by_record:
+    failed: dict[Path, list[list[str]]] = {}
+    for row in group.rows:
+        if row.state in RETRIED and (task := group.task(row.run)):
+            failed.setdefault(task.record, []).append(task.overrides)
+        elif row.state in RETRIED:
+            sys.stderr.write(
+                f"pspo: {row.run} was not submitted by a launcher; the command that started it resumes it\n"
+            )
+    if not failed:
         sys.stderr.write("pspo: no submitted run of this group has failed; nothing to retry\n")
-    for path, jobs in by_record.items():
-        record = json.loads(path.read_text())
+    for path, jobs in failed.items():
+        record, planned = json.loads(path.read_text()), make_plan(jobs)
         kind: Any = {"slurm": Slurm, "local": Local}[record["cluster"]]
-        planned = make_plan(jobs)
         if {run.directory.parent.resolve() for run in planned} != {group.directory.resolve()}:
             raise ConfigError(
                 f"these runs were submitted from another directory; go there, and retry {group.directory}"
@@ -130,30 +133,24 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--cancel", action="store_true", help="scancel the group's running and waiting jobs")
     parser.add_argument("--retry-failed", action="store_true", help=f"submit again what is {', '.join(RETRIED)}")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with answering(ConfigError):
-        group = collect(given.group)
-        if given.cancel:
-            cancel(group)
-        if given.retry_failed:
-            retry(group)
-        if given.cancel or given.retry_failed:
-            group = collect(given.group)
-        if given.json:
+        group = collect(arguments.group)
+        for chosen, act in ((arguments.cancel, cancel), (arguments.retry_failed, retry)):
+            if chosen:
+                act(group)
+                group = collect(arguments.group)
+        console = Console()
+        if arguments.json:
             sys.stdout.write(json.dumps([asdict(row) for row in group.rows], indent=2) + "\n")
-        elif given.watch:
-            _watch(given.group, group)
-        else:
-            console = Console()
+        elif not arguments.watch:
             console.print(table(group, console.width), highlight=False)
-
-
-def _watch(directory: Path, group: Group) -> None:
-    with Live(table(group, Console().width), auto_refresh=False) as live:
-        while group.unfinished:
-            time.sleep(WATCH_S)
-            group = collect(directory)
-            live.update(table(group, live.console.width), refresh=True)
+        else:
+            with Live(table(group, console.width), console=console, auto_refresh=False) as live:
+                while group.unfinished:
+                    time.sleep(WATCH_S)
+                    group = collect(arguments.group)
+                    live.update(table(group, console.width), refresh=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What became of each run of a group: its directory, its lock and, where there is one, SLURM are asked."""
+"""The state of each run of a group, from its directory, its lock and, where there is one, SLURM."""
 
+import contextlib
 import fcntl
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ STATES = {
     "done": "green",
     "running": "cyan",
     "waiting": "dim",
-    "requeued": "dim cyan",  # SLURM starts it again and it resumes
+    "requeued": "dim cyan",  # SLURM starts the run again, which resumes
     "failed": "red",
     "out of memory": "red",
     "timed out": "yellow",
     "cancelled": "yellow",
     "node failure": "yellow",
-    "lost": "magenta",  # SLURM does not know its job, and nothing tells how it ended
-    "cut off": "yellow",  # it has stopped before its end, and no job of SLURM's tells why
+    "lost": "magenta",  # SLURM does not know the run's job, and no file says how the run ended
+    "cut off": "yellow",  # the run stopped before its end, and no job of SLURM's says why
 }
+"""Each state of a run, with the colour of its word."""
+
 RETRIED = ("failed", "out of memory", "timed out", "node failure", "lost", "cut off")
-SLURM_SAYS = {
+STATE_OF_ENDED_JOB = {
     "OUT_OF_MEMORY": "out of memory",
     "TIMEOUT": "timed out",
     "DEADLINE": "timed out",
@@ -37,6 +39,7 @@ SLURM_SAYS = {
     "NODE_FAIL": "node failure",
     "BOOT_FAIL": "node failure",
     "FAILED": "failed",
+    slurm.UNKNOWN: "lost",
 }
 TAIL_BYTES = 1 << 17
 IMPORTING = "importing"
@@ -55,10 +58,11 @@ class Task:
 
 @dataclass
 class Row:
-    """One run.
+    """One run; unknown numbers are None, unknown words "".
 
-    Unknown numbers are None; ``phase`` is what a running one does, ``eta_s`` when that ends, in seconds from now, and
-    ``why`` says how a run ended or why it waits, "" where nothing is to say.
+    Attributes:
+        phase: what a running run does; ``eta_s`` are the seconds to the end of that phase.
+        why: how the run ended, or why it waits.
     """
 
     run: str
@@ -83,16 +87,15 @@ class Group:
     directory: Path
     tasks: dict[str, list[Task]]
     jobs: dict[str, slurm.JobState]
-    gone: set[str]
     rows: list[Row]
 
     @property
     def unfinished(self) -> bool:
-        """Whether any run is at work or waits."""
+        """Whether any run is running or waiting."""
         return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
 
     def task(self, run: str) -> Task | None:
-        """The submission that counts for a run: one that is at work or waits, else the newest."""
+        """The submission that counts for a run: one whose job is alive, else the newest."""
         newest_first = self.tasks.get(run, [])
         alive = [task for task in newest_first if (job := self.jobs.get(task.job_id or "")) and job.alive]
         return next(iter([*alive, *newest_first]), None)
@@ -114,8 +117,7 @@ def collect(directory: Path) -> Group:
     owners = {run: _read_json(directory / run / ".owner") for run in begun}
     ids = {task.job_id for known in tasks.values() for task in known if task.job_id and task.cluster == "slurm"}
     ids |= {str(owner["job_id"]) for owner in owners.values() if owner.get("job_id")}
-    jobs = slurm.job_states(ids)
-    group = Group(directory, tasks, jobs, slurm.gone(ids - jobs.keys()), [])
+    group = Group(directory, tasks, slurm.job_states(ids), [])
     group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | tasks.keys())]
     return group
 
@@ -145,24 +147,24 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
         row.state = "out of memory" if failure.get("kind") == "out of memory" else "failed"
         row.why = str(failure.get("error", "")).strip()
     elif job:
-        row.state, row.why = _ended(job, task)
+        row.state, row.why = _ended(row.job_id, job, _log(task) if task else "")
     elif task and task.cluster == "local" and not owner:
         row.state, row.why = _in_slot(task)
     elif row.job_id and (task is None or task.cluster == "slurm"):
-        row.state, row.why = _unknown(group, row.job_id)
+        row.why = f"no process holds the run's lock; SLURM cannot be asked about job {row.job_id}"
     elif owner:
         row.why = f"process {owner.get('pid')} on {owner.get('host')} is not at work; the same command resumes it"
     return row
 
 
 def _phase(directory: Path) -> tuple[str, float | None]:
-    """The phase that a running process tells in ``.phase``, with how much of it is done, and the seconds left in it."""
-    told = _read_json(directory / ".phase")
-    if not told:
+    """The phase in a running run's ``.phase`` with its counts, and the seconds left in it."""
+    phase = _read_json(directory / ".phase")
+    if not phase:
         return IMPORTING, None
-    counts = "" if told.get("total") is None else f" {told['done']:.0f}/{told['total']:.0f}"
-    left_s = None if told.get("left_s") is None else max(0.0, told["left_s"] - (time.time() - told["time"]))
-    return told["phase"] + counts, left_s
+    counts = "" if phase.get("total") is None else f" {phase['done']:.0f}/{phase['total']:.0f}"
+    left_s = None if phase.get("left_s") is None else max(0.0, phase["left_s"] - (time.time() - phase["time"]))
+    return phase["phase"] + counts, left_s
 
 
 def _overrides(directory: Path, task: Task | None) -> list[str]:
@@ -172,19 +174,19 @@ def _overrides(directory: Path, task: Task | None) -> list[str]:
     return yaml.safe_load(path.read_text()) or []
 
 
-def _ended(job: slurm.JobState, task: Task | None) -> tuple[str, str]:
-    """State and reason of a run whose job has ended, while the run has not, nor said why."""
-    log = _log(task) if task else ""
-    state = SLURM_SAYS.get(job.state, "cut off")
-    if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd tells it there
+def _ended(job_id: str | None, job: slurm.JobState, log: str) -> tuple[str, str]:
+    """State and reason of a run whose job has ended, while the run itself is not done and left no reason."""
+    state, signal = STATE_OF_ENDED_JOB.get(job.state, "cut off"), f"killed by signal {job.signal}"
+    if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd writes it there
         return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
-    if state == "failed" and job.signal == 9:
-        return "failed", "killed by signal 9, probably memory"
     if state == "failed" and job.signal:
-        return "failed", f"killed by signal {job.signal}"
-    if state == "failed":
-        return "failed", _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}"
-    return state, "" if state != "cut off" else f"SLURM says {job.state}, before the run was done"
+        return state, f"{signal}, probably memory" if job.signal == 9 else signal
+    reasons = {
+        "failed": _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}",
+        "lost": f"SLURM does not know job {job_id}, and nothing tells how it ended",
+        "cut off": f"SLURM says {job.state}, before the run was done",
+    }
+    return state, reasons.get(state, "")
 
 
 def _is_newer(path: Path, task: Task | None) -> bool:
@@ -207,15 +209,9 @@ def _log(task: Task) -> str:
 
 
 def _last_lines(log: str) -> str:
-    """Those of the run itself: what SLURM adds tells only that the step has ended."""
+    """The last lines of the run itself; SLURM's own say only that the step has ended."""
     own = [line for line in log.splitlines() if line.strip() and not line.startswith(("srun: ", "slurmstepd"))]
     return "\n".join(own[-3:])
-
-
-def _unknown(group: Group, job_id: str) -> tuple[str, str]:
-    if job_id in group.gone:
-        return "lost", f"SLURM does not know job {job_id}, and nothing tells how it ended"
-    return "cut off", f"no process holds the run's lock; SLURM cannot be asked about job {job_id}"
 
 
 def _progress(row: Row, directory: Path) -> None:
@@ -223,51 +219,34 @@ def _progress(row: Row, directory: Path) -> None:
     config = directory / "config.yaml"
     budget = (yaml.safe_load(config.read_text()) or {}).get("budget", {}) if config.is_file() else {}
     row.unit, row.budget = next(((unit, total) for unit, total in budget.items() if total is not None), ("", None))
-    metrics = list(_last_rows(directory / "metrics.jsonl"))
-    spent = [values[f"budget/{row.unit}"] for values in metrics if f"budget/{row.unit}" in values]
-    row.done = spent[-1] if spent else 0 if metrics else None
-    row.reward = next((m["reward/mean"] for m in reversed(metrics) if m.get("reward/mean") is not None), None)
-
-
-def _last_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _tail(path).split(b"\n")[:-1]:  # what follows the last newline is still being written
-        try:
-            values = json.loads(line)
-        except ValueError:  # the first line, cut by the tail; or one that a crash has torn
-            continue
-        if isinstance(values, dict):
-            yield values
+    for line in _tail(directory / "metrics.jsonl").split(b"\n")[:-1]:  # without a last line that is still being written
+        with contextlib.suppress(ValueError):  # the first line, cut by the tail
+            metrics = json.loads(line)
+            row.done = metrics.get(f"budget/{row.unit}", row.done or 0)
+            row.reward = row.reward if metrics.get("reward/mean") is None else metrics["reward/mean"]
 
 
 def _tail(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))  # 0 in /proc, whose files have no size
-            return file.read()
-    except OSError:
-        return b""
+    """The last ``TAIL_BYTES`` of a file; b"" where it cannot be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))  # 0 in /proc, whose files have no size
+        return file.read()
+    return b""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    """The object in a JSON file; {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def held(directory: Path) -> bool:
-    """Whether a process holds the run's lock, as far as this machine's kernel, or the network's file system, tells."""
-    try:
-        descriptor = os.open(directory / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks tells nothing
-        return False
-    finally:
-        os.close(descriptor)
+    """Whether a process holds the run's lock, by this machine's kernel; False on a file system without locks."""
+    with contextlib.suppress(OSError), (directory / ".lock").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False

@@ -1,14 +1,35 @@
-"""The tracker of a run: one JSON line per step in ``metrics.jsonl``, always, and the same rows to a mirror."""
+"""The tracker of a run and its keys: one JSON line per step in ``metrics.jsonl``, and the same rows to a mirror."""
 
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, cast
 
 from pspo.base.files import JsonLines
-from pspo.tracker.config import TrackerConfig, WandbConfig
+from pspo.base.schema import Schema, key
 from pspo.tracker.wandb import Mirror
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig(Schema, block="tracker"):
+    """Where metrics go besides ``metrics.jsonl``, which is always written."""
+
+    name: Literal["jsonl", "wandb"] = key("jsonl: metrics.jsonl alone; wandb: mirrored to Weights & Biases as well")
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> type[Self]:
+        """``WandbConfig`` unless the name is jsonl, which has no other keys."""
+        return cls if values.get("name") == "jsonl" else cast(type[Self], WandbConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig(TrackerConfig, block="tracker"):
+    """Weights & Biases; WANDB_MODE, WANDB_API_KEY and ``wandb login`` decide whether a run sends rows itself."""
+
+    project: str = key("W&B project")
+    entity: str | None = key("W&B user or team; null takes the login's own")
 
 
 class Tracker:
@@ -40,8 +61,7 @@ class Tracker:
 
         Raises ValueError if the file is shorter than the checkpoint says.
         """
-        num_rows = state["metrics_rows"] if state else 0
-        path = self._lines.path
+        num_rows, path = state["metrics_rows"] if state else 0, self._lines.path
         if self._lines.num_rows() < num_rows:
             raise ValueError(f"{path} is shorter than its checkpoint says ({num_rows} rows); restore it or start anew")
         self._lines.cut(num_rows)

@@ -11,23 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import pandas
 import yaml
 
 from pspo.base.files import write_json
 
 log = logging.getLogger("pspo")
 
-INIT_TIMEOUT_S = 20.0
-"""Longest wait for a server's answer when a mirror opens; only the mirror's own thread waits."""
+INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0
+"""Longest wait in seconds for a server's answer when a mirror opens, and for the last uploads of a run."""
 
-FINISH_TIMEOUT_S = 20.0
-"""Longest wait for the last uploads of a run."""
-
-CLOSE_TIMEOUT_S = 30.0
-"""Longest time that a mirror holds up the end of a run, whatever W&B does."""
-
-UPLOAD_TIMEOUT_S = 1800.0
-"""Longest replay of one run; what W&B lacks then is sent by the next one."""
+CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0
+"""Longest wait in seconds for the end of a mirror, whatever W&B does: at the end of a run, and of a replay."""
 
 
 class Mirror:
@@ -36,16 +31,11 @@ class Mirror:
     W&B's own last step is the cursor: the first row sent is the one after it. So there is neither a gap nor a double
     step, whichever processes sent the earlier rows and whenever they were killed. A file lock admits one mirror of a
     run directory at a time. Where W&B is offline or has no login nothing is sent, and ``pspo.sync`` does it later, by
-    a mirror with ``replay``. The first error ends a mirror and is told in one warning.
-
-    Attributes:
-        num_sent: rows sent so far.
-        error: what ended this mirror early; "" where nothing did.
+    a mirror with ``replay``. ``num_sent`` counts the rows sent; the first ``error`` ends a mirror, with one warning.
     """
 
     def __init__(self, directory: Path, *, replay: bool = False) -> None:
-        self.directory = directory.absolute()
-        self.num_sent, self.error = 0, ""
+        self.directory, self.num_sent, self.error = directory.absolute(), 0, ""
         self._replay, self._next_step = replay, 0
         self._run: Any = None
         self._calls: queue.SimpleQueue[Callable[[Any], None] | int] = queue.SimpleQueue()
@@ -66,7 +56,8 @@ class Mirror:
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Update the summary of the W&B run, nested keys joined by ``/``."""
-        self._put(lambda run: run.summary.update(_flatten(summary)))
+        (flat,) = pandas.json_normalize(dict(summary), sep="/").to_dict("records")
+        self._put(lambda run: run.summary.update(flat))
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run, as failed if ``exit_code`` is not 0; returns in bounded time, whatever W&B does."""
@@ -122,7 +113,7 @@ class Mirror:
             finish_timeout=FINISH_TIMEOUT_S,
             finish_timeout_raises=True,
         )
-        if self._replay:  # long, wanted even under WANDB_MODE=offline, and on another machine than the run's
+        if self._replay:  # takes long, is wanted even under WANDB_MODE=offline, on another machine than the run's
             settings.mode, settings.finish_timeout = "online", 0.0
             settings.x_disable_stats = settings.x_disable_machine_info = True
         mode = wandb.setup(settings=settings).settings.mode
@@ -148,16 +139,10 @@ class Mirror:
         return run
 
     def _fail(self, error: str) -> None:
-        if self.error:
-            return
-        self.error = error
-        if not self._replay:
-            log.warning(
-                "W&B is off for the rest of this run (%s); metrics.jsonl goes on, and python -m pspo.sync %s sends W&B "
-                "what it lacks",
-                error,
-                self.directory.parent,
-            )
+        if not self.error and not self._replay:
+            rest = f"metrics.jsonl goes on, and python -m pspo.sync {self.directory.parent} sends W&B what it lacks"
+            log.warning("W&B is off for the rest of this run (%s); %s", error, rest)
+        self.error = self.error or error
 
 
 def _tear_down() -> None:
@@ -165,10 +150,3 @@ def _tear_down() -> None:
     import wandb
 
     wandb.teardown()
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
