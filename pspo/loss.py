@@ -88,7 +88,7 @@ def batch_loss(
             logprob_BT=leaf_BT,
             old_logprob_BT=(old_BT := torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())),
             log_ratio_BT=(token_log_ratio_BT := log_ratio(leaf_BT, old_BT)),
-            advantage_BT=advantage_BT.to(leaf_BT.dtype),
+            advantage_BT=advantage_BT,
             mask_BT=mask_BT,
         ),
     )
@@ -101,7 +101,7 @@ def batch_loss(
         total_BT = total_BT + config.kl_weight * kl_BT
     if config.entropy_weight:
         total_BT = total_BT - config.entropy_weight * entropy_BT
-    loss = torch.where(mask_BT, coefficient_B1.to(leaf_BT.dtype) * total_BT, 0.0).sum()
+    loss = torch.where(mask_BT, coefficient_B1 * total_BT, 0.0).sum()
     with torch.no_grad():
         ratio_BT, log_ratio_BT = token_log_ratio_BT.exp(), token_log_ratio_BT.detach()
         statistics.mean("loss/mean", objective_BT, mask_BT)

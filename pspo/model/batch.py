@@ -81,10 +81,11 @@ def make_batch(bundles: Sequence[Bundle], pad_id: int, device: torch.device) -> 
     return Batch(any(len(behind) > 1 for _, behind in bundles), *tensors)
 
 
-def pad_to(rows: list[list[float]], like_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of numbers, padded with zeros to the shape and device of ``like_BT``."""
+def pad_to(rows: list[list[float]], like_BT: Tensor) -> Tensor:
+    """Rows of numbers, padded with zeros to the shape, dtype and device of ``like_BT``."""
     mask_BT = torch.arange(like_BT.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    return scatter(mask_BT, torch.tensor([value for row in rows for value in row], dtype=dtype)).to(like_BT.device)
+    value_N = torch.tensor([value for row in rows for value in row], dtype=like_BT.dtype)
+    return scatter(mask_BT, value_N).to(like_BT.device)
 
 
 def scatter(mask_BT: Tensor, values_N: Tensor) -> Tensor:
