@@ -89,6 +89,6 @@ def test_sharing_a_prompt_changes_nothing_in_either_attention_of_the_library(tin
 
 
 def test_pad_to():
-    padded_BT = pad_to([[1.5], [2.0, 3.0]], torch.empty(2, 3), torch.float64)
+    padded_BT = pad_to([[1.5], [2.0, 3.0]], torch.empty(2, 3, dtype=torch.float64))
     assert padded_BT.dtype == torch.float64
     assert padded_BT.tolist() == [[1.5, 0, 0], [2, 3, 0]]
