@@ -68,12 +68,12 @@ def names(directory: Path) -> list[str]:
 
 def check(directory: Path, identity: str) -> None:
     """Refuse checkpoints that the run ``identity`` cannot resume from. Raises ConfigError; reads no more than meta."""
+    remedy = "move the run directory away, or set another group"
     for path in _steps(directory):
         try:
             meta = json.loads((path / "meta.json").read_text())
         except (OSError, ValueError):  # torn: it will be passed over
             continue
-        remedy = "move the run directory away, or set another group"
         if meta.get("format") != FORMAT:
             raise ConfigError(
                 f"{path} was saved by pspo {meta.get('version')} in format {meta.get('format', 1)}, and this pspo "

@@ -75,7 +75,10 @@ class Trainer:
             max_length=rollout.max_new_tokens, max_tokens=config.update.max_tokens,
             max_grad_norm=config.optimizer.max_grad_norm,
         )  # fmt: skip
-        self.optimizer = config.optimizer.make(self._parameter_groups())
+        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
+        if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
+            groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
+        self.optimizer = config.optimizer.make(groups)
         self.state.alpha = getattr(config.objective, "alpha", None)
         self.completions = JsonLines(self.directory / "completions.jsonl")
         self.diagnostics = JsonLines(self.directory / "diagnostics.jsonl")
@@ -195,13 +198,6 @@ class Trainer:
         if not probe and not (config.every and number % config.every == 0):
             return None
         return Record([default_objective(name) for name in config.counterfactual] if probe else [])
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The policy's parameters, then the value model's own, whose learning rate follows the same schedule."""
-        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
-        if self.critic is not None:
-            groups[1]["lr_factor"] = self.critic.config.value_lr / self.config.optimizer.lr
-        return groups
 
     def _validate(self) -> dict[str, float]:
         """Metrics of held-out training problems; saves the weights if ``selection=best`` and none were better."""

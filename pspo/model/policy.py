@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pspo.base.files import SaveError, new_directory
 from pspo.base.schema import ConfigError
-from pspo.model import attention, source, warm_start
+from pspo.model import source, warm_start
+from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig, ModelConfig
 from pspo.model.folder import read_model, read_tokenizer
-from pspo.model.logprob import autocast_to_bfloat16, raised
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states, raised
 
 MAX_SAVED_GAP = 1e-3
 """Nats by which a log-probability of the saved model may differ from the trained policy's; both without autocast."""
@@ -33,7 +34,7 @@ class Policy:
     autocast: bool
     gradient_checkpointing: bool
     shares_prompts: bool = False
-    """Whether completions may stand behind one copy of their prompt, as ``attention.can_share`` found."""
+    """Whether completions may stand behind one copy of their prompt, as ``can_share`` says."""
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +82,7 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
         model = _adapted(model, config.lora, seed)
     model.to(device).eval()
     _check_head(config, model)
-    encoder, shares = read_tokenizer(directory), attention.can_share(model)
+    encoder, shares = read_tokenizer(directory), can_share(model)
     return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
 
 
@@ -133,10 +134,32 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
         after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
         special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
         ids |= set([i for i in tokenizer.encode(after, add_special_tokens=False) if i in special][:1])
-    found = sorted(i for i in ids if i is not None)
-    if not found:
+    if not (known := sorted(i for i in ids if i is not None)):
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
-    return found
+    return known
+
+
+@torch.inference_mode()
+def can_share(model: Any) -> bool:
+    """Whether completions may share one copy of their prompt, as the decoder takes any mask of what sees what.
+
+    Not where a layer has a window or a state, nor in flash attention. It is tried, without autocast: the hidden states
+    of two completions that share one prompt may differ from those in rows of their own by 1e-4 of their norm.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    if kinds != {"full_attention"} or window or config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    prompt, completions = [1, 2, 3], [[4, 5, 0], [6, 7, 0]]
+    try:
+        apart, shared = (
+            predicting_states(model.get_decoder(), make_batch(bundles, 0, model.device))
+            for bundles in ([(prompt, [c]) for c in completions], [(prompt, completions)])
+        )
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it knows no masks of four dimensions
+        return False
+    return bool((apart - shared).norm() <= 1e-4 * apart.norm())
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ def check_directory(directory: Path, asked: str) -> None:
     tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
     templated = template.is_file() or _read(directory / "tokenizer_config.json").get("chat_template")
     settings = _read(directory / "config.json")
-    kind = settings.get("model_type")
+    kind, is_quantized = settings.get("model_type"), "quantization_config" in settings
     need = "give a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
@@ -87,10 +87,7 @@ def check_directory(directory: Path, asked: str) -> None:
         (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
         (not templated, "has no chat template; set tokenizer.chat_template and save the tokenizer again"),
         (kind not in KNOWN, f"is of type {kind}, no causal language model that transformers knows; choose another"),
-        (
-            "quantization_config" in settings,
-            "holds quantized weights, which cannot be trained; choose the unquantized model",
-        ),
+        (is_quantized, "holds quantized weights, which cannot be trained; choose the unquantized model"),
     ):
         if wrong:
             raise ConfigError(f"{asked} {sentence}")

@@ -81,8 +81,8 @@ def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
     model.train()
-    batches = _batches(settings, seed, len(problems))
-    for step, chosen in enumerate(track(batches, "warm start", num_steps * settings.batch_size, "solutions")):
+    batches = track(_batches(settings, seed, len(problems)), "warm start", num_steps * settings.batch_size, "solutions")
+    for step, chosen in enumerate(batches):
         interrupt.check()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)

@@ -14,8 +14,7 @@ from pspo.advantage import has_spread
 from pspo.base.stream import Stream
 from pspo.dataset import Prompt, order
 from pspo.reward import Reward, Score
-from pspo.rollout.config import RolloutConfig
-from pspo.rollout.sample import Completion, Sampler
+from pspo.rollout.sample import Completion, RolloutConfig, Sampler
 
 
 def collect(

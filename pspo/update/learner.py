@@ -34,27 +34,16 @@ class UpdateConfig(Schema, block="update"):
 
 @dataclass(frozen=True)
 class Learner:
-    """The models that learn and their loss: the same through a run but for the objective's alpha.
-
-    Attributes:
-        policy: the model that is trained.
-        critic: its value model, where the advantage needs one.
-        objective: the trust region.
-        loss: importance level, aggregation and the terms beside the objective.
-        temperature: temperature of the sampling.
-        max_length: the longest completion, in tokens.
-        max_tokens: padded positions of one micro-batch.
-        max_grad_norm: largest norm of a gradient, the policy's and the value model's each by themselves.
-    """
+    """The models that learn and their loss: the same through a run but for the objective's alpha."""
 
     policy: Policy
-    critic: Critic | None
+    critic: Critic | None  # the policy's value model, where the advantage needs one
     objective: Objective
     loss: LossConfig
-    temperature: float
-    max_length: int
-    max_tokens: int
-    max_grad_norm: float
+    temperature: float  # of the sampling
+    max_length: int  # tokens of the longest completion
+    max_tokens: int  # padded positions of one micro-batch
+    max_grad_norm: float  # of the policy's gradient and, by itself, of the value model's
 
     def parameters(self) -> list[list[torch.nn.Parameter]]:
         """The policy's trained parameters, then the value model's own."""

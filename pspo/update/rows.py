@@ -11,7 +11,7 @@ from torch import Tensor
 from pspo.advantage import Advantage
 from pspo.advantage.critic import Critic
 from pspo.model import Policy
-from pspo.model.batch import Batch, make_batch, pad_to
+from pspo.model.batch import Batch, make_batch, scatter
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.rollout import Completion
 from pspo.update.learner import Learner
@@ -20,25 +20,15 @@ from pspo.update.pack import Bundles, pack
 
 @dataclass(frozen=True)
 class Row:
-    """One completion as the update sees it; every list but the prompt has one number for each of its tokens.
-
-    Attributes:
-        prompt_ids: tokens of the prompt.
-        token_ids: tokens of the completion.
-        old_logprobs: log π_old of each token, in nats.
-        advantages: A of each token.
-        reference_logprobs: log π_ref of each token, where there is a KL penalty.
-        values: V of each token at the start of the step, where there is a value model.
-        returns: the targets of V.
-    """
+    """One completion as the update sees it; every list but the prompt has one number for each of its tokens."""
 
     prompt_ids: list[int]
     token_ids: list[int]
-    old_logprobs: list[float]
-    advantages: list[float]
-    reference_logprobs: list[float] | None = None
-    values: list[float] | None = None
-    returns: list[float] | None = None
+    old_logprobs: list[float]  # log π_old, in nats
+    advantages: list[float]  # A
+    reference_logprobs: list[float] | None = None  # log π_ref, in nats, where there is a KL penalty
+    values: list[float] | None = None  # V at the start of the step, where there is a value model
+    returns: list[float] | None = None  # the targets of V
 
 
 def make_rows(
@@ -109,8 +99,10 @@ def batch_of(rows: Sequence[Row], policy: Policy, bundles: Bundles) -> Batch:
 
 
 def column(rows: Sequence[Row], name: str, like_BT: Tensor) -> Tensor:
-    """One of the rows' lists, padded with zeros to (B, T)."""
-    return pad_to([getattr(row, name) for row in rows], like_BT)
+    """One of the rows' lists, padded with zeros to the shape, dtype and device of ``like_BT``."""
+    value_N = like_BT.new_tensor([value for row in rows for value in getattr(row, name)])
+    length_B1 = torch.tensor([[len(row.token_ids)] for row in rows], device=like_BT.device)
+    return scatter(torch.arange(like_BT.shape[1], device=like_BT.device) < length_B1, value_N)
 
 
 def _flat(rows: Iterable[list[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -19,8 +19,7 @@ from pspo.host import interrupt
 from pspo.host.memory import halving
 from pspo.model import Policy
 from pspo.model.logprob import autocast_to_bfloat16
-from pspo.rollout.config import RolloutConfig
-from pspo.rollout.sample import Completion
+from pspo.rollout.sample import Completion, RolloutConfig
 from pspo.rollout.samplers.draw import draw
 
 LOOK_EVERY_TOKENS = {"cpu": 1, "cuda": 16}
@@ -123,8 +122,8 @@ def _left_padded(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Tensor, 
     width = max(map(len, prompts))
     ids = [[policy.pad_id] * (width - len(prompts[n])) + prompts[n] for n in first]
     attention = [[0] * (width - len(prompts[n])) + [1] * len(prompts[n]) for n in first]
-    made = (torch.tensor(ids), torch.tensor(attention), torch.from_numpy(prompt_of))
-    return made[0].to(policy.device), made[1].to(policy.device), made[2].to(policy.device)
+    ids_PS, attention_PS, prompt_of_R = (torch.tensor(x, device=policy.device) for x in (ids, attention, prompt_of))
+    return ids_PS, attention_PS, prompt_of_R
 
 
 def _logits(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: Tensor) -> Tensor:
