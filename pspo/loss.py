@@ -51,11 +51,6 @@ class LossConfig(Schema, block="loss"):
                 "choose advantage=group, mean or leave_one_out"
             )
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether log-probabilities of a frozen reference are needed."""
-        return self.kl != "none"
-
 
 def batch_loss(
     config: LossConfig,
@@ -82,17 +77,13 @@ def batch_loss(
     ∂(Σ objective)/∂logprob (B, T) before aggregation, so that a token's gradient weight is w = −gradient / A.
     """
     leaf_BT = logprob_BT.detach().requires_grad_()
-    x = at_level(
-        config.importance,
-        ObjectiveInput(
-            logprob_BT=leaf_BT,
-            old_logprob_BT=(old_BT := torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())),
-            log_ratio_BT=(token_log_ratio_BT := log_ratio(leaf_BT, old_BT)),
-            advantage_BT=advantage_BT,
-            mask_BT=mask_BT,
-        ),
-    )
-    objective_BT = objective(x)
+    old_BT = torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())
+    token_log_ratio_BT = log_ratio(leaf_BT, old_BT)
+    tokens = ObjectiveInput(
+        logprob_BT=leaf_BT, old_logprob_BT=old_BT, log_ratio_BT=token_log_ratio_BT, advantage_BT=advantage_BT,
+        mask_BT=mask_BT,
+    )  # fmt: skip
+    objective_BT = objective(x := at_level(config.importance, tokens))
     (gradient_BT,) = torch.autograd.grad(torch.where(mask_BT, objective_BT, 0.0).sum(), leaf_BT)
     total_BT = _with_gradient(objective_BT.detach(), gradient_BT, logprob_BT)
     if reference_BT is not None:

@@ -69,7 +69,7 @@ class Trainer:
         config, rollout = self.config, self.config.rollout
         self.sampler: Sampler = OwnSampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
-        self.reference = self.policy.frozen() if config.loss.has_reference else None
+        self.reference = self.policy.frozen() if config.loss.kl != "none" else None
         self.learner = Learner(
             self.policy, self.critic, config.objective, config.loss, temperature=rollout.temperature,
             max_length=rollout.max_new_tokens, max_tokens=config.update.max_tokens,

@@ -33,8 +33,7 @@ class Policy:
     stop_ids: list[int]
     autocast: bool
     gradient_checkpointing: bool
-    shares_prompts: bool = False
-    """Whether completions may stand behind one copy of their prompt, as ``can_share`` says."""
+    shares_prompts: bool = False  # whether completions may stand behind one copy of their prompt (``can_share``)
 
     @property
     def device(self) -> torch.device:

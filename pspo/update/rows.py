@@ -59,7 +59,8 @@ def make_rows(
     rows = [replace(row, advantages=a) for row, a in zip(rows, advantages, strict=True)]
     if critic is not None and values is not None:
         rows = [replace(row, values=v, returns=r) for row, v, r in zip(rows, values, returns, strict=True)]
-        metrics["critic/explained_variance"] = _explained_variance(_flat(values), _flat(returns))
+        value_N, return_N = _flat(values), _flat(returns)  # explained: 1 for perfect values, 0 for a constant
+        metrics["critic/explained_variance"] = float(1 - np.var(return_N - value_N) / max(np.var(return_N), 1e-12))
     if learner.loss.mask_truncated:
         rows = [row for row, completion in zip(rows, completions, strict=True) if completion.finished]
     if reference is not None:
@@ -107,8 +108,3 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor) -> Tensor:
 
 def _flat(rows: Iterable[list[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.concatenate([np.asarray(row) for row in rows])
-
-
-def _explained_variance(value_N: np.ndarray[Any, Any], return_N: np.ndarray[Any, Any]) -> float:
-    """1 − Var(R − V) / Var(R): 1 for perfect values, 0 for a constant, below 0 for worse."""
-    return float(1 - np.var(return_N - value_N) / max(float(np.var(return_N)), 1e-12))

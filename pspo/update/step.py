@@ -154,7 +154,7 @@ def accumulate(
                 old_logprob_BT=old_logprob_BT,
                 advantage_BT=column(micro, "advantages", logprob_BT),
                 mask_BT=mask_BT,
-                reference_BT=column(micro, "reference_logprobs", logprob_BT) if config.has_reference else None,
+                reference_BT=column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None,
                 coefficient_B1=logprob_BT.new_tensor([[coefficient_N[i]] for i in places]),
                 statistics=seen,
             )
