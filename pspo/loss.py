@@ -53,18 +53,9 @@ class LossConfig(Schema, block="loss"):
 
 
 def batch_loss(
-    config: LossConfig,
-    objective: Objective,
-    logprob_BT: Tensor,
-    entropy_BT: Tensor,
-    *,
-    old_logprob_BT: Tensor,
-    advantage_BT: Tensor,
-    mask_BT: Tensor,
-    reference_BT: Tensor | None,
-    coefficient_B1: Tensor,
-    statistics: Statistics,
-) -> tuple[Tensor, ObjectiveInput, Tensor]:
+    config: LossConfig, objective: Objective, logprob_BT: Tensor, entropy_BT: Tensor, *, old_logprob_BT: Tensor,
+    advantage_BT: Tensor, mask_BT: Tensor, reference_BT: Tensor | None, coefficient_B1: Tensor, statistics: Statistics,
+) -> tuple[Tensor, ObjectiveInput, Tensor]:  # fmt: skip
     """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
 
     The coefficients count all micro-batches that make one optimizer step, so their gradients add up to that of one

@@ -38,17 +38,10 @@ class SamplerGapError(UpdateError):
 
 
 def update(
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[Row],
-    *,
-    config: UpdateConfig,
-    learning_rates: Sequence[float],
-    random: np.random.Generator,
-    statistics: Statistics,
-    record: Record | None = None,
+    learner: Learner, optimizer: torch.optim.Optimizer, rows: Sequence[Row], *, config: UpdateConfig,
+    learning_rates: Sequence[float], random: np.random.Generator, statistics: Statistics, record: Record | None = None,
     failure: Path,
-) -> int:
+) -> int:  # fmt: skip
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
     ``learning_rates`` has one for each optimizer step of this rollout. Returns how many were taken: none for a
@@ -116,13 +109,9 @@ def check_gap(gap: float, autocast: bool) -> None:
 
 
 def accumulate(
-    learner: Learner,
-    rows: Sequence[Row],
-    statistics: Statistics,
-    record: Record | None = None,
-    fresh: bool = False,
+    learner: Learner, rows: Sequence[Row], statistics: Statistics, record: Record | None = None, fresh: bool = False,
     max_tokens: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Make the gradient of one optimizer batch; returns its loss, NaN if a log-probability is not finite.
 
     Neither depends on ``max_tokens``, by default the learner's, beyond rounding: every micro-batch divides by the whole
@@ -147,17 +136,11 @@ def accumulate(
             )
             old_logprob_BT = column(micro, "old_logprobs", logprob_BT)
             loss, x, gradient_BT = batch_loss(
-                config,
-                learner.objective,
-                logprob_BT,
-                entropy_BT,
-                old_logprob_BT=old_logprob_BT,
-                advantage_BT=column(micro, "advantages", logprob_BT),
-                mask_BT=mask_BT,
+                config, learner.objective, logprob_BT, entropy_BT,
+                old_logprob_BT=old_logprob_BT, advantage_BT=column(micro, "advantages", logprob_BT), mask_BT=mask_BT,
                 reference_BT=column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None,
-                coefficient_B1=logprob_BT.new_tensor([[coefficient_N[i]] for i in places]),
-                statistics=seen,
-            )
+                coefficient_B1=logprob_BT.new_tensor([[coefficient_N[i]] for i in places]), statistics=seen,
+            )  # fmt: skip
             if critic is not None:
                 value_BT = critic(batch, hidden_NH, policy.autocast)
                 old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))

@@ -51,19 +51,18 @@ class OwnSampler:
         uniform_RT = torch.from_numpy(np.stack([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
 
-        def decoded(max_rows: int) -> dict[tuple[int, int], Completion]:
-            made = {}
-            for start in range(0, len(rows), max_rows):
-                part = slice(start, start + max_rows)
-                written = decode(self.policy, ids[part], uniform_RT[part], temperature, top_p)
-                for (i, g), (token_ids, logprobs, finished) in zip(rows[part], written, strict=True):
-                    text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-                    made[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
-            return made
+        def decoded(max_rows: int) -> list[tuple[list[int], list[float], bool]]:
+            parts = [slice(start, start + max_rows) for start in range(0, len(rows), max_rows)]
+            batches = (decode(self.policy, ids[part], uniform_RT[part], temperature, top_p) for part in parts)
+            return [row for batch in batches for row in batch]
 
         advice = "or set model.autocast=true, or a smaller model"
-        made, _ = halving("rollout.max_rows", self.config.max_rows, advice, decoded)
-        return [made[i, g] for i in range(len(prompts)) for g in range(group_size)]
+        written, _ = halving("rollout.max_rows", self.config.max_rows, advice, decoded)
+        completions = {}
+        for (i, g), (token_ids, logprobs, finished) in zip(rows, written, strict=True):
+            text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)
+            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
+        return [completions[place] for place in sorted(completions)]
 
 
 def _uniforms(
