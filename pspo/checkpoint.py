@@ -100,19 +100,17 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 def _read_meta(path: Path) -> dict[str, Any] | None:
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        sha256 = _sha256(path / "state.pt")
+        meta = dict(json.loads((path / "meta.json").read_text()))
+        if _sha256(path / "state.pt") != meta.get("sha256"):
+            raise ValueError("its digest does not match; it is torn or was changed")
     except (OSError, ValueError) as error:
         log.warning("passing over checkpoint %s: %s", path, error)
         return None
-    if sha256 != meta.get("sha256"):
-        log.warning("passing over checkpoint %s: its digest does not match; it is torn or was changed", path)
-        return None
-    return dict(meta)
+    return meta
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:  # read each time: ``pspo.base.files.digest`` would go by time and size
+    with path.open("rb") as file:  # not ``files.digest``, which would take equal time and size for an equal file
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

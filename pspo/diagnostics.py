@@ -100,9 +100,8 @@ def sample_coordinates(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def update_norm(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
     """‖Δθ‖ since ``before = sample_coordinates(parameters)``: √(coordinates / sampled ones) · ‖Δ of the sample‖."""
-    moved = [
-        (new - old).double().square().sum() for new, old in zip(sample_coordinates(parameters), before, strict=True)
-    ]
+    pairs = zip(sample_coordinates(parameters), before, strict=True)
+    moved = [(new - old).double().square().sum() for new, old in pairs]
     share = sum(p.numel() for p in parameters) / sum(old.numel() for old in before)
     return math.sqrt(share * float(torch.stack(moved).sum()))
 
@@ -145,7 +144,7 @@ class Record:
         self.rows.append({"epoch": epoch, "minibatch": minibatch} | metrics | optimizer)
 
     def summary(self) -> dict[str, float]:
-        """The mean of every metric over the inner steps, the largest of maxima; not what is logged over all tokens."""
+        """The mean of every metric over the inner steps, the largest of maxima; without the columns ``ELSEWHERE``."""
         names = dict.fromkeys(name for row in self.rows for name in row if name not in ELSEWHERE)
         columns = {name: [row[name] for row in self.rows if name in row] for name in names}
         largest = {name: max(values) for name, values in columns.items() if name.endswith("_max")}

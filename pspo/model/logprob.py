@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
     """Log-probabilities and entropies under a linear head, of which the backward pass keeps no more than (N,).
 
     With z = W h / T, p = softmax(z) and H its entropy: ∂ log p_k / ∂z = 1_k − p and ∂H / ∂z = −p (log p + H). A chunk's
-    logits and what is made of them stand in two buffers, allocated once.
+    logits and probabilities stand in two buffers, allocated once.
     """
 
     @staticmethod

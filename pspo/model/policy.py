@@ -1,4 +1,4 @@
-"""The policy and the ways to get one: from a local directory, from the hub, or made here and warm-started."""
+"""The policy and the ways to get one: from a local directory, from the hub, or the embedded one, warm-started."""
 
 import contextlib
 import copy
@@ -86,7 +86,7 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
 
 
 def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
-    """Write a plain Hugging Face directory; written beside and renamed.
+    """Write a plain Hugging Face directory, in a new place that is then renamed.
 
     Adapters are merged into the policy's own weights, so that no second copy of them is made. With ``probe``, two token
     ids or more, the policy is spent: its weights are freed, the directory is loaded again, and the largest difference
@@ -99,14 +99,14 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     expected = _probe_logprobs(model, probe)
     _merge(model)
     try:
-        with new_directory(directory) as beside:
-            model.save_pretrained(beside)
-            policy.tokenizer.save_pretrained(beside)
+        with new_directory(directory) as new:
+            model.save_pretrained(new)
+            policy.tokenizer.save_pretrained(new)
             if probe:
                 device, dtype, implementation = model.device, model.dtype, model.config._attn_implementation
                 for parameter in model.parameters():  # freed, whoever else holds the parameter
                     parameter.data, parameter.grad = parameter.data.new_empty(0), None
-                loaded = read_model(beside, dtype, attn_implementation=implementation).to(device).eval()
+                loaded = read_model(new, dtype, attn_implementation=implementation).to(device).eval()
                 gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
                 if not gap <= MAX_SAVED_GAP:  # not a number either
                     raise SaveError(
@@ -203,7 +203,7 @@ def _merge(model: Any) -> None:
 
 @torch.inference_mode()
 def _probe_logprobs(model: Any, token_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of all tokens but the first, each after those before it; none for no tokens."""
+    """Log-probabilities of all tokens but the first, each given the tokens before it; none for no tokens."""
     if not token_ids:
         return torch.empty(0)
     ids = torch.tensor([list(token_ids)], device=model.device)
