@@ -15,7 +15,8 @@ from pspo import dataset, model
 from pspo.config import Config, compose
 from pspo.dataset import embedded
 from pspo.host import environment
-from pspo.model import Policy, attention, tiny
+from pspo.model import Policy, tiny
+from pspo.model.policy import can_share
 from pspo.reward import Answered, Score
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
@@ -89,7 +90,7 @@ def random_policy(config: Config, shape: dict[str, int], device: torch.device) -
     torch.manual_seed(config.seed)
     with device:
         made = Qwen2ForCausalLM(architecture).eval()
-    shares = attention.can_share(made)
+    shares = can_share(made)
     return Policy(made, tokenizer, [NEVER], config.model.autocast, config.model.gradient_checkpointing, shares)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints at step boundaries: written beside, flushed, digested, renamed; the newest whole one is resumed from."""
+"""Checkpoints at step boundaries: written, flushed, digested, renamed; a run resumes from the newest whole one."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,26 +31,25 @@ class Checkpoint(Schema, block="checkpoint"):
 
 
 FORMAT = 2
-"""What ``state.pt`` holds, and where; a checkpoint of another format is refused."""
+"""Version of the content of ``state.pt``; a checkpoint of another format is refused."""
 
 
 def save(directory: Path, name: str, state: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write ``directory/name/``: ``state.pt``, and its digest beside what is told ``about`` it. Raises SaveError.
+    """Write ``directory/name/``: ``state.pt``, and ``meta.json`` with its digest and ``about``. Raises SaveError.
 
     Earlier checkpoints stay intact.
     """
     try:
-        with new_directory(directory / name) as beside:
-            with (beside / "state.pt").open("wb") as file:
-                writer = _Hashing(file)
-                torch.save(state, cast(IO[bytes], writer))
-            meta = {"format": FORMAT, "version": __version__, "sha256": writer.digest.hexdigest()} | about
-            write_json(beside / "meta.json", meta)
+        with new_directory(directory / name) as new:
+            with (new / "state.pt").open("wb") as file:
+                torch.save(state, file)
+            meta = {"format": FORMAT, "version": __version__, "sha256": _sha256(new / "state.pt")}
+            write_json(new / "meta.json", meta | about)
     except (OSError, RuntimeError) as error:  # torch.save wraps an OSError of the file in a RuntimeError
-        kept = [path for path in _steps(directory) if _read_meta(path) is not None]
+        whole = [path for path in _steps(directory) if _read_meta(path) is not None]
         raise SaveError(
             f"cannot save {directory / name} ({_cause(error)}); "
-            + (f"the last good checkpoint is {kept[0]}" if kept else "there is no earlier checkpoint")
+            + (f"the last good checkpoint is {whole[0]}" if whole else "there is no earlier checkpoint")
             + "; make room or mend the permissions, then run the same command again to resume"
         ) from error
 
@@ -63,18 +62,18 @@ def prune(directory: Path, keep: int, best: int = 0) -> None:
 
 
 def names(directory: Path) -> list[str]:
-    """The checkpoints of steps there are, newest first, whole or torn."""
+    """Names of the checkpoints of steps, newest first, whole or torn."""
     return [path.name for path in _steps(directory)]
 
 
 def check(directory: Path, identity: str) -> None:
     """Refuse checkpoints that the run ``identity`` cannot resume from. Raises ConfigError; reads no more than meta."""
+    remedy = "move the run directory away, or set another group"
     for path in _steps(directory):
         try:
             meta = json.loads((path / "meta.json").read_text())
         except (OSError, ValueError):  # torn: it will be passed over
             continue
-        remedy = "move the run directory away, or set another group"
         if meta.get("format") != FORMAT:
             raise ConfigError(
                 f"{path} was saved by pspo {meta.get('version')} in format {meta.get('format', 1)}, and this pspo "
@@ -89,11 +88,8 @@ def check(directory: Path, identity: str) -> None:
 
 def newest(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     """The newest checkpoint that is whole: its path, state and meta. Torn ones are passed over with a warning."""
-    for path in _steps(directory):
-        loaded = load(path)
-        if loaded is not None:
-            return path, *loaded
-    return None
+    loaded = ((path, load(path)) for path in _steps(directory))
+    return next(((path, *whole) for path, whole in loaded if whole is not None), None)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -104,20 +100,22 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 def _read_meta(path: Path) -> dict[str, Any] | None:
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        with (path / "state.pt").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        meta = dict(json.loads((path / "meta.json").read_text()))
+        if _sha256(path / "state.pt") != meta.get("sha256"):
+            raise ValueError("its digest does not match; it is torn or was changed")
     except (OSError, ValueError) as error:
         log.warning("passing over checkpoint %s: %s", path, error)
         return None
-    if digest != meta.get("sha256"):
-        log.warning("passing over checkpoint %s: its digest does not match; it is torn or was changed", path)
-        return None
-    return dict(meta)
+    return meta
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:  # not ``files.digest``, which would take equal time and size for an equal file
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seed_global_generators(seed: int) -> None:
-    """Seed torch, NumPy and Python. Nothing of ours draws from them, but a user's reward or an adapter may."""
+    """Seed torch, NumPy and Python. This package draws from none of them, but a user's reward or an adapter may."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -148,7 +146,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever the block draws from the global generators, and however it ends, they go on as if it had not been."""
+    """Put the global generators back as they were before the block, however the block ends."""
     before = random_state()
     try:
         yield
@@ -181,17 +179,3 @@ def _cause(error: BaseException) -> str:
     while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__ or error
     return error.strerror or str(error) if isinstance(error, OSError) else str(error).partition("\n")[0]
-
-
-class _Hashing:
-    """A file that keeps the SHA-256 of what passes through."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()

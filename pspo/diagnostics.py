@@ -7,20 +7,19 @@ The same numbers for every objective, so that their curves compare: all shares c
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pspo.base.schema import Schema, key, unknown
-from pspo.model.logprob import log_ratio
+from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
 from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
 
 ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/before_k3")
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""
 
-QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+QUANTILES = {"q01": 0.01, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99}
 ROWS_PER_PROBE_ROW = 64
 """KL after optimizer step i is measured before step i + 1, on the minibatch of step i + 1. After the last optimizer
 step of a rollout one of this many rows is scored once more."""
@@ -59,17 +58,17 @@ def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
     """
     log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = torch.cat(list(tokens), dim=1).cpu().numpy()
     ratio_N, token_ratio_N = np.exp(log_ratio_N), np.exp(token_log_ratio_N)
-    taught_N = advantage_N != 0
-    found = {
+    trains_N = advantage_N != 0
+    metrics = {
         "ratio/ess": ratio_N.sum() ** 2 / np.square(ratio_N).sum() / len(ratio_N),
         "ratio/tv": np.abs(token_ratio_N - 1).mean() / 2,
         "kl/before_k1": -token_log_ratio_N.mean(),
         "kl/before_k3": (token_ratio_N - 1 - token_log_ratio_N).mean(),
         "policy/entropy": entropy_N.mean(),
     }
-    if taught_N.any():
-        weight_N, noclip_N = -gradient_N[taught_N] / advantage_N[taught_N], ratio_N[taught_N]
-        found |= {
+    if trains_N.any():
+        weight_N, noclip_N = -gradient_N[trains_N] / advantage_N[trains_N], ratio_N[trains_N]
+        metrics |= {
             "weight/zero_rate": (weight_N == 0).mean(),
             "weight/damped_rate": ((weight_N > 0) & (weight_N < noclip_N * (1 - EQUAL_SHARE))).mean(),
             "weight/amplified_rate": (weight_N > noclip_N * (1 + EQUAL_SHARE)).mean(),
@@ -78,17 +77,18 @@ def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
         }
     for name, chosen_N in (("positive", advantage_N > 0), ("negative", advantage_N < 0)):
         if chosen_N.any():
-            found |= _quantiles(f"ratio/{name}", np.sort(ratio_N[chosen_N]))
-    return {name: float(value) for name, value in found.items()}
+            values = np.quantile(ratio_N[chosen_N], [*QUANTILES.values(), 1.0])
+            metrics |= {f"ratio/{name}_{q}": value for q, value in zip([*QUANTILES, "max"], values, strict=True)}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
     """KL(old‖new) on the rows of the probe, k1 = E[−log r] and k3 = E[r − 1 − log r], after the last optimizer step."""
-    pairs = [pair for row in zip(logprobs, old_logprobs, strict=True) for pair in zip(*row, strict=True)]
-    shifts = [min(max(new - old, -20.0), 20.0) for new, old in pairs]
+    new_N, old_N = (np.array([logprob for row in rows for logprob in row]) for rows in (logprobs, old_logprobs))
+    log_ratio_N = np.clip(new_N - old_N, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return {
-        "kl/after_k1": -sum(shifts) / len(shifts),
-        "kl/after_k3": sum(math.expm1(d) - d for d in shifts) / len(shifts),
+        "kl/after_k1": float(-log_ratio_N.mean()),
+        "kl/after_k3": float((np.expm1(log_ratio_N) - log_ratio_N).mean()),
     }
 
 
@@ -100,9 +100,8 @@ def sample_coordinates(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def update_norm(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
     """‖Δθ‖ since ``before = sample_coordinates(parameters)``: √(coordinates / sampled ones) · ‖Δ of the sample‖."""
-    moved = [
-        (new - old).double().square().sum() for new, old in zip(sample_coordinates(parameters), before, strict=True)
-    ]
+    pairs = zip(sample_coordinates(parameters), before, strict=True)
+    moved = [(new - old).double().square().sum() for new, old in pairs]
     share = sum(p.numel() for p in parameters) / sum(old.numel() for old in before)
     return math.sqrt(share * float(torch.stack(moved).sum()))
 
@@ -112,31 +111,23 @@ def compare(
 ) -> dict[str, float]:
     """Norms of the other objectives' gradients on the same batch and policy, and their cosines with the active one."""
     reference = gradient_of(active).double()
-    found = {"counterfactual/active_norm": reference.norm().item()}
+    metrics = {"counterfactual/active_norm": reference.norm().item()}
     for other in others:
         gradient = gradient_of(other).double()
-        size = gradient.norm().item()
-        found[f"counterfactual/{other.name}_norm"] = size
-        scale = size * found["counterfactual/active_norm"]
-        found[f"counterfactual/{other.name}_cosine"] = gradient.dot(reference).item() / scale if scale else math.nan
-    return found
+        metrics[f"counterfactual/{other.name}_norm"] = norm = gradient.norm().item()
+        scale = norm * metrics["counterfactual/active_norm"]
+        metrics[f"counterfactual/{other.name}_cosine"] = gradient.dot(reference).item() / scale if scale else math.nan
+    return metrics
 
 
 @dataclass
 class Record:
-    """What one step's inner steps showed.
+    """The metrics of one step's inner steps."""
 
-    Attributes:
-        others: objectives for a counterfactual probe at the last inner step; none is due where it is empty.
-        rows: one for each inner step.
-        probe: the outcome of the counterfactual probe.
-        tokens: of the inner step at work, (5, N) for each micro-batch.
-    """
-
-    others: list[Objective] = field(default_factory=list)
-    rows: list[dict[str, float]] = field(default_factory=list)
-    probe: dict[str, float] = field(default_factory=dict)
-    tokens: list[Tensor] = field(default_factory=list)
+    others: list[Objective] = field(default_factory=list)  # for a counterfactual probe at the last inner step, if any
+    rows: list[dict[str, float]] = field(default_factory=list)  # one row of metrics for each inner step
+    probe: dict[str, float] = field(default_factory=dict)  # the outcome of the counterfactual probe
+    tokens: list[Tensor] = field(default_factory=list)  # (5, N) for each micro-batch of the current inner step
 
     def add(self, x: ObjectiveInput, gradient_BT: Tensor, entropy_BT: Tensor) -> None:
         """Add one micro-batch: what the objective saw, and its gradient by the log-probabilities."""
@@ -153,17 +144,8 @@ class Record:
         self.rows.append({"epoch": epoch, "minibatch": minibatch} | metrics | optimizer)
 
     def summary(self) -> dict[str, float]:
-        """The mean of every metric over the inner steps, the largest of maxima; not what is logged over all tokens."""
+        """The mean of every metric over the inner steps, the largest of maxima; without the columns ``ELSEWHERE``."""
         names = dict.fromkeys(name for row in self.rows for name in row if name not in ELSEWHERE)
-        found = {}
-        for name in names:
-            values = [row[name] for row in self.rows if name in row]
-            found[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
-        return found | self.probe
-
-
-def _quantiles(name: str, ordered_N: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:
-    places = np.array([*QUANTILES, 1.0]) * (len(ordered_N) - 1)
-    *quantiles, largest = np.interp(places, np.arange(len(ordered_N)), ordered_N).tolist()
-    names = [f"{name}_q{round(100 * q):02d}" for q in QUANTILES]
-    return dict(zip(names, quantiles, strict=True)) | {f"{name}_max": largest}
+        columns = {name: [row[name] for row in self.rows if name in row] for name in names}
+        largest = {name: max(values) for name, values in columns.items() if name.endswith("_max")}
+        return {name: sum(values) / len(values) for name, values in columns.items()} | largest | self.probe

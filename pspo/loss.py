@@ -1,4 +1,4 @@
-"""From an objective's loss per token to the loss of an optimizer batch: what is orthogonal to the objective.
+"""From an objective's loss per token to the loss of an optimizer batch: importance, aggregation, KL, entropy.
 
 Shape suffixes: B completions, T token positions.
 """
@@ -19,7 +19,7 @@ from pspo.objective import Objective, ObjectiveInput
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Schema, block="loss"):
-    """Importance level, aggregation, and the terms beside the objective, each a choice of its own."""
+    """Importance level, aggregation, and the terms added to the objective, each a choice of its own."""
 
     importance: Literal["token", "sequence", "sequence_token"] = key(
         "ratio of a token, of a completion (geometric mean), or of a completion with its token's gradient"
@@ -38,7 +38,7 @@ class LossConfig(Schema, block="loss"):
             raise self.refuse("kl_weight", "needs an estimator; set loss.kl to k1, k2 or k3")
 
     def check(self, objective: Objective, advantage: Advantage) -> None:
-        """Refuse a choice that makes no sense beside the others. Raises ConfigError."""
+        """Refuse choices that make no sense together. Raises ConfigError."""
         if self.importance in objective.not_at:
             raise ConfigError(
                 f"loss.importance={self.importance} does not go with objective={objective.name}: "
@@ -51,25 +51,11 @@ class LossConfig(Schema, block="loss"):
                 "choose advantage=group, mean or leave_one_out"
             )
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether log-probabilities of a frozen reference are needed."""
-        return self.kl != "none"
-
 
 def batch_loss(
-    config: LossConfig,
-    objective: Objective,
-    logprob_BT: Tensor,
-    entropy_BT: Tensor,
-    *,
-    old_logprob_BT: Tensor,
-    advantage_BT: Tensor,
-    mask_BT: Tensor,
-    reference_BT: Tensor | None,
-    coefficient_B1: Tensor,
-    statistics: Statistics,
-) -> tuple[Tensor, ObjectiveInput, Tensor]:
+    config: LossConfig, objective: Objective, logprob_BT: Tensor, entropy_BT: Tensor, *, old_logprob_BT: Tensor,
+    advantage_BT: Tensor, mask_BT: Tensor, reference_BT: Tensor | None, coefficient_B1: Tensor, statistics: Statistics,
+) -> tuple[Tensor, ObjectiveInput, Tensor]:  # fmt: skip
     """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
 
     The coefficients count all micro-batches that make one optimizer step, so their gradients add up to that of one
@@ -82,17 +68,13 @@ def batch_loss(
     ∂(Σ objective)/∂logprob (B, T) before aggregation, so that a token's gradient weight is w = −gradient / A.
     """
     leaf_BT = logprob_BT.detach().requires_grad_()
-    x = at_level(
-        config.importance,
-        ObjectiveInput(
-            logprob_BT=leaf_BT,
-            old_logprob_BT=(old_BT := torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())),
-            log_ratio_BT=(token_log_ratio_BT := log_ratio(leaf_BT, old_BT)),
-            advantage_BT=advantage_BT.to(leaf_BT.dtype),
-            mask_BT=mask_BT,
-        ),
-    )
-    objective_BT = objective(x)
+    old_BT = torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())
+    token_log_ratio_BT = log_ratio(leaf_BT, old_BT)
+    tokens = ObjectiveInput(
+        logprob_BT=leaf_BT, old_logprob_BT=old_BT, log_ratio_BT=token_log_ratio_BT,
+        advantage_BT=advantage_BT.to(leaf_BT.dtype), mask_BT=mask_BT,
+    )  # fmt: skip
+    objective_BT = objective(x := at_level(config.importance, tokens))
     (gradient_BT,) = torch.autograd.grad(torch.where(mask_BT, objective_BT, 0.0).sum(), leaf_BT)
     total_BT = _with_gradient(objective_BT.detach(), gradient_BT, logprob_BT)
     if reference_BT is not None:
@@ -130,7 +112,7 @@ def coefficients(aggregation: str, lengths: Sequence[int], max_length: int) -> l
     """c_i, the factor on the losses of completion i's L_i tokens, for the completions of one optimizer batch.
 
     ``token``: 1 / tokens; ``sequence``: 1 / (L_i · rows); ``sequence_sum``: 1 / rows; ``constant``: 1 / (rows ·
-    max_length), Dr. GRPO's (arXiv 2503.20783). Tokens and rows are those of the optimizer batch that train.
+    max_length), Dr. GRPO's (arXiv 2503.20783). Tokens and rows are counted over the whole optimizer batch.
     """
     num_tokens, num_rows = sum(lengths), len(lengths)
     constant = {"token": num_tokens, "sequence_sum": num_rows, "constant": num_rows * max_length}

@@ -32,12 +32,12 @@ from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
 
 NO_SPREAD_STEPS = 5
-"""After so many steps in a row in which every group has equal rewards, the run says that it learns nothing."""
+"""Steps in a row in which every group has equal rewards, after which the run says that it learns nothing."""
 
 
 @dataclass
 class State:
-    """Everything beside weights and optimizer that influences what comes next."""
+    """The counters that a checkpoint holds beside weights and optimizer, and that influence later steps."""
 
     progress: Progress = field(default_factory=Progress)
     warmup_fraction: float = 0.0
@@ -46,7 +46,7 @@ class State:
     no_spread_steps: int = 0
     alpha: float | None = None
     notes: list[str] = field(default_factory=list)
-    row: dict[str, float] | None = field(default_factory=dict)  # of the last step, while it has yet to be validated
+    row: dict[str, float] | None = field(default_factory=dict)  # the last step's metrics, until it is validated
 
 
 @dataclass
@@ -69,13 +69,16 @@ class Trainer:
         config, rollout = self.config, self.config.rollout
         self.sampler: Sampler = OwnSampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
-        self.reference = self.policy.frozen() if config.loss.has_reference else None
+        self.reference = self.policy.frozen() if config.loss.kl != "none" else None
         self.learner = Learner(
             self.policy, self.critic, config.objective, config.loss, temperature=rollout.temperature,
             max_length=rollout.max_new_tokens, max_tokens=config.update.max_tokens,
             max_grad_norm=config.optimizer.max_grad_norm,
         )  # fmt: skip
-        self.optimizer = config.optimizer.make(self._parameter_groups())
+        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
+        if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
+            groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
+        self.optimizer = config.optimizer.make(groups)
         self.state.alpha = getattr(config.objective, "alpha", None)
         self.completions = JsonLines(self.directory / "completions.jsonl")
         self.diagnostics = JsonLines(self.directory / "diagnostics.jsonl")
@@ -88,7 +91,7 @@ class Trainer:
         self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
         try:
             begun, total = getattr(progress, unit), config.budget.total
-            with Phase("training", total, done=begun, unit=unit.replace("_", " ")) as told:
+            with Phase("training", total, done=begun, unit=unit.replace("_", " ")) as advance:
                 while state.row or not config.budget.spent(progress):
                     if state.row is None:
                         state.row, self.unsaved = self._step(), True
@@ -102,7 +105,7 @@ class Trainer:
                     if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
-                        told(getattr(progress, unit), _summary(metrics))
+                        advance(getattr(progress, unit), _summary(metrics))
                     interrupt.check()
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
@@ -114,18 +117,17 @@ class Trainer:
 
     def _step(self) -> dict[str, float]:
         """One rollout with all its updates. A signal stops it before anything has changed, or after all has."""
-        config, progress, statistics = self.config, self.state.progress, Statistics()
-        begun = time.perf_counter()
+        config, progress, begun = self.config, self.state.progress, time.perf_counter()
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        number, fraction = progress.steps + 1, config.budget.fraction(progress)
         self.sampler.refresh(self.policy)
         completions = collect(
-            self.sampler, self.train, self.reward, config.rollout, seed=config.seed, step=number, start=progress.prompts
-        )
+            self.sampler, self.train, self.reward, config.rollout,
+            seed=config.seed, step=progress.steps + 1, start=progress.prompts,
+        )  # fmt: skip
         rollout_s = time.perf_counter() - begun
         with interrupt.deferred():
-            metrics = self._learn(completions, number, fraction, statistics)
+            metrics = self._learn(completions)
         step_s, num_tokens = time.perf_counter() - begun, sum(len(c.token_ids) for c in completions)
         return metrics | {
             "time/step_s": step_s,
@@ -135,43 +137,29 @@ class Trainer:
             "memory/peak_gib": peak_gib(self.policy.device),
         }
 
-    def _learn(
-        self, completions: list[Completion], number: int, fraction: float, statistics: Statistics
-    ) -> dict[str, float]:
-        """The updates of step ``number``, and its metrics; ``fraction`` of the budget was spent before it."""
-        config, progress = self.config, self.state.progress
+    def _learn(self, completions: list[Completion]) -> dict[str, float]:
+        """The updates of a step from its completions; returns the step's metrics."""
+        config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
         used, reward_PG = training(config.rollout, completions), rewards(config.rollout, completions)
+        learner = replace(self.learner, objective=self._objective())
         rows, row_metrics = make_rows(
-            used,
-            rewards(config.rollout, used),
-            config.advantage,
-            self.policy,
-            reference=self.reference,
-            critic=self.critic,
-            temperature=config.rollout.temperature,
-            max_tokens=config.update.max_tokens,
-            mask_truncated=config.loss.mask_truncated,
-            recompute=config.update.old_logprobs == "recompute",
-        )
+            used, rewards(config.rollout, used), config.advantage, learner,
+            reference=self.reference, recompute=config.update.old_logprobs == "recompute",
+        )  # fmt: skip
         check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
+        spent_before, number = config.budget.fraction(progress), progress.steps + 1
         progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
         progress.prompts_used += len(used) // config.rollout.group_size
         progress.completion_tokens += sum(len(c.token_ids) for c in completions)
-        record, spent, state = self._record(number), config.budget.fraction(progress), self.state
+        record, spent = self._record(number), config.budget.fraction(progress)
         learning_rates, state.warmup_fraction = config.optimizer.rates(
-            progress.optimizer_steps, config.update.steps, fraction, spent, state.warmup_fraction
+            progress.optimizer_steps, config.update.steps, spent_before, spent, state.warmup_fraction
         )
         progress.optimizer_steps += update(
-            replace(self.learner, objective=self._objective()),
-            self.optimizer,
-            rows,
-            config=config.update,
-            learning_rates=learning_rates,
-            random=generator(config.seed, Stream.MINIBATCH, number),
-            statistics=statistics,
-            record=record,
+            learner, self.optimizer, rows, config=config.update, learning_rates=learning_rates,
+            random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
-        )
+        )  # fmt: skip
         self._warn_without_spread(reward_PG)
         self.check_owner()
         for completion in completions[: config.rollout.group_size]:
@@ -194,7 +182,7 @@ class Trainer:
         return self.config.objective if alpha is None else self.config.objective.with_alpha(alpha)
 
     def _next_alpha(self, record: Record | None) -> dict[str, float]:
-        """Move alpha on for the next step; the metric is that of the step just made."""
+        """Move alpha on for the next step; returns the metric, which is the alpha of this step."""
         alpha, config = self.state.alpha, self.config
         if alpha is None:
             return {}
@@ -204,22 +192,15 @@ class Trainer:
         return {"objective/alpha": alpha}
 
     def _record(self, number: int) -> Record | None:
-        """Where the inner steps of this step are to be recorded; None where they are not."""
+        """An empty record for the inner steps of step ``number``, where diagnostics are due at this step."""
         config = self.config.diagnostics
         probe = bool(config.counterfactual_every) and number % config.counterfactual_every == 0
         if not probe and not (config.every and number % config.every == 0):
             return None
         return Record([default_objective(name) for name in config.counterfactual] if probe else [])
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The policy's parameters, then the value model's own, whose learning rate follows the same schedule."""
-        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
-        if self.critic is not None:
-            groups[1]["lr_factor"] = self.critic.config.value_lr / self.config.optimizer.lr
-        return groups
-
     def _validate(self) -> dict[str, float]:
-        """Answers to held-out training problems; keeps the best weights where they are asked for."""
+        """Metrics of held-out training problems; saves the weights if ``selection=best`` and none were better."""
         if not self.validation:
             return {}
         config, step = self.config, self.state.progress.steps
@@ -264,13 +245,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, cutting the files back to it, or from the start."""
-        found = checkpoint.newest(self.checkpoints)
-        if found is None:
+        newest = checkpoint.newest(self.checkpoints)
+        if newest is None:
             self.tracker.rewind(None)
             self.completions.cut(0)
             self.diagnostics.cut(0)
             return
-        path, saved, meta = found
+        path, saved, meta = newest
         checkpoint.restore_weights(self.policy, saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
         checkpoint.restore_random_state(saved["random"])
@@ -285,10 +266,9 @@ class Trainer:
 
     def _restore_best(self) -> None:
         path = self.checkpoints / f"best_{self.state.best_step:06d}"
-        found = checkpoint.load(path)
-        if found is None:
+        if (best := checkpoint.load(path)) is None:
             raise SaveError(f"selection=best, but {path} cannot be read; delete the run directory and start again")
-        checkpoint.restore_weights(self.policy, found[0]["weights"])
+        checkpoint.restore_weights(self.policy, best[0]["weights"])
 
 
 def _summary(metrics: dict[str, float]) -> str:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pspo.model.batch import make_batch, pad_to
+from pspo.model.batch import make_batch
 from pspo.model.logprob import predicting_states, token_logprobs
+from pspo.update.rows import Row, column
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -88,7 +89,8 @@ def test_sharing_a_prompt_changes_nothing_in_either_attention_of_the_library(tin
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
-def test_pad_to():
-    padded_BT = pad_to([[1.5], [2.0, 3.0]], torch.empty(2, 3), torch.float64)
+def test_a_column_of_rows_is_padded_with_zeros():
+    rows = [Row([1], [7], [1.5], []), Row([1], [7, 8], [2.0, 3.0], [])]
+    padded_BT = column(rows, "old_logprobs", torch.empty(2, 3, dtype=torch.float64))
     assert padded_BT.dtype == torch.float64
     assert padded_BT.tolist() == [[1.5, 0, 0], [2, 3, 0]]

@@ -13,7 +13,8 @@ from training import batched, problems, rollout_config, scripted
 from pspo.base.stream import Stream
 from pspo.dataset import order
 from pspo.reward import Score
-from pspo.rollout import Completion, OwnSampler, collect, rewards, rollout_metrics, training, trains
+from pspo.rollout import Completion, OwnSampler, collect, rewards, rollout_metrics, training
+from pspo.rollout.collect import trains
 
 ROLLOUT = rollout_config()
 

@@ -9,9 +9,10 @@ from pspo.advantage import GAE, Group
 from pspo.advantage.critic import make_critic
 from pspo.base.statistics import Statistics
 from pspo.loss import LossConfig
+from pspo.model.logprob import predicting_states
 from pspo.objective import default_objective
 from pspo.update import Learner, Row, UpdateConfig, accumulate, update
-from pspo.update.rows import batch_of, score, states
+from pspo.update.rows import batch_of, score
 
 LOSS = LossConfig(
     importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False
@@ -99,7 +100,7 @@ def test_a_value_is_a_linear_function_of_the_state_that_predicts_the_token(tiny_
             expected_T = critic.head(hidden_SH[len(row.prompt_ids) - 1 : -1]).squeeze(-1)
             assert value == pytest.approx(expected_T.tolist(), abs=1e-10)
     batch = batch_of(rows, policy, [[i] for i in range(len(rows))])
-    value_BT = critic(batch, states(policy, batch), False)
+    value_BT = critic(batch, predicting_states(policy.model.get_decoder(), batch), False)
     assert not value_BT[~batch.mask_BT].any()
 
 

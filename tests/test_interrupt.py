@@ -19,7 +19,7 @@ from pspo import trainer
 from pspo.host import interrupt, slurm
 from pspo.rollout.samplers import own
 from pspo.run.job import run
-from pspo.update import step
+from pspo.update import rows as row_module
 
 RARELY = ["checkpoint.every=100"]
 """Nothing but a signal, the end of the job's time and the end of the run makes a checkpoint."""
@@ -39,7 +39,7 @@ INSTANTS = {
 def test_a_step_is_whole_or_was_never_begun(tiny_policy, tmp_path, monkeypatch, threads):
     """A signal at each poll of a run in turn, also inside of an update: the end is that of an unbroken run."""
     overrides = ["budget.steps=2", "checkpoint.every=100", "update.num_epochs=1", "rollout.prompts=2"]
-    polls, check, batch_of = [0, 0], interrupt.check, step.batch_of
+    polls, check, batch_of = [0, 0], interrupt.check, row_module.batch_of
 
     def polled():
         polls[0] += 1
@@ -52,7 +52,7 @@ def test_a_step_is_whole_or_was_never_begun(tiny_policy, tmp_path, monkeypatch, 
         return batch_of(*given)
 
     monkeypatch.setattr(interrupt, "check", polled)
-    monkeypatch.setattr(step, "batch_of", polling)
+    monkeypatch.setattr(row_module, "batch_of", polling)
 
     def made(name, stop_at):
         """Weights, steps and counters of a run that is stopped at one of its polls and begun again."""

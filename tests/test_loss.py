@@ -86,7 +86,7 @@ def loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside
         objective,
         logprob_BT,
         entropy_BT,
-        **vars(batch) | ({} if config.has_reference else {"reference_BT": None}),
+        **vars(batch) | ({} if config.kl != "none" else {"reference_BT": None}),
         coefficient_B1=torch.tensor(coefficient_N[: len(logprob_BT)], dtype=torch.float64)[:, None],
         statistics=statistics,
     )

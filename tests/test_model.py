@@ -24,11 +24,11 @@ from pspo.base.files import SaveError
 from pspo.base.schema import ConfigError
 from pspo.dataset import Problem, Prompt, render
 from pspo.host import hub
-from pspo.model import attention, folder, source, tiny, warm_start
-from pspo.model.attention import can_share
+from pspo.model import folder, source, tiny, warm_start
 from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig
 from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
+from pspo.model.policy import can_share
 from pspo.rollout import OwnSampler, RolloutConfig
 
 CPU = torch.device("cpu")
@@ -472,7 +472,7 @@ def test_rounding_is_measured_by_the_norm_of_the_hidden_states(tiny_policy, monk
     shared = apart.clone()
     shared[5, 1] += off
     states = iter([apart, shared])
-    monkeypatch.setattr(attention, "predicting_states", lambda *_: next(states))
+    monkeypatch.setattr(model.policy, "predicting_states", lambda *_: next(states))
     assert can_share(tiny_policy().model) is shares
 
 

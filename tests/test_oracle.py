@@ -136,7 +136,7 @@ def setting(name, tiny_policy):
     logprobs, references = (score(p, rows, TEMPERATURE, 10_000, None)[0] for p in (policy, reference))
     noise = [NOISE[name] * random.standard_normal(len(row.token_ids)).clip(-4, 4) for row in rows]
     rows = [
-        replace(row, old_logprobs=(new + moved).tolist(), reference_logprobs=ref if config.loss.has_reference else None)
+        replace(row, old_logprobs=(new + moved).tolist(), reference_logprobs=ref if config.loss.kl != "none" else None)
         for row, new, ref, moved in zip(rows, logprobs, references, noise, strict=True)
     ]
     return policy, reference, config, rows

@@ -17,7 +17,7 @@ from pspo.dataset import Problem, Prompt, render
 from pspo.host.interrupt import Interrupted
 from pspo.host.memory import NoRoomError
 from pspo.model import Policy
-from pspo.model.attention import can_share
+from pspo.model.policy import can_share
 from pspo.rollout import OwnSampler
 from pspo.rollout.samplers import own
 from pspo.update.rows import Row, score

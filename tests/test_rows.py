@@ -9,10 +9,16 @@ from training import problems, rollout_config
 
 from pspo.advantage import GAE, Group, LeaveOneOut, Mean
 from pspo.advantage.critic import make_critic
+from pspo.loss import LossConfig
+from pspo.objective import default_objective
 from pspo.rollout import OwnSampler
+from pspo.update import Learner
 from pspo.update.rows import Row, make_rows, score
 
 GROUP = Group(name="group", ddof=1, eps=1e-4)
+LOSS = LossConfig(
+    importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False
+)
 
 
 def completions_of(policy, number=3):
@@ -21,8 +27,10 @@ def completions_of(policy, number=3):
 
 
 def rows_of(policy, completions, reward_PG, advantage=GROUP, **changes):
-    settings = {"reference": None, "critic": None, "temperature": 0.8, "max_tokens": 40, "mask_truncated": False}
-    return make_rows(completions, reward_PG, advantage, policy, **settings | changes)
+    critic, mask_truncated = changes.pop("critic", None), changes.pop("mask_truncated", False)
+    loss = replace(LOSS, mask_truncated=mask_truncated)
+    learner = Learner(policy, critic, default_objective("noclip"), loss, 0.8, 6, 40, 1.0)
+    return make_rows(completions, reward_PG, advantage, learner, **changes)
 
 
 def rewards(number=3):

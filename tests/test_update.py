@@ -316,7 +316,7 @@ def test_minibatches_take_every_row_once_in_each_epoch(num_rows, num_epochs, sha
 
     seen, first = [], []
 
-    def record(learner, rows, statistics, record, *, fresh):
+    def record(learner, rows, statistics, record, fresh, max_tokens):
         seen.append([row.advantages[0] for row in rows])
         first.append(fresh)
         weight.grad = torch.ones(())
@@ -572,10 +572,7 @@ def probe(policy, objective, advantage, lr=1e-2, **loss):
         reward_PG = first_token(completions).view(4, 16)
         if reward_PG.mean() > 0.97:  # 63 of 64
             break
-        rows, _ = make_rows(
-            completions, reward_PG, advantage, policy,
-            reference=None, critic=critic, temperature=1.0, max_tokens=4096, mask_truncated=False,
-        )  # fmt: skip
+        rows, _ = make_rows(completions, reward_PG, advantage, learner)
         update(
             learner, optimizer, rows,
             config=config, learning_rates=[lr] * 2, random=np.random.default_rng(step), statistics=Statistics(),

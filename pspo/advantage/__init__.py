@@ -1,4 +1,4 @@
-"""How good a completion is beside the others of its group, or than a value model expected."""
+"""Advantages: completions compared with the others of their group, or with what a value model expected."""
 
 from pspo.advantage.estimators import ADVANTAGES, GAE, Advantage, Group, LeaveOneOut, Mean, has_spread
 

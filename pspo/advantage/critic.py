@@ -33,9 +33,9 @@ class Critic(torch.nn.Module):
 
     def forward(self, batch: Batch, hidden_NH: Tensor, autocast: bool) -> Tensor:
         """Values (B, T), 0 where masked; ``hidden_NH`` are the policy's states, for a critic on its trunk."""
+        if self.decoder is not None:
+            hidden_NH = predicting_states(self.decoder, batch, autocast)
         with autocast_to_bfloat16(batch.mask_BT.device, autocast):
-            if self.decoder is not None:
-                hidden_NH = predicting_states(self.decoder, batch)
             value_N = self.head(hidden_NH).squeeze(-1)
         return scatter(batch.mask_BT, value_N.to(self.head.weight.dtype))
 

@@ -1,4 +1,4 @@
-"""How good a completion is beside the others of its group, or than a value model expected.
+"""Advantages: completions compared with the others of their group, or with what a value model expected.
 
 Shape suffixes: P prompts, G completions of each, T token positions.
 """

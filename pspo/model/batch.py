@@ -17,25 +17,15 @@ Bundle = tuple[list[int], Sequence[list[int]]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts with their completions, right-padded.
+    """Prompts with their completions, right-padded."""
 
-    Attributes:
-        shared: whether two completions share one copy of their prompt.
-        input_ids_RS: a prompt and, after it, the completions that share it, each without its last token.
-        position_RS: places in the text: those of every completion follow its prompt's.
-        owner_RS: 0 for a prompt, 1, 2, ... for the completions behind it, −1 for padding.
-        source_BT: where in R·S the hidden state stands that predicts completion token t.
-        token_ids_BT: the completions, then padding.
-        mask_BT: true on completion tokens, the stop token included.
-    """
-
-    shared: bool
-    input_ids_RS: Tensor
-    position_RS: Tensor
-    owner_RS: Tensor
-    source_BT: Tensor
-    token_ids_BT: Tensor
-    mask_BT: Tensor
+    shared: bool  # whether two completions share one copy of their prompt
+    input_ids_RS: Tensor  # a prompt and, after it, the completions that share it, each without its last token
+    position_RS: Tensor  # positions in the text: every completion's follow its prompt's
+    owner_RS: Tensor  # 0 for a prompt, 1, 2, ... for the completions behind it, −1 for padding
+    source_BT: Tensor  # index in R·S of the hidden state that predicts completion token t
+    token_ids_BT: Tensor  # the completions, then padding
+    mask_BT: Tensor  # true on completion tokens, the stop token included
 
     @property
     def attention(self) -> Tensor:
@@ -79,12 +69,6 @@ def make_batch(bundles: Sequence[Bundle], pad_id: int, device: torch.device) -> 
     arrays = (input_ids_RS, position_RS, owner_RS, source_BT, token_ids_BT, mask_BT)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     return Batch(any(len(behind) > 1 for _, behind in bundles), *tensors)
-
-
-def pad_to(rows: list[list[float]], like_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of numbers, padded with zeros to the shape and device of ``like_BT``."""
-    mask_BT = torch.arange(like_BT.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    return scatter(mask_BT, torch.tensor([value for row in rows for value in row], dtype=dtype)).to(like_BT.device)
 
 
 def scatter(mask_BT: Tensor, values_N: Tensor) -> Tensor:

@@ -98,5 +98,5 @@ class ModelConfig(Schema, block="model"):
 
     @property
     def made_here(self) -> bool:
-        """Whether it is the embedded policy, which is made and neither read nor downloaded."""
+        """Whether the policy is the embedded one, whose weights this machine draws and warm-starts."""
         return self.path is None and self.hub_id is None

@@ -1,4 +1,4 @@
-"""Hugging Face folders of models: how one is read, and those that are made on this machine once and then reused."""
+"""Hugging Face folders of models: reading a folder, and a cache of folders that this machine makes once and reuses."""
 
 import hashlib
 import importlib.metadata
@@ -20,18 +20,18 @@ from pspo.base.schema import ConfigError
 log = logging.getLogger("pspo")
 
 
-def read_tokenizer(directory: Path, **given: Any) -> Any:
+def read_tokenizer(directory: Path, **options: Any) -> Any:
     """The tokenizer of a folder, or with ``gguf_file`` of a file in it."""
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **given)
-    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was read is no part of what is saved
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # so that a saved tokenizer does not hold it
     return tokenizer
 
 
-def read_model(directory: Path, dtype: torch.dtype, **given: Any) -> Any:
+def read_model(directory: Path, dtype: torch.dtype, **options: Any) -> Any:
     """The model of a folder, every weight of it read from there and none drawn at random. Raises ConfigError."""
-    given = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | given
+    options = {"trust_remote_code": False, "use_safetensors": True, "ignore_mismatched_sizes": True} | options
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **given)
+        read: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ConfigError(f"{directory}: its weights cannot be read ({error}); copy or download them again") from error
     model, info = read
@@ -63,29 +63,29 @@ def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     with lock:
         if not directory.is_dir():
             log.info("%s of the model, made once and kept in %s", kind, directory)
-            with new_directory(directory) as beside:
-                make(beside)
+            with new_directory(directory) as new:
+                make(new)
     return directory
 
 
-def converted(path: Path, asked: str) -> Path:
-    """The folder of a GGUF file's model, dequantized to float32 on first use; ``asked`` is the key and its value.
+def converted(path: Path, setting: str) -> Path:
+    """The folder of a GGUF file's model, dequantized to float32 on first use; ``setting`` is the key and its value.
 
     Raises ConfigError where transformers cannot read the file.
     """
     versions = [importlib.metadata.version(package) for package in ("transformers", "gguf")]
     content = [*versions, digest(path), digest(Path(__file__))]
     name = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-    return made_once("gguf", name, lambda directory: _convert(path, asked, directory))
+    return made_once("gguf", name, lambda directory: _convert(path, setting, directory))
 
 
-def _convert(path: Path, asked: str, directory: Path) -> None:
+def _convert(path: Path, setting: str, directory: Path) -> None:
     try:
         tokenizer = read_tokenizer(path.parent, gguf_file=path.name)
         model = read_model(path.parent, torch.float32, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError, struct.error) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ConfigError(f"{asked} cannot be read by transformers ({reason}); choose another") from error
+        raise ConfigError(f"{setting} cannot be read by transformers ({reason}); choose another") from error
     model.hf_quantizer = None  # the weights are plain float32 now, which save_pretrained would not believe
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(directory)

@@ -4,6 +4,7 @@ Shape suffixes: B completions, T completion positions, N completion tokens laid 
 """
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -35,26 +36,33 @@ def token_logprobs(
     logits of the whole batch ever exists. Entropies have a gradient where ``entropy_gradient`` asks for it.
     """
     head, token_N = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
-    vocab_size = model.config.get_text_config().vocab_size
-    with autocast_to_bfloat16(batch.mask_BT.device, autocast):
-        logprob_N, entropy_N = _chunked(head, hidden_NH, token_N, vocab_size, temperature, autocast, entropy_gradient)
+    size = max(1, CHUNK_LOGITS * (16 if hidden_NH.is_cuda else 1) // model.config.get_text_config().vocab_size)
+    if type(head) is torch.nn.Linear:
+        with torch.autocast(hidden_NH.device.type, enabled=False):  # which would take entropies in bfloat16
+            logprob_N, entropy_N = _Linear.apply(  # type: ignore[no-untyped-call]
+                hidden_NH, head.weight, head.bias, token_N, temperature, autocast, entropy_gradient, size
+            )
+    else:
+        plain = functools.partial(checkpoint, _plain, head, use_reentrant=False, preserve_rng_state=False)
+        with autocast_to_bfloat16(hidden_NH.device, autocast):
+            chunks = zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
+            pieces = [plain(hidden, token, temperature, entropy_gradient) for hidden, token in chunks]
+        logprob_N, entropy_N = (torch.cat(column) for column in zip(*pieces, strict=True))
     return scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N)
 
 
-def predicting_states(decoder: Any, batch: Batch) -> Tensor:
-    """The last hidden states (N, H) at the positions that predict the completion tokens, row by row.
-
-    Call it under ``autocast_to_bfloat16`` where the policy asks for it.
-    """
+def predicting_states(decoder: Any, batch: Batch, autocast: bool = False) -> Tensor:
+    """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
     attention = batch.attention
     if attention.ndim == 2:
         attention = attention.long()
     elif decoder.config._attn_implementation != "sdpa":  # the library adds other masks to the scores
         lowest = torch.finfo(decoder.dtype).min
         attention = torch.zeros_like(attention, dtype=decoder.dtype).masked_fill_(~attention, lowest)
-    states = decoder(
-        input_ids=batch.input_ids_RS, attention_mask=attention, position_ids=batch.position_RS, use_cache=False
-    )
+    with autocast_to_bfloat16(batch.mask_BT.device, autocast):
+        states = decoder(
+            input_ids=batch.input_ids_RS, attention_mask=attention, position_ids=batch.position_RS, use_cache=False
+        )
     hidden_NH: Tensor = states.last_hidden_state.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
     return hidden_NH
 
@@ -74,36 +82,10 @@ def raised(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _chunked(
-    head: torch.nn.Module,
-    hidden_NH: Tensor,
-    token_N: Tensor,
-    vocab_size: int,
-    temperature: float,
-    autocast: bool,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (N,), in chunks of positions whose logits the backward pass makes again."""
-    size = max(1, CHUNK_LOGITS * (16 if hidden_NH.is_cuda else 1) // vocab_size)
-    if type(head) is torch.nn.Linear:
-        with torch.autocast(hidden_NH.device.type, enabled=False):  # which would take entropies in bfloat16
-            found: tuple[Tensor, Tensor] = _Linear.apply(  # type: ignore[no-untyped-call]
-                hidden_NH, head.weight, head.bias, token_N, temperature, autocast, with_gradient, size
-            )
-        return found
-    pieces = [
-        checkpoint(
-            _plain, head, hidden, token, temperature, with_gradient, use_reentrant=False, preserve_rng_state=False
-        )
-        for hidden, token in zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
-    ]
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
-
-
 def _plain(
     head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same of one chunk, for a head that is more than a matrix: one with adapters."""
+    """Log-probabilities and entropies (N,) of one chunk, for a head that is more than a matrix: one with adapters."""
     logprob_NV = raised(head(hidden_NH)).div(temperature).log_softmax(-1)
     with contextlib.nullcontext() if with_gradient else torch.no_grad():
         entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
@@ -114,7 +96,7 @@ class _Linear(torch.autograd.Function):
     """Log-probabilities and entropies under a linear head, of which the backward pass keeps no more than (N,).
 
     With z = W h / T, p = softmax(z) and H its entropy: ∂ log p_k / ∂z = 1_k − p and ∂H / ∂z = −p (log p + H). A chunk's
-    logits and what is made of them stand in two buffers, allocated once.
+    logits and probabilities stand in two buffers, allocated once.
     """
 
     @staticmethod
@@ -164,7 +146,11 @@ class _Linear(torch.autograd.Function):
             by_z = by_z.to(head.dtype)
             by_hidden.copy_((by_z @ head.weight_VH) * factor_N1)
             if by_weight_VH is not None:
-                _add_product(by_weight_VH, by_z.T, low * factor_N1.to(head.dtype))
+                a, b = by_z.T, low * factor_N1.to(head.dtype)
+                if by_weight_VH.dtype == head.dtype:
+                    by_weight_VH.addmm_(a, b)  # without another matrix of that size
+                else:
+                    by_weight_VH += a @ b
             if by_bias_V is not None:
                 by_bias_V += (by_z * factor_N1).sum(0)
         return by_hidden_NH, by_weight_VH, by_bias_V, None, None, None, None, None
@@ -189,11 +175,3 @@ class _Head:
         else:
             torch.mul(low_NH @ self.weight_VH.T, self.scale, out=z)
         return z if self.bias_V is None else z.add_(self.bias_V)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, in place and without another matrix of that size where the dtypes allow it."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

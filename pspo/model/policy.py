@@ -1,4 +1,4 @@
-"""The policy and the ways to get one: from a local directory, from the hub, or made here and warm-started."""
+"""The policy and the ways to get one: from a local directory, from the hub, or the embedded one, warm-started."""
 
 import contextlib
 import copy
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pspo.base.files import SaveError, new_directory
 from pspo.base.schema import ConfigError
-from pspo.model import attention, source, warm_start
+from pspo.model import source, warm_start
+from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig, ModelConfig
 from pspo.model.folder import read_model, read_tokenizer
-from pspo.model.logprob import autocast_to_bfloat16, raised
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states, raised
 
 MAX_SAVED_GAP = 1e-3
 """Nats by which a log-probability of the saved model may differ from the trained policy's; both without autocast."""
@@ -32,8 +33,7 @@ class Policy:
     stop_ids: list[int]
     autocast: bool
     gradient_checkpointing: bool
-    shares_prompts: bool = False
-    """Whether completions may stand behind one copy of their prompt, as ``attention.can_share`` found."""
+    shares_prompts: bool = False  # whether completions may stand behind one copy of their prompt (``can_share``)
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +81,12 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
         model = _adapted(model, config.lora, seed)
     model.to(device).eval()
     _check_head(config, model)
-    encoder, shares = read_tokenizer(directory), attention.can_share(model)
+    encoder, shares = read_tokenizer(directory), can_share(model)
     return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
 
 
 def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
-    """Write a plain Hugging Face directory; written beside and renamed.
+    """Write a plain Hugging Face directory, in a new place that is then renamed.
 
     Adapters are merged into the policy's own weights, so that no second copy of them is made. With ``probe``, two token
     ids or more, the policy is spent: its weights are freed, the directory is loaded again, and the largest difference
@@ -99,14 +99,14 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     expected = _probe_logprobs(model, probe)
     _merge(model)
     try:
-        with new_directory(directory) as beside:
-            model.save_pretrained(beside)
-            policy.tokenizer.save_pretrained(beside)
+        with new_directory(directory) as new:
+            model.save_pretrained(new)
+            policy.tokenizer.save_pretrained(new)
             if probe:
                 device, dtype, implementation = model.device, model.dtype, model.config._attn_implementation
                 for parameter in model.parameters():  # freed, whoever else holds the parameter
                     parameter.data, parameter.grad = parameter.data.new_empty(0), None
-                loaded = read_model(beside, dtype, attn_implementation=implementation).to(device).eval()
+                loaded = read_model(new, dtype, attn_implementation=implementation).to(device).eval()
                 gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
                 if not gap <= MAX_SAVED_GAP:  # not a number either
                     raise SaveError(
@@ -133,10 +133,32 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
         after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
         special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
         ids |= set([i for i in tokenizer.encode(after, add_special_tokens=False) if i in special][:1])
-    found = sorted(i for i in ids if i is not None)
-    if not found:
+    if not (known := sorted(i for i in ids if i is not None)):
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
-    return found
+    return known
+
+
+@torch.inference_mode()
+def can_share(model: Any) -> bool:
+    """Whether completions may share one copy of their prompt, as the decoder takes any mask of what sees what.
+
+    Not where a layer has a window or a state, nor in flash attention. It is tried, without autocast: the hidden states
+    of two completions that share one prompt may differ from those in rows of their own by 1e-4 of their norm.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
+    if kinds != {"full_attention"} or window or config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    prompt, completions = [1, 2, 3], [[4, 5, 0], [6, 7, 0]]
+    try:
+        apart, shared = (
+            predicting_states(model.get_decoder(), make_batch(bundles, 0, model.device))
+            for bundles in ([(prompt, [c]) for c in completions], [(prompt, completions)])
+        )
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it knows no masks of four dimensions
+        return False
+    return bool((apart - shared).norm() <= 1e-4 * apart.norm())
 
 
 @torch.inference_mode()
@@ -181,7 +203,7 @@ def _merge(model: Any) -> None:
 
 @torch.inference_mode()
 def _probe_logprobs(model: Any, token_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of all tokens but the first, each after those before it; none for no tokens."""
+    """Log-probabilities of all tokens but the first, each given the tokens before it; none for no tokens."""
     if not token_ids:
         return torch.empty(0)
     ids = torch.tensor([list(token_ids)], device=model.device)

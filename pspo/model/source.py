@@ -1,5 +1,6 @@
 """Where a model comes from: a local folder, a GGUF file or the hub, each checked before any weights are loaded."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -25,26 +26,25 @@ def check(config: ModelConfig) -> None:
 
 
 def locate(config: ModelConfig, convert: bool = True) -> Path:
-    """The folder of a model that is not made here, checked: downloaded, or converted from GGUF, on first use.
+    """The folder of a model that is not the embedded one, checked: downloaded, or converted from GGUF, on first use.
 
     Without ``convert`` a GGUF file is only looked at, and its own path returned. Raises ConfigError.
     """
     if config.path is None:
         repository, instead = str(config.hub_id), "give model.path=<directory>"
-        asked = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
-        return hub.locate(
-            repository, FILES, lambda folder: check_directory(folder, asked), asked=asked, kind="model", instead=instead
-        )
-    path, asked = _local(config.path), f"model.path={config.path}"
+        setting = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
+        whole = functools.partial(check_directory, setting=setting)
+        return hub.locate(repository, FILES, whole, asked=setting, kind="model", instead=instead)
+    path, setting = _local(config.path), f"model.path={config.path}"
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ConfigError(f"{asked} does not exist; give a .gguf file, or a Hugging Face directory")
+            raise ConfigError(f"{setting} does not exist; give a .gguf file, or a Hugging Face directory")
         if importlib.util.find_spec("gguf") is None:
-            raise ConfigError(f"{asked} needs the package gguf; run pip install 'pspo[gguf]'")
+            raise ConfigError(f"{setting} needs the package gguf; run pip install 'pspo[gguf]'")
         if not convert:
             return path
-        path = converted(path, asked)
-    check_directory(path, asked)
+        path = converted(path, setting)
+    check_directory(path, setting)
     return path
 
 
@@ -66,10 +66,10 @@ def digests(config: ModelConfig) -> dict[str, str]:
     return {str(file): digest(file) for file in files}
 
 
-def check_directory(directory: Path, asked: str) -> None:
+def check_directory(directory: Path, setting: str) -> None:
     """Refuse a folder without the configuration, safetensors weights, tokenizer or chat template of a causal model.
 
-    ``asked`` is the key and its value, with which the sentence of the ConfigError begins.
+    ``setting`` is the key and its value, with which the sentence of the ConfigError begins.
     """
     index, template = directory / "model.safetensors.index.json", directory / "chat_template.jinja"
     shards = sorted(set(_read(index).get("weight_map", {}).values()))
@@ -77,7 +77,7 @@ def check_directory(directory: Path, asked: str) -> None:
     tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
     templated = template.is_file() or _read(directory / "tokenizer_config.json").get("chat_template")
     settings = _read(directory / "config.json")
-    kind = settings.get("model_type")
+    kind, is_quantized = settings.get("model_type"), "quantization_config" in settings
     need = "give a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
@@ -87,13 +87,10 @@ def check_directory(directory: Path, asked: str) -> None:
         (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
         (not templated, "has no chat template; set tokenizer.chat_template and save the tokenizer again"),
         (kind not in KNOWN, f"is of type {kind}, no causal language model that transformers knows; choose another"),
-        (
-            "quantization_config" in settings,
-            "holds quantized weights, which cannot be trained; choose the unquantized model",
-        ),
+        (is_quantized, "holds quantized weights, which cannot be trained; choose the unquantized model"),
     ):
         if wrong:
-            raise ConfigError(f"{asked} {sentence}")
+            raise ConfigError(f"{setting} {sentence}")
 
 
 def _local(path: str) -> Path:

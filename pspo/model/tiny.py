@@ -13,6 +13,8 @@ PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 INITIALIZER_RANGE = 0.06
 """The library's 0.02 is for wide models: at width 128 the warm policy was right in 54 % of worked answers, not 78 %."""
+ASCII_SYMBOLS = [*map(chr, range(33, 127)), "Ċ", "Ġ"]
+"""The byte level's symbols for printable ASCII, the line feed and the space."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -26,15 +28,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    ascii_symbols = sorted({symbol for code in [10, *range(32, 127)] for symbol in _byte_symbols(chr(code))})
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, UNKNOWN, END, *ROLES],
-        initial_alphabet=ascii_symbols,
+        initial_alphabet=ASCII_SYMBOLS,
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    encoder: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,
@@ -43,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-    return made
+    return encoder
 
 
 def make_model(architecture: Architecture, tokenizer: Any, seed: int, attention: str) -> Qwen2ForCausalLM:
@@ -66,11 +67,3 @@ def make_model(architecture: Architecture, tokenizer: Any, seed: int, attention:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config)
-
-
-def _byte_symbols(text: str) -> list[str]:
-    return [
-        symbol
-        for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
-        for symbol in piece
-    ]

@@ -24,7 +24,7 @@ from pspo.model import tiny
 from pspo.model.batch import make_batch
 from pspo.model.config import ModelConfig, WarmStart
 from pspo.model.folder import made_once
-from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
+from pspo.model.logprob import predicting_states, token_logprobs
 
 log = logging.getLogger("pspo")
 
@@ -81,19 +81,16 @@ def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])
     )
     model.train()
-    pad_id = encoder.pad_token_id
-    batches = _batches(settings, seed, len(problems))
-    for step, batch in enumerate(track(batches, "warm start", num_steps * settings.batch_size, "solutions")):
+    batches = track(_batches(settings, seed, len(problems)), "warm start", num_steps * settings.batch_size, "solutions")
+    for step, chosen in enumerate(batches):
         interrupt.check()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
-        targets = [worked[i] if shows_working else direct[i] for i, shows_working in batch]
-        asked = [prompts[i] for i, _ in batch]
-        batch_tensors = make_batch([(p, [t]) for p, t in zip(asked, targets, strict=True)], pad_id, torch.device("cpu"))
-        with autocast_to_bfloat16(model.device, config.autocast):
-            hidden_NH = predicting_states(model.get_decoder(), batch_tensors)
-        logprob_BT, _ = token_logprobs(model, batch_tensors, hidden_NH, temperature=1.0, autocast=config.autocast)
-        loss = -logprob_BT.sum() / batch_tensors.mask_BT.sum()
+        texts = [(prompts[i], [worked[i] if shows_working else direct[i]]) for i, shows_working in chosen]
+        batch = make_batch(texts, encoder.pad_token_id, torch.device("cpu"))
+        hidden_NH = predicting_states(model.get_decoder(), batch, config.autocast)
+        logprob_BT, _ = token_logprobs(model, batch, hidden_NH, temperature=1.0, autocast=config.autocast)
+        loss = -logprob_BT.sum() / batch.mask_BT.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

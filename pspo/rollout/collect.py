@@ -14,20 +14,13 @@ from pspo.advantage import has_spread
 from pspo.base.stream import Stream
 from pspo.dataset import Prompt, order
 from pspo.reward import Reward, Score
-from pspo.rollout.config import RolloutConfig
-from pspo.rollout.sample import Completion, Sampler
+from pspo.rollout.sample import Completion, RolloutConfig, Sampler
 
 
 def collect(
-    sampler: Sampler,
-    train: Sequence[Prompt],
-    reward: Reward,
-    config: RolloutConfig,
-    *,
-    seed: int,
-    step: int,
+    sampler: Sampler, train: Sequence[Prompt], reward: Reward, config: RolloutConfig, *, seed: int, step: int,
     start: int,
-) -> list[Completion]:
+) -> list[Completion]:  # fmt: skip
     """Sample and score one step's completions, group by group, from place ``start`` of the data order on.
 
     The place is part of a prompt's random key, so that a problem drawn twice in a step gets other completions. Under
@@ -50,7 +43,7 @@ def collect(
 
 
 def trains(config: RolloutConfig, completions: Sequence[Completion]) -> Tensor:
-    """Which groups (P,) train: all, or under dynamic sampling those whose rewards differ."""
+    """Which groups (P,) train: all, or under dynamic sampling the groups whose rewards differ."""
     reward_PG = rewards(config, completions)
     return has_spread(reward_PG) if config.max_redraws else torch.ones(len(reward_PG), dtype=torch.bool)
 

@@ -1,35 +1,53 @@
-"""What every sampler promises: completions of prompts, each from random numbers of its own."""
+"""Settings of a rollout, and the interface of every sampler: completions of prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pspo.base.schema import Schema, key
 from pspo.dataset import Problem, Prompt
 from pspo.model import Policy
 from pspo.reward import Score
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Schema, block="rollout"):
+    """What one step samples, and how."""
+
+    prompts: int = key("prompts of one step", within="[1, inf)")
+    group_size: int = key("completions of one prompt, compared with each other", within="[2, inf)")
+    max_new_tokens: int = key("tokens after which a completion is truncated", within="[1, inf)")
+    overlong_share: float = key(
+        "over this last share of max_new_tokens a completion's reward falls linearly, by up to 1", within="[0, 1)"
+    )
+    max_redraws: int = key(
+        "times that a step draws other prompts in place of those whose rewards are all equal; 0 trains on all",
+        within="[0, inf)",
+    )
+    temperature: float = key("logits are divided by it, in sampling and in training alike", within="(0, inf)")
+    top_p: float = key("sample from the smallest set of tokens that holds this much probability", within="(0, 1]")
+    max_rows: int = key("completions decoded at one time; bounds memory", within="[1, inf)")
+
+    def overlong_penalty(self, length: int) -> float:
+        """DAPO's soft punishment (arXiv 2503.14476, eq. 13): 0 down to −1 over the last share of ``max_new_tokens``.
+
+        With a buffer of b = share · L_max tokens: 0 up to L_max − b, then ((L_max − b) − length) / b.
+        """
+        buffer = self.overlong_share * self.max_new_tokens
+        return min(0.0, (self.max_new_tokens - buffer - length) / buffer) if buffer else 0.0
+
+
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer.
-
-    Attributes:
-        prompt: the prompt that the completion answers.
-        sample: index of the completion in its group.
-        token_ids: tokens of the completion, the stop token included.
-        logprobs: log π of each token under the temperature-scaled, untruncated policy, in nats.
-        finished: whether the completion ended with a stop token; else it was truncated at ``max_new_tokens``.
-        text: the decoded tokens, without special tokens.
-        score: what the reward says of the completion, once it was asked.
-    """
+    """One sampled answer."""
 
     prompt: Prompt
-    sample: int
-    token_ids: list[int]
-    logprobs: list[float]
-    finished: bool
-    text: str
-    score: Score | None = None
+    sample: int  # index of the completion in its group
+    token_ids: list[int]  # the stop token included
+    logprobs: list[float]  # log π of each token under the temperature-scaled, untruncated policy, in nats
+    finished: bool  # ended with a stop token, else truncated at ``max_new_tokens``
+    text: str  # the decoded tokens, without special tokens
+    score: Score | None = None  # the reward's, once the completion has been graded
 
     @property
     def problem(self) -> Problem:

@@ -1,8 +1,8 @@
 """How a policy learns from completions: rows, micro-batches, optimizer steps."""
 
-from pspo.update.config import UpdateConfig
+from pspo.update.learner import Learner, UpdateConfig
 from pspo.update.rows import Row, make_rows
-from pspo.update.step import Learner, NonFiniteError, SamplerGapError, UpdateError, accumulate, check_gap, update
+from pspo.update.step import NonFiniteError, SamplerGapError, UpdateError, accumulate, check_gap, update
 
 __all__ = [
     "Learner",

@@ -8,7 +8,7 @@ Bundles = list[list[int]]
 """Rows of one micro-batch, by index; the rows of one bundle share one copy of their prompt."""
 
 OVERHEAD_POSITIONS = {"cpu": 128, "cuda": 4096}
-"""What one more micro-batch costs beside its positions, in positions: measured on a CPU, a guess on a GPU."""
+"""Fixed cost of one micro-batch, counted in positions: measured on a CPU, a guess on a GPU."""
 
 
 def pack(rows: Sequence[tuple[list[int], int]], max_tokens: int, policy: Policy) -> list[Bundles]:

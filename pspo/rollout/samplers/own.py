@@ -19,8 +19,7 @@ from pspo.host import interrupt
 from pspo.host.memory import halving
 from pspo.model import Policy
 from pspo.model.logprob import autocast_to_bfloat16
-from pspo.rollout.config import RolloutConfig
-from pspo.rollout.sample import Completion
+from pspo.rollout.sample import Completion, RolloutConfig
 from pspo.rollout.samplers.draw import draw
 
 LOOK_EVERY_TOKENS = {"cpu": 1, "cuda": 16}
@@ -52,19 +51,18 @@ class OwnSampler:
         uniform_RT = torch.from_numpy(np.stack([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
 
-        def decoded(max_rows: int) -> dict[tuple[int, int], Completion]:
-            made = {}
-            for start in range(0, len(rows), max_rows):
-                part = slice(start, start + max_rows)
-                written = decode(self.policy, ids[part], uniform_RT[part], temperature, top_p)
-                for (i, g), (token_ids, logprobs, finished) in zip(rows[part], written, strict=True):
-                    text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-                    made[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
-            return made
+        def decoded(max_rows: int) -> list[tuple[list[int], list[float], bool]]:
+            parts = [slice(start, start + max_rows) for start in range(0, len(rows), max_rows)]
+            batches = (decode(self.policy, ids[part], uniform_RT[part], temperature, top_p) for part in parts)
+            return [row for batch in batches for row in batch]
 
         advice = "or set model.autocast=true, or a smaller model"
-        made, _ = halving("rollout.max_rows", self.config.max_rows, advice, decoded)
-        return [made[i, g] for i in range(len(prompts)) for g in range(group_size)]
+        written, _ = halving("rollout.max_rows", self.config.max_rows, advice, decoded)
+        completions = {}
+        for (i, g), (token_ids, logprobs, finished) in zip(rows, written, strict=True):
+            text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)
+            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
+        return [completions[place] for place in sorted(completions)]
 
 
 def _uniforms(
@@ -123,8 +121,8 @@ def _left_padded(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Tensor, 
     width = max(map(len, prompts))
     ids = [[policy.pad_id] * (width - len(prompts[n])) + prompts[n] for n in first]
     attention = [[0] * (width - len(prompts[n])) + [1] * len(prompts[n]) for n in first]
-    made = (torch.tensor(ids), torch.tensor(attention), torch.from_numpy(prompt_of))
-    return made[0].to(policy.device), made[1].to(policy.device), made[2].to(policy.device)
+    ids_PS, attention_PS, prompt_of_R = (torch.tensor(x, device=policy.device) for x in (ids, attention, prompt_of))
+    return ids_PS, attention_PS, prompt_of_R
 
 
 def _logits(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: Tensor) -> Tensor:
