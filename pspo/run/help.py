@@ -1,6 +1,7 @@
-"""What ``python -m pspo.run --help`` prints: made from the schemas and ``conf/``, so that it cannot go stale."""
+"""What ``python -m pspo.run --help`` prints: ``help.txt``, filled in from the schemas and ``conf/``."""
 
 import textwrap
+from pathlib import Path
 
 from pspo.base.schema import as_dict, keys_of
 from pspo.config import Config, compose, groups
@@ -11,31 +12,18 @@ MOST_USED = (  # noqa: SIM905  one a line would fill a page
     "update.max_tokens model.path dataset.path dataset.test_limit evaluate.every diagnostics.counterfactual_every "
     "group device selection rerun continue_from"
 ).split()
-EXAMPLES = {
-    "python -m pspo.run": "the embedded task on this machine, in minutes",
-    "python -m pspo.run objective=pspo model=qwen1_5b": "the paper's GR-PSPO run on GSM8K, on a GPU",
-    "python -m pspo.run -m objective=noclip,clip,pspo seed=0,1,2": "a matched comparison, one run after another",
-    "python -m pspo.run smoothing=strong tracker=jsonl": "alpha 0.3, without Weights & Biases",
-    "python -m pspo.run model=qwen0_5b model.path=/models/qwen dataset.path=/data/gsm8k": "all from local files",
-}
-FLAGS = """
--m runs all combinations of lists; --cfg job prints the composed configuration and checks it; --info says how it was
-composed; --hydra-help lists Hydra's own flags. Every key: docs/keys.md. Other commands: python -m pspo.
-"""
 
 
 def help_text() -> str:
     """Groups with their options, the most used keys with defaults and meanings, examples, and flags."""
     known = {dotted: (field, value) for dotted, field, value in keys_of(Config, as_dict(compose()))}
-    lines = ["python -m pspo.run [group=option ...] [key=value ...]", "", "Groups and their options:"]
-    for name, options in groups().items():
-        lines += textwrap.wrap("  ".join(options), 106, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
-    lines += ["", "Most used keys (default in the embedded run, meaning, range):"]
-    for dotted in MOST_USED:
-        field, value = known[dotted]
-        shown = f"{dotted}={'null' if value is None else value}"
-        lines.append(f"  {shown:<38}{field.metadata['meaning']} {field.metadata['within'] or ''}".rstrip())
-    lines += ["", "Examples:"]
-    for command, meaning in EXAMPLES.items():
-        lines += [f"  # {meaning}", f"  {command}"]
-    return "\n".join(lines) + "\n" + FLAGS
+    options, keys = [(f"  {name:<12}", "  ".join(names)) for name, names in groups().items()], []
+    for name, (field, value) in ((name, known[name]) for name in MOST_USED):
+        label = f"{name}={'null' if value is None else value}"
+        keys.append((f"  {label:<38}", f"{field.metadata['meaning']} {field.metadata['within'] or ''}"))
+    template = Path(__file__).with_name("help.txt").read_text(encoding="utf-8")
+    return template.format(groups=_columns(options), keys=_columns(keys))
+
+
+def _columns(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(textwrap.fill(text, 118, initial_indent=x, subsequent_indent=" " * len(x)) for x, text in rows)
