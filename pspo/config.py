@@ -1,4 +1,4 @@
-"""The whole configuration: its schemas, composition, checks across blocks, and the name of a run's directory."""
+"""The whole configuration: its schemas, its composition by Hydra, and the checks across blocks."""
 
 import contextlib
 import functools
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from omegaconf import OmegaConf
 from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of, short_names, unknown
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
@@ -103,10 +102,6 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
 
 
-LABEL_CHARACTERS = 80
-"""Longest label in a run's name; words left out are counted as ``_+2``. A file's name may have 255 bytes."""
-
-
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """The typed tree of plain ``values``, which Hydra composed under the command line's ``overrides``.
 
@@ -162,38 +157,6 @@ def science(config: Config) -> dict[str, Any]:
 def identity(config: Config) -> str:
     """Eight hexadecimal digits that name what was run."""
     return hashlib.sha256(json.dumps(science(config), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def run_directory(config: Config, overrides: Sequence[str]) -> Path:
-    """``output_dir/group/<objective>_<its keys>_<other keys>_seed<seed>_<identity>``, or an earlier run's directory.
-
-    A run is recognized by its identity alone, as other overrides may set the same values.
-    """
-    parent = Path(config.output_dir) / config.group
-    earlier = sorted(parent.glob(f"*_{identity(config)}")) if parent.is_dir() else []
-    return earlier[0] if earlier else parent / f"{_label(config, overrides)}_seed{config.seed}_{identity(config)}"
-
-
-def _label(config: Config, overrides: Sequence[str]) -> str:
-    """The objective, the overrides of its keys, then the other overrides, in characters that need no shell quoting.
-
-    An option is written without its group, and a key by its last part, where no other group or key has the same word.
-    """
-    short = short_names(dotted.removeprefix("objective.") for dotted, _, _ in keys_of(Config, as_dict(config)))
-    options = Counter(option for names in groups().values() for option in names)
-    words: dict[str, str] = {}
-    for override in overrides:
-        name, _, value = override.lstrip("+").partition("=")
-        if name.startswith("objective.") or name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed"):
-            value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
-            key_word = short.get(name.removeprefix("objective."), name)
-            words[name] = value if name in groups() and options[value] == 1 else f"{key_word}={value}"
-    label = config.objective.name
-    num_left_out = 0
-    for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
-        longer = f"{label}_{words[name]}"
-        label, num_left_out = (longer, num_left_out) if len(longer) <= LABEL_CHARACTERS else (label, num_left_out + 1)
-    return f"{label}_+{num_left_out}" if num_left_out else label
 
 
 @functools.cache

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from training import composed
 
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, as_dict, build, key, short_names
-from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve, run_directory
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key
+from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve
 from pspo.run.help import MOST_USED, help_text
+from pspo.run.name import run_directory, short_names
 from pspo.sweep import expand
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -10,8 +10,9 @@ from training import composed
 from pspo import checkpoint
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
-from pspo.config import compose, identity, run_directory, science
+from pspo.config import compose, identity, science
 from pspo.run.earlier import INPUTS, History, inputs, look, shorter
+from pspo.run.name import run_directory
 from pspo.tracker import Tracker
 
 

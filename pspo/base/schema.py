@@ -121,17 +121,6 @@ def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str,
             yield cls.dotted(name), cls.__dataclass_fields__[name], value
 
 
-def short_names(dotted: Iterable[str]) -> dict[str, str]:
-    """``lr`` for ``optimizer.lr``: each key's shortest end, in whole words, that is of no other key as short as it."""
-    parts = {key: key.split(".") for key in dotted}
-    ends = sorted((len(words), ".".join(words[at:]), key) for key, words in parts.items() for at in range(len(words)))
-    owners: dict[str, list[tuple[int, str]]] = {}
-    for depth, end, key in ends:
-        owners.setdefault(end, []).append((depth, key))
-    own = [(key, end) for end, [(depth, key), *others] in owners.items() if not others or others[0][0] > depth]
-    return dict(sorted(own, key=lambda pair: -len(pair[1])))
-
-
 def as_dict(node: Any) -> Any:
     """The configuration tree as plain dictionaries, lists and scalars, for files."""
     if isinstance(node, Schema):

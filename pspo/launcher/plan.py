@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pspo.base.schema import ConfigError, as_dict
-from pspo.config import check, compose_all, identity, run_directory
+from pspo.config import check, compose_all, identity
 from pspo.run import earlier
+from pspo.run.name import run_directory
 
 
 @dataclass(frozen=True, kw_only=True)
