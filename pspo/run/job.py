@@ -130,8 +130,8 @@ def _train_and_evaluate(
     """Test, train from the newest checkpoint, test again; returns the content of ``summary.json``."""
     config = run.config
     tests: dict[str, dict[str, Any]] = {name: {} for name in run.tests}
-    for name in tests if config.budget.total else ():  # initial weights: nothing is resumed yet
-        tests[name]["before"] = _test(trainer, name, prompts[name], "before")
+    for name, results in tests.items() if config.budget.total else ():  # initial weights: nothing is resumed yet
+        results["before"] = _test(trainer, name, prompts[name], "before")
     trainer.resume()
     if owner.restart:
         log.info("restart %d: %s, resumed from step %d", owner.restart, owner, trainer.state.progress.steps)
@@ -139,8 +139,8 @@ def _train_and_evaluate(
         for answers in run.directory.glob("evaluation/*_after.jsonl"):
             answers.unlink()
     state = trainer.run()
-    for name in tests:
-        tests[name]["after"] = _test(trainer, name, prompts[name], "after")
+    for name, results in tests.items():
+        results["after"] = _test(trainer, name, prompts[name], "after")
     return {
         "status": "done",
         "run": run.directory.name,
