@@ -7,7 +7,6 @@ that tree and refuses, in one sentence, what does not fit.
 
 import dataclasses
 import difflib
-import math
 import os
 import types
 import typing
@@ -41,8 +40,9 @@ class Schema:
 
     def __post_init__(self) -> None:
         """Check every field's type and interval. Raises ConfigError."""
-        for name, hint in fields_of(type(self)).items():
-            check(self.dotted(name), getattr(self, name), hint, self.within(name), self._told(name, "why"))
+        hints = fields_of(type(self))
+        for field in dataclasses.fields(self):
+            _check(self.dotted(field.name), getattr(self, field.name), hints[field.name], field.metadata)
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -53,15 +53,6 @@ class Schema:
     def dotted(cls, name: str) -> str:
         """``rollout.top_p`` for field ``top_p`` of block ``rollout``."""
         return f"{cls.block}.{name}" if cls.block else name
-
-    @classmethod
-    def within(cls, name: str) -> str | None:
-        """The interval that a field must lie in, or None."""
-        return cls._told(name, "within")
-
-    @classmethod
-    def _told(cls, name: str, what: str) -> str | None:
-        return {f.name: f.metadata.get(what) for f in dataclasses.fields(cls)}[name]
 
     def refuse(self, name: str, reason: str) -> ConfigError:
         """The error for a field whose value does not fit the others."""
@@ -89,11 +80,17 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
-    made = {name: _value(cls.dotted(name), hint, values[name]) for name, hint in hints.items()}
+    checked = {}
     for field in dataclasses.fields(cls):
-        if field.metadata.get("path") and made[field.name] is not None:
-            made[field.name] = os.path.expanduser(made[field.name])
-    return cls(**made)
+        value, hint = values[field.name], hints[field.name]
+        if isinstance(value, Mapping) and (block := _block(hint)):
+            value = build(block, value)
+        elif type(value) is int and float in _options(hint):
+            value = float(value)
+        elif isinstance(value, str) and field.metadata.get("path"):
+            value = os.path.expanduser(value)
+        checked[field.name] = value
+    return cls(**checked)
 
 
 def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
@@ -114,18 +111,15 @@ def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str,
     """Every key of the blocks that describe ``values``, as ``optimizer.lr``, with its field and its value."""
     cls = cls.select(values)
     for name, hint in fields_of(cls).items():
-        block, value = _options(hint)[0], values.get(name)
-        if isinstance(block, type) and issubclass(block, Schema) and isinstance(value, Mapping):
+        value = values.get(name)
+        if isinstance(value, Mapping) and (block := _block(hint)):
             yield from keys_of(block, value)
         else:
             yield cls.dotted(name), cls.__dataclass_fields__[name], value
 
 
-def as_dict(node: Any) -> Any:
-    """The configuration tree as plain dictionaries, lists and scalars, for files."""
-    if isinstance(node, Schema):
-        return {f.name: as_dict(getattr(node, f.name)) for f in dataclasses.fields(node)}
-    return [as_dict(item) for item in node] if isinstance(node, list) else node
+as_dict = dataclasses.asdict
+"""The configuration tree as plain dictionaries, lists and scalars, for files."""
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -136,22 +130,14 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _value(name: str, hint: Any, value: Any) -> Any:
-    for option in _options(hint):
-        if isinstance(option, type) and issubclass(option, Schema) and isinstance(value, Mapping):
-            return build(option, value)
-    check(name, value, hint)
-    return float(value) if float in _options(hint) and value is not None else value
-
-
-def check(name: str, value: Any, hint: Any, within: str | None = None, why: str | None = None) -> None:
+def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
-    if not any(_fits(value, option) for option in _options(hint)):
-        options = _options(hint)
+    options, within, why = _options(hint), about.get("within"), about.get("why")
+    if not any(_fits(value, option) for option in options):
         several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in options)
-        told = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
-        told += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in options else ""
-        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{told}")
+        advice = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
+        advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in options else ""
+        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{advice}")
     if isinstance(value, str) and value.encode(errors="replace").decode() != value:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
     if within is not None and value is not None and not _inside(float(value), within):
@@ -167,6 +153,11 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def _block(hint: Any) -> type[Schema] | None:
+    """The schema among the options of a type."""
+    return next((o for o in _options(hint) if isinstance(o, type) and issubclass(o, Schema)), None)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Literal:
@@ -174,30 +165,26 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (list, dict):
         items = value.values() if isinstance(value, dict) else value
         return isinstance(value, origin) and all(_fits(item, typing.get_args(hint)[-1]) for item in items)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
 
 
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
+NOUNS |= {types.NoneType: "null", list: "a list", dict: "a table"}
+
+
 def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
-    if origin is list:
-        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
-    if origin is dict:
-        return f"a table, each item {_describe(typing.get_args(hint)[1])}"
-    if isinstance(hint, type) and issubclass(hint, Schema):
-        return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
-    names[types.NoneType] = "null"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is not None:
+        return f"{NOUNS[origin]}, each item {_describe(arguments[-1])}"
+    return "a block of keys" if _block(hint) else NOUNS[hint]
 
 
 def _inside(value: float, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    return not math.isnan(value) and above and below
+    return above and below

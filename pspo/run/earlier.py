@@ -33,7 +33,7 @@ class History:
 
 
 def inputs(config: Config) -> dict[str, str]:
-    """Digests of the code, the reward's and objective's own files, data and model, or commits of the hub's repositories.
+    """Digests of the code, the user's own reward and objective, data and model, or commits of the hub's repositories.
 
     Asks no network. Raises ConfigError where one of the files is missing.
     """

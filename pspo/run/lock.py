@@ -56,7 +56,7 @@ def owner(directory: Path) -> Owner | None:
 
 @contextlib.contextmanager
 def hold(directory: Path) -> Iterator[Owner]:
-    """Make a run directory and keep other processes out of it. Raises ConfigError that names a process at work there."""
+    """Make a run directory and keep other processes out of it. Raises ConfigError that names the process inside."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
