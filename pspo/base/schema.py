@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
 
 class ConfigError(ValueError):
-    """A user's mistake, told in one sentence: the key, the value got, the values allowed, the remedy."""
+    """A user's mistake in one sentence: the key, the value got, the values allowed, the remedy."""
 
 
 def key(meaning: str, *, within: str | None = None, why: str | None = None, path: bool = False) -> Any:
     """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``.
 
-    ``why`` is told with the interval where that is not plain. In a ``path`` the home directory may be written ``~``.
+    ``why`` gives the reason for the interval in its error. In a ``path`` the home directory may be written ``~``.
     """
     return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why, "path": path})
 
@@ -94,9 +94,9 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
 
 
 def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
-    """The error for a misspelt name: what it was, the nearest one, all the known ones.
+    """The error for a misspelt name, with the nearest known name and all known names.
 
-    In the keys of a ``tree`` a name is looked for by its last part too: ``lr`` is near to ``optimizer.lr``.
+    The name is compared with the last part of a key in ``tree`` too: ``lr`` is near to ``optimizer.lr``.
     """
     known, tree = list(known), sorted(tree, key=lambda key: key.count("."))
     near = [key for key in tree if key.endswith(f".{name}")]
