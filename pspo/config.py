@@ -42,7 +42,7 @@ from pspo.update import UpdateConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Schema):
-    """One run. Every block stands in the module of its name."""
+    """The settings of one run. Every block stands in the module of its name."""
 
     group: str = key("directory under output_dir, and group in the tracker, that holds the runs of one comparison")
     output_dir: str = key("where run directories are made", path=True)
@@ -96,10 +96,10 @@ class Config(Schema):
 NOT_SCIENCE = (
     "group", "output_dir", "device", "threads", "rerun", "continue_from", "checkpoint", "tracker", "diagnostics",
 )  # fmt: skip
-"""Blocks that say where and how comfortably a run is made and how closely it is watched, not what is run."""
+"""Keys and blocks that do not name a run: where it is made, how it is saved and watched, not what is trained."""
 
 ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("gradient_checkpointing",)}
-"""Keys that bound memory and change results by rounding alone, so that a run may be resumed with less."""
+"""Keys that bound memory and change results by rounding alone, so that a run may be resumed with lower values."""
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -134,9 +134,9 @@ def read(path: Path) -> Config:
 
 def _with_source(values: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:
     """Under ``continue_from`` the settings of that run, except for the keys of ``values`` that an override has set."""
-    path = Path(values["continue_from"] or "").expanduser() / "config.yaml"
+    path = Path(os.path.expanduser(str(values["continue_from"])), "config.yaml")
     names = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    if values["continue_from"] is None or not path.is_file() or any(n.split(".")[0] not in values for n in names):
+    if not (values["continue_from"] and path.is_file() and all(name.split(".")[0] in values for name in names)):
         return values  # an experiment sets keys in many blocks: then all keys are compared with that run's
     source, composed = OmegaConf.load(path), OmegaConf.create(dict(values))
     for name in [*names, "continue_from", "rerun"]:
@@ -145,7 +145,7 @@ def _with_source(values: Mapping[str, Any], overrides: Sequence[str]) -> Mapping
 
 
 def science(config: Config) -> dict[str, Any]:
-    """What was run: the configuration without ``NOT_SCIENCE`` and ``ONLY_MEMORY``."""
+    """The settings that name a run: the configuration without ``NOT_SCIENCE`` and ``ONLY_MEMORY``."""
     values = {name: value for name, value in as_dict(config).items() if name not in NOT_SCIENCE}
     if config.smoothing.constant:  # its alpha stands in the objective
         del values["smoothing"]
@@ -155,7 +155,7 @@ def science(config: Config) -> dict[str, Any]:
 
 
 def identity(config: Config) -> str:
-    """Eight hexadecimal digits that name what was run."""
+    """Eight hexadecimal digits of the digest of ``science``."""
     return hashlib.sha256(json.dumps(science(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -192,13 +192,12 @@ def quoted(argument: str) -> str:
     name, equals, value = argument.partition("=")
     if not equals or name.startswith(("-", "~")) or _is_grammatical(value):
         return argument
-    brackets = ("[", "]") if value[0] + value[-1] == "[]" else ("", "")
-    value = value.removeprefix(brackets[0]).removesuffix(brackets[1])
+    if value[0] + value[-1] == "[]":
+        return f"{name}=[{quoted(f'{name}={value[1:-1]}').removeprefix(f'{name}=')}]"
     items = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value)
     if ",".join(items) != value:  # two commas in a row, or one at an end: not a list
         items = [value]
-    inside = ",".join(item if _is_grammatical(item) else in_quotes(item.strip()) for item in items)
-    return f"{name}={brackets[0]}{inside}{brackets[1]}"
+    return f"{name}=" + ",".join(item if _is_grammatical(item) else in_quotes(item.strip()) for item in items)
 
 
 def in_quotes(value: str) -> str:
@@ -261,12 +260,11 @@ def explained(error: Exception) -> ConfigError:
 
 
 def check(config: Config) -> None:
-    """Refuse what can be seen before anything is loaded, written or submitted, on a login node too. No network.
+    """Refuse a directory that cannot be written, and a data set, model or reward that is missing. Raises ConfigError.
 
-    Imports a user's own code. Raises ConfigError: a directory that cannot be written, a data set, model or
-    reward that is not there.
+    On a login node too, before anything is loaded, written or submitted, without network; imports a user's own code.
     """
-    parent = (Path(config.output_dir) / config.group).absolute()
+    parent = Path(config.output_dir, config.group).absolute()
     nearest = next(path for path in (parent, *parent.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"output_dir={config.output_dir}: cannot write in {nearest}; set output_dir=<directory>")
@@ -274,5 +272,5 @@ def check(config: Config) -> None:
     if config.budget.total and dataset.is_test_set(config.dataset):
         raise dataset.refuse_training(config.dataset)
     config.reward.check()
-    if config.model.path is not None:  # one of the hub's may lie in a cache that the jobs alone see
+    if config.model.path is not None:  # the hub's cache may lie where only the jobs see it
         model.check(config.model)

@@ -132,21 +132,20 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
-    options, within, why = _options(hint), about.get("within"), about.get("why")
-    if not any(_fits(value, option) for option in options):
-        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in options)
+    if not _fits(value, hint):
+        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in _options(hint))
         advice = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
-        advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in options else ""
+        advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
         raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{advice}")
     if isinstance(value, str) and value.encode(errors="replace").decode() != value:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
-    if within is not None and value is not None and not _inside(float(value), within):
-        raise ConfigError(f"{name} must be in {within}, got {value!r}" + (f": {why}" if why else ""))
-
-
-def describe(hint: Any) -> str:
-    """The values that a key of this type takes, in words."""
-    return " or ".join(_describe(option) for option in _options(hint))
+    if value is not None and (interval := about.get("within")):
+        low, high = map(float, interval[1:-1].split(","))
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            why = f": {about['why']}" if about["why"] else ""
+            raise ConfigError(f"{name} must be in {interval}, got {value!r}{why}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -159,14 +158,16 @@ def _block(hint: Any) -> type[Schema] | None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return value in arguments
     if origin in (list, dict):
         items = value.values() if isinstance(value, dict) else value
-        return isinstance(value, origin) and all(_fits(item, typing.get_args(hint)[-1]) for item in items)
+        return isinstance(value, origin) and all(_fits(item, arguments[-1]) for item in items)
     if hint in (int, float):
         return isinstance(value, int | hint) and not isinstance(value, bool)
+    if arguments:  # a union
+        return any(_fits(value, option) for option in arguments)
     return hint is Any or isinstance(value, hint)
 
 
@@ -174,17 +175,13 @@ NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 NOUNS |= {types.NoneType: "null", list: "a list", dict: "a table"}
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """The values that a key of this type takes, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is not None:
-        return f"{NOUNS[origin]}, each item {_describe(arguments[-1])}"
-    return "a block of keys" if _block(hint) else NOUNS[hint]
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
+    if origin in NOUNS:
+        return f"{NOUNS[origin]}, each item {describe(arguments[-1])}"
+    if arguments:
+        return " or ".join(map(describe, arguments))
+    return NOUNS.get(hint, "a block of keys")

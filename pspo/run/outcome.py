@@ -3,19 +3,17 @@
 import contextlib
 import errno
 import json
-import logging
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from pspo.base.console import log
 from pspo.base.files import SaveError, read_lines, write_json
 from pspo.base.schema import ConfigError
 from pspo.host.memory import NoRoomError, is_out_of_memory
 from pspo.reward import RewardError
 from pspo.run.lock import Owner
 from pspo.update import NonFiniteError, SamplerGapError
-
-log = logging.getLogger("pspo")
 
 LAST_LINES = 20
 """Longest traceback in ``FAILED``, in lines."""
@@ -51,18 +49,13 @@ def recorded(directory: Path, owner: Owner) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, ConfigError):
             log.exception("the run failed; the same command resumes from its last checkpoint")
+        kind = next((name for cls, name in KINDS.items() if isinstance(error, cls)), "error")
+        kind = "out of memory" if is_out_of_memory(error) else kind
         lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
-        record = {"kind": kind(error), "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
+        record = {"kind": kind, "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
         with contextlib.suppress(OSError):  # the very disk may be the failure
             write_json(path, record)
         raise
-
-
-def kind(error: BaseException) -> str:
-    """The name in ``KINDS`` of the error's class, else "error"; PyTorch's own errors may be "out of memory" too."""
-    if is_out_of_memory(error):
-        return "out of memory"
-    return next((name for cls, name in KINDS.items() if isinstance(error, cls)), "error")
 
 
 def result(directory: Path) -> float | None:
