@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from training import composed
 
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, as_dict, build, key, short_names
-from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve, run_directory
-from pspo.run.help import EXAMPLES, MOST_USED, help_text
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key
+from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve
+from pspo.run.help import TEMPLATE, help_text
+from pspo.run.name import run_directory, short_names
 from pspo.sweep import expand
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -41,7 +42,7 @@ def test_every_option_composes_to_a_valid_configuration(group, option):
 def test_changing_the_objective_changes_the_objective_block_alone():
     base = as_dict(composed("objective=noclip"))
     for objective in groups()["objective"]:
-        other = as_dict(composed(f"objective={objective}"))
+        other = as_dict(composed(f"objective={objective}", *REQUIRED.get(("objective", objective), [])))
         assert {name for name in base if base[name] != other[name]} <= {"objective"}
 
 
@@ -215,7 +216,7 @@ BAD = {
     "model=/models/mine": "model=/models/mine is no option; write model=hf",
     "dataset=mine.jsonl": "dataset=mine.jsonl is no option; write dataset=jsonl dataset.path=mine.jsonl",
     "reward=mine.py:f": "reward=mine.py:f is no option; write reward=custom reward.function=mine.py:f",
-    "seed=0,1": "seed=0,1 gives one run several values; add -m to make a run with each of them",
+    "seed=0,1": "seed=0,1 gives one run several values; add -m to make a run with each, or quote a value",
     "seed=[0,1]": "seed must be a whole number, got [0, 1]; it takes one value: -m seed=0,1 makes a run with each",
     "diagnostics.counterfactual=[3]": "diagnostics.counterfactual must be a list, each item text, got [3]",
 }
@@ -264,9 +265,9 @@ def documented():
 
 
 def test_keys_md_has_every_key_of_every_schema_with_meaning_values_and_default():
-    from pspo import launcher  # whose schemas are known from here on
+    from pspo.launcher.base import Launcher  # whose subclasses are known from here on
 
-    blocks = {cls for cls in subclasses(Schema) if cls.block} | {Config, launcher.Launcher}
+    blocks = {cls for cls in subclasses(Schema) if cls.block} | {Config, Launcher}
     known = {
         cls.dotted(field.name)
         for cls in blocks
@@ -281,7 +282,7 @@ def test_every_key_is_read_by_code():
     source = "\n".join(path.read_text() for path in CONF.parent.glob("pspo/**/*.py"))
     for dotted, *_ in documented():
         name = dotted.strip("`").rpartition(".")[2]
-        assert re.search(rf"\.{name}\b", source), f"{dotted} is a key that nothing reads"
+        assert re.search(rf"\.{name}\b|\[\"{name}\"\]", source), f"{dotted} is a key that nothing reads"
 
 
 def test_values_stand_in_yaml_and_not_in_python():
@@ -313,7 +314,7 @@ NAMES = {
     "model=qwen0_5b dataset=svamp": "pspo_svamp_qwen0_5b",
     "smoothing=paper": "pspo_smoothing=paper",  # there is a reward of that name
     "optimizer.lr=1e-5 optimizer.lr=2e-5": "pspo_lr=2e-5",
-    "reward=custom reward.function=mine/graders.py:f": "pspo_custom_function=graders.py-f",
+    "reward=custom reward.function=mine/graders.py:f": "pspo_reward=custom_function=graders.py-f",
     "dataset.system_prompt='Größe, (ja)?'": "pspo_system_prompt=Gr-e-ja-",
     "device=cpu threads=1 group=main tracker=jsonl": "pspo",
 }
@@ -364,20 +365,25 @@ def test_the_ends_of_keys_are_as_short_as_they_are_clear():
     }  # fmt: skip
 
 
+def examples(text):
+    return re.findall(r"^  (python -m pspo\.run.*)$", text, re.MULTILINE)
+
+
 def test_help_names_groups_options_keys_and_five_examples():
     text = help_text()
     for group, options in groups().items():
         for word in (group, *options):
             assert word in text
-    assert len(EXAMPLES) == 5
-    for example in EXAMPLES:
-        assert example in text
-    assert set(MOST_USED) <= set(text.replace("=", " ").split())
+    assert len(examples(text)) == 5
+    assert set(re.findall(r"^{([a-z_.]+)}$", TEMPLATE.read_text(), re.MULTILINE)) <= {
+        "groups",
+        *text.replace("=", " ").split(),
+    }
     assert max(map(len, text.splitlines())) <= 150
 
 
 def test_examples_of_the_help_compose():
-    for example in EXAMPLES:
+    for example in examples(help_text()):
         compose([word for word in example.split()[3:] if word != "-m" and "," not in word])
 
 

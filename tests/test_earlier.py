@@ -10,8 +10,9 @@ from training import composed
 from pspo import checkpoint
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
-from pspo.config import compose, identity, run_directory, science
+from pspo.config import compose, identity, science
 from pspo.run.earlier import INPUTS, History, inputs, look, shorter
+from pspo.run.name import run_directory
 from pspo.tracker import Tracker
 
 
@@ -210,7 +211,8 @@ def test_a_run_knows_the_files_that_it_is_made_from(tmp_path, monkeypatch, name,
     for split in ("train", "validation", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     write_model(tmp_path / "model")
-    own = ["dataset=jsonl", "dataset.path=data", "model.path=model", "reward=custom", "reward.function=own.py:reward"]
+    own = ["model=hf", "model.path=model", "dataset=jsonl", "dataset.path=data", "reward=custom"]
+    own.append("reward.function=own.py:reward")
     config, directory = compose([*own, "dataset.num_validation=1"]), tmp_path / "run"
     directory.mkdir()
     (directory / "config.yaml").touch()

@@ -48,7 +48,7 @@ def test_memory_that_the_cpu_refuses_is_told_as_such(tmp_path):
     assert json.loads((tmp_path / "FAILED").read_text())["kind"] == "out of memory"
 
 
-@pytest.mark.parametrize("number", failure.NO_ROOM)
+@pytest.mark.parametrize("number", failure.CANNOT_WRITE)
 def test_a_disk_without_room_is_one_sentence(tmp_path, number):
     error = OSError(number, os.strerror(number), "metrics.jsonl")
     with (

@@ -15,10 +15,11 @@ import yaml
 
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
-from pspo.config import compose, run_directory
+from pspo.config import compose
 from pspo.launcher import Job, Planned, RunsFailed, configure, make_plan
 from pspo.launcher.local import Local
 from pspo.launcher.slurm import Slurm
+from pspo.run.name import run_directory
 from pspo.run.outcome import result
 
 

@@ -416,7 +416,9 @@ def test_sums_and_means_are_over_a_completions_own_tokens():
 
 
 def test_every_number_has_an_interval():
-    numbers = {(name, f.name): cls.within(f.name) for name, cls in OBJECTIVES.items() for f in dataclasses.fields(cls)}
+    numbers = {
+        (name, f.name): f.metadata.get("within") for name, cls in OBJECTIVES.items() for f in dataclasses.fields(cls)
+    }
     assert {field: within for field, within in numbers.items() if field[1] not in ("name", "divergence")} == WITHIN
 
 

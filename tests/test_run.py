@@ -15,8 +15,8 @@ from training import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pspo import checkpoint, evaluate, report, trainer
-from pspo.config import run_directory
 from pspo.report import meaning
+from pspo.run.name import run_directory
 from pspo.sync import Outcome, sync
 from pspo.tracker import Tracker
 from tests.wandb_server import serving

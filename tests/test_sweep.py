@@ -14,8 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from pspo import sweep
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
-from pspo.config import compose, groups, run_directory
+from pspo.config import compose, groups
 from pspo.launcher import Planned, make_plan
+from pspo.run.name import run_directory
 
 TWO_FACTORS = """
 common: [optimizer.lr=1e-5, rollout.prompts=8]

@@ -1,29 +1,29 @@
-"""What all commands share: their list, the answer to a module that is none, errors and Ctrl-C in one sentence."""
+"""Shared by all commands: their list, the refusal of other modules, errors and Ctrl-C as one sentence."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
-PACKAGE = Path(__file__).parents[1]
+from pspo.base.files import PACKAGE
+
 INTERRUPTED = 130
 """Exit status at Ctrl-C, as shells call the end by signal 2."""
 
 
 def overview() -> str:
     """Every module that can be run as ``python -m <module>``, one a line, with the first line of its docstring."""
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
-    about = {
-        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__main__"): text.split('"""')[1]
-        for path, text in texts.items()
-        if '\nif __name__ == "__main__":' in text
-    }
-    return "\n".join(f"  python -m {name:<15} {text.partition(chr(10))[0]}" for name, text in about.items()) + "\n"
+    lines = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if '\nif __name__ == "__main__":' in text:
+            name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__main__")
+            lines.append(f"  python -m {name:<15} {text[3:].splitlines()[0]}\n")
+    return "".join(lines)
 
 
 def refuse_other_modules(name: str) -> None:
-    """Leave the process, which Python would start a module of the package in, where the module is no command."""
+    """End the process where ``python -m`` names a module of the package that is no command."""
     if name.startswith("pspo.") and f" {name} " not in overview():
         sys.stderr.write(f"pspo: {name} is no command; the commands, each of which has --help:\n{overview()}")
         sys.exit(2)

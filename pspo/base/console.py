@@ -1,4 +1,4 @@
-"""What a person sees: one console, one log, and the phase of the work, on a terminal as a line that is rewritten."""
+"""The console, the log, and the phase of the work, which on a terminal is a line that is rewritten."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -20,18 +19,19 @@ log = logging.getLogger("pspo")
 T = TypeVar("T")
 
 TELL_S = 30.0
-"""Seconds from one line about a phase to the next, in a log and in ``.phase``."""
+"""Seconds between two lines about a phase, in a log and in ``.phase``."""
 
 
 class Phase:
-    """A part of the work that a person waits for: ``with Phase("training", 30, unit="steps") as told: ... told(12)``.
+    """A part of the work that a person waits for: ``with Phase("training", 30, unit="steps") as phase: ... phase(12)``.
 
-    Without ``with`` it lasts until the next one. One inside another that counts, as a validation in the training, is
-    told only if it is at work when a line is due. ``done`` of ``total`` (None: not counted) were done before.
+    Without ``with`` a phase lasts until the next phase. A phase inside a phase that counts, as a validation in the
+    training, gets a line only if it is current when a line is due. ``total`` is None in a phase that does not count;
+    ``done`` units of it were done before the phase.
     """
 
     current: ClassVar["Phase | None"] = None
-    file: ClassVar[Path | None] = None  # where a run tells its phase to other processes
+    file: ClassVar[Path | None] = None  # .phase, which pspo.status reads
 
     def __init__(self, name: str, total: float | None = None, *, done: float = 0, unit: str = "") -> None:
         self.name, self.total, self.done, self.unit, self.info = name, total, done, unit, ""
@@ -41,7 +41,7 @@ class Phase:
             self.tell()
 
     def __call__(self, done: float, info: str = "") -> None:
-        """Note how much is done, with a word on how it goes."""
+        """Note how many units are done, with a word on how it goes."""
         self.done, self.info = done, info
         self.line.update(escape(str(self)))
 
@@ -56,7 +56,7 @@ class Phase:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the end at the mean pace since the phase began; None where none can be told."""
+        """Seconds to the end at the mean pace since the phase began; None before the first unit, or without a total."""
         done = self.done - self.first
         if self.total is None or done <= 0:
             return None
@@ -69,20 +69,20 @@ class Phase:
         return ", ".join(filter(None, [self.name + counts, self.info, left]))
 
     def tell(self) -> None:
-        """A line in every log that is no terminal, and the content of ``.phase``."""
+        """Write a line in every log that is no terminal, and ``.phase``."""
         log.info("%s", str(self), extra={"phase": True})
         if self.file is not None:
-            now = {"phase": self.name, "done": self.done, "total": self.total, "left_s": self.left_s}
+            progress = {"phase": self.name, "done": self.done, "total": self.total, "left_s": self.left_s}
             with contextlib.suppress(OSError):  # a full disk stops a run where it must save
-                write_text(self.file, json.dumps(now | {"time": time.time()}))
+                write_text(self.file, json.dumps(progress | {"time": time.time()}))
 
 
 def track(chunks: Iterable[Sequence[T]], name: str, total: int, unit: str = "") -> Iterator[Sequence[T]]:
     """Iterate over chunks of ``total`` items as a phase that counts items."""
-    with Phase(name, total, unit=unit) as told:
+    with Phase(name, total, unit=unit) as phase:
         for chunk in chunks:
             yield chunk
-            told(told.done + len(chunk))
+            phase(phase.done + len(chunk))
 
 
 def duration(seconds: float) -> str:
@@ -93,20 +93,21 @@ def duration(seconds: float) -> str:
 
 def log_to_console() -> None:
     """Send the log to the console."""
-    if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
-        log.addHandler(_ConsoleHandler())
+    log.addHandler(CONSOLE_HANDLER)
     log.setLevel(logging.INFO)
     log.propagate = False
 
 
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Send the log to a file as well, and tell the phase twice a minute, there and in ``.phase`` beside it.
+    """Send the log to a file as well, and write the phase every ``TELL_S``, there and in ``.phase`` of its folder.
 
-    The clock stands in a field of its own that begins with ``time/``.
+    A line begins with ``time/`` and the time in UTC.
     """
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(_Clocked("%(asctime)s %(levelname)s %(message)s"))
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "time/%Y-%m-%dT%H:%M:%S+00:00")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
     log.addHandler(handler)
     Phase.file, ended = path.with_name(".phase"), threading.Event()
     Phase.file.unlink(missing_ok=True)  # of a process that was killed
@@ -130,15 +131,13 @@ def _tell(ended: threading.Event) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines above the phase, not wrapped, so that a path can be copied; no traceback, which stands in run.log."""
+    """Prints above the phase's line; not wrapped, so that a path can be copied; no traceback, which is in run.log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, "phase") and console.is_terminal:
-            return  # where the phase is shown already
+            return  # the phase's own line is there
         style = "yellow" if record.levelno >= logging.WARNING else "dim"
         console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-class _Clocked(logging.Formatter):
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
-        return "time/" + datetime.fromtimestamp(record.created, UTC).isoformat(timespec="seconds")
+CONSOLE_HANDLER = _ConsoleHandler()

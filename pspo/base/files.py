@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+"""Files that are whole or absent: written under another name, flushed to the disk, then renamed."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""The YAML files: inside an installed wheel, else beside the package."""
+"""The folder of YAML files: inside an installed wheel's package, in a checkout beside the package."""
 
 
 class SaveError(RuntimeError):
@@ -20,7 +20,7 @@ class SaveError(RuntimeError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, at any instant and after any crash, sees the old one or the new one."""
+    """Write a file so that a reader, at any instant and after any crash, sees the old text or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -42,8 +42,8 @@ def write_json(path: Path, content: Any) -> None:
 def new_directory(directory: Path) -> Iterator[Path]:
     """An empty directory to fill, which takes the place of ``directory`` when the block ends, flushed to the disk.
 
-    If the block fails, what was there is still there and nothing else. One process at a time, please: what a killed
-    one left behind is removed.
+    If the block fails, ``directory`` stays as it was and no other file is left. One process at a time, as the files
+    that a killed process left are removed.
     """
     beside, old = (directory.with_name(f".{directory.name}.{word}") for word in ("new", "old"))
     shutil.rmtree(beside, ignore_errors=True)
@@ -72,7 +72,7 @@ def _sync(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal; a file that stays as it is, is read once by a process."""
+    """The SHA-256 of a file, in hexadecimal; a process reads an unchanged file once."""
     about = path.stat()
     return _digest(path, about.st_mtime_ns, about.st_size)
 
@@ -104,19 +104,19 @@ class JsonLines:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines."""
+        """The objects of all whole lines."""
         return read_lines(self.path)
 
     def sync(self) -> int:
-        """Flush to the disk what was appended; returns how many lines there are."""
+        """Flush the appended lines to the disk; returns the number of lines."""
         _sync(self.path)
         return self.num_rows()
 
     def num_rows(self) -> int:
-        """How many whole lines there are."""
+        """The number of whole lines."""
         return self.path.read_bytes().count(b"\n")
 
     def cut(self, num_rows: int) -> None:
-        """Drop all lines but the first ``num_rows``. They are counted, as their bytes may depend on the clock."""
+        """Drop all lines but the first ``num_rows``. Lines are counted, as their bytes may depend on the clock."""
         lines = self.path.read_bytes().split(b"\n")[:num_rows]
         os.truncate(self.path, min(sum(len(line) + 1 for line in lines), self.path.stat().st_size))

@@ -7,7 +7,6 @@ that tree and refuses, in one sentence, what does not fit.
 
 import dataclasses
 import difflib
-import math
 import os
 import types
 import typing
@@ -17,13 +16,13 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
 
 class ConfigError(ValueError):
-    """A user's mistake, told in one sentence: the key, the value got, the values allowed, the remedy."""
+    """A user's mistake in one sentence: the key, the value got, the values allowed, the remedy."""
 
 
 def key(meaning: str, *, within: str | None = None, why: str | None = None, path: bool = False) -> Any:
     """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``.
 
-    ``why`` is told with the interval where that is not plain. In a ``path`` the home directory may be written ``~``.
+    ``why`` gives the reason for the interval in its error. In a ``path`` the home directory may be written ``~``.
     """
     return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why, "path": path})
 
@@ -41,8 +40,9 @@ class Schema:
 
     def __post_init__(self) -> None:
         """Check every field's type and interval. Raises ConfigError."""
-        for name, hint in fields_of(type(self)).items():
-            check(self.dotted(name), getattr(self, name), hint, self.within(name), self._told(name, "why"))
+        hints = fields_of(type(self))
+        for field in dataclasses.fields(self):
+            _check(self.dotted(field.name), getattr(self, field.name), hints[field.name], field.metadata)
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -53,15 +53,6 @@ class Schema:
     def dotted(cls, name: str) -> str:
         """``rollout.top_p`` for field ``top_p`` of block ``rollout``."""
         return f"{cls.block}.{name}" if cls.block else name
-
-    @classmethod
-    def within(cls, name: str) -> str | None:
-        """The interval that a field must lie in, or None."""
-        return cls._told(name, "within")
-
-    @classmethod
-    def _told(cls, name: str, what: str) -> str | None:
-        return {f.name: f.metadata.get(what) for f in dataclasses.fields(cls)}[name]
 
     def refuse(self, name: str, reason: str) -> ConfigError:
         """The error for a field whose value does not fit the others."""
@@ -89,17 +80,23 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
     missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
-    made = {name: _value(cls.dotted(name), hint, values[name]) for name, hint in hints.items()}
+    checked = {}
     for field in dataclasses.fields(cls):
-        if field.metadata.get("path") and made[field.name] is not None:
-            made[field.name] = os.path.expanduser(made[field.name])
-    return cls(**made)
+        value, hint = values[field.name], hints[field.name]
+        if isinstance(value, Mapping) and (block := _block(hint)):
+            value = build(block, value)
+        elif type(value) is int and float in _options(hint):
+            value = float(value)
+        elif isinstance(value, str) and field.metadata.get("path"):
+            value = os.path.expanduser(value)
+        checked[field.name] = value
+    return cls(**checked)
 
 
 def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
-    """The error for a misspelt name: what it was, the nearest one, all the known ones.
+    """The error for a misspelt name, with the nearest known name and all known names.
 
-    In the keys of a ``tree`` a name is looked for by its last part too: ``lr`` is near to ``optimizer.lr``.
+    The name is compared with the last part of a key in ``tree`` too: ``lr`` is near to ``optimizer.lr``.
     """
     known, tree = list(known), sorted(tree, key=lambda key: key.count("."))
     near = [key for key in tree if key.endswith(f".{name}")]
@@ -114,29 +111,15 @@ def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str,
     """Every key of the blocks that describe ``values``, as ``optimizer.lr``, with its field and its value."""
     cls = cls.select(values)
     for name, hint in fields_of(cls).items():
-        block, value = _options(hint)[0], values.get(name)
-        if isinstance(block, type) and issubclass(block, Schema) and isinstance(value, Mapping):
+        value = values.get(name)
+        if isinstance(value, Mapping) and (block := _block(hint)):
             yield from keys_of(block, value)
         else:
             yield cls.dotted(name), cls.__dataclass_fields__[name], value
 
 
-def short_names(dotted: Iterable[str]) -> dict[str, str]:
-    """``lr`` for ``optimizer.lr``: each key's shortest end, in whole words, that is of no other key as short as it."""
-    parts = {key: key.split(".") for key in dotted}
-    ends = sorted((len(words), ".".join(words[at:]), key) for key, words in parts.items() for at in range(len(words)))
-    owners: dict[str, list[tuple[int, str]]] = {}
-    for depth, end, key in ends:
-        owners.setdefault(end, []).append((depth, key))
-    own = [(key, end) for end, [(depth, key), *others] in owners.items() if not others or others[0][0] > depth]
-    return dict(sorted(own, key=lambda pair: -len(pair[1])))
-
-
-def as_dict(node: Any) -> Any:
-    """The configuration tree as plain dictionaries, lists and scalars, for files."""
-    if isinstance(node, Schema):
-        return {f.name: as_dict(getattr(node, f.name)) for f in dataclasses.fields(node)}
-    return [as_dict(item) for item in node] if isinstance(node, list) else node
+as_dict = dataclasses.asdict
+"""The configuration tree as plain dictionaries, lists and scalars, for files."""
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,68 +130,58 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _value(name: str, hint: Any, value: Any) -> Any:
-    for option in _options(hint):
-        if isinstance(option, type) and issubclass(option, Schema) and isinstance(value, Mapping):
-            return build(option, value)
-    check(name, value, hint)
-    return float(value) if float in _options(hint) and value is not None else value
-
-
-def check(name: str, value: Any, hint: Any, within: str | None = None, why: str | None = None) -> None:
+def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
-    if not any(_fits(value, option) for option in _options(hint)):
-        options = _options(hint)
-        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in options)
-        told = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
-        told += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in options else ""
-        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{told}")
+    if not _fits(value, hint):
+        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in _options(hint))
+        advice = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
+        advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
+        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{advice}")
     if isinstance(value, str) and value.encode(errors="replace").decode() != value:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
-    if within is not None and value is not None and not _inside(float(value), within):
-        raise ConfigError(f"{name} must be in {within}, got {value!r}" + (f": {why}" if why else ""))
-
-
-def describe(hint: Any) -> str:
-    """The values that a key of this type takes, in words."""
-    return " or ".join(_describe(option) for option in _options(hint))
+    if value is not None and (interval := about.get("within")):
+        low, high = map(float, interval[1:-1].split(","))
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            why = f": {about['why']}" if about["why"] else ""
+            raise ConfigError(f"{name} must be in {interval}, got {value!r}{why}")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def _block(hint: Any) -> type[Schema] | None:
+    """The schema among the options of a type."""
+    return next((o for o in _options(hint) if isinstance(o, type) and issubclass(o, Schema)), None)
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return value in arguments
     if origin in (list, dict):
         items = value.values() if isinstance(value, dict) else value
-        return isinstance(value, origin) and all(_fits(item, typing.get_args(hint)[-1]) for item in items)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, origin) and all(_fits(item, arguments[-1]) for item in items)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    if arguments:  # a union
+        return any(_fits(value, option) for option in arguments)
     return hint is Any or isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
+NOUNS |= {types.NoneType: "null", list: "a list", dict: "a table"}
+
+
+def describe(hint: Any) -> str:
+    """The values that a key of this type takes, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
-    if origin is list:
-        return f"a list, each item {_describe(typing.get_args(hint)[0])}"
-    if origin is dict:
-        return f"a table, each item {_describe(typing.get_args(hint)[1])}"
-    if isinstance(hint, type) and issubclass(hint, Schema):
-        return "a block of keys"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "anything"}
-    names[types.NoneType] = "null"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _inside(value: float, interval: str) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return not math.isnan(value) and above and below
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in NOUNS:
+        return f"{NOUNS[origin]}, each item {describe(arguments[-1])}"
+    if arguments:
+        return " or ".join(map(describe, arguments))
+    return NOUNS.get(hint, "a block of keys")

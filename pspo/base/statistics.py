@@ -19,19 +19,19 @@ class Statistics:
 
     def mean(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values under ``mask`` to the mean ``name``."""
-        kept = values.detach()[mask].double()
-        self._sums[name] = self._sums[name] + kept.sum() if name in self._sums else kept.sum()
-        self._counts[name] = self._counts[name] + mask.sum() if name in self._counts else mask.sum()
+        self._sums[name] = self._sums.get(name, 0) + values.detach()[mask].double().sum()
+        self._counts[name] = self._counts.get(name, 0) + mask.sum()
 
     def max(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Let ``name`` be the largest value seen under ``mask``."""
         largest = torch.where(mask, values.detach().double(), -math.inf).max()
-        self._maxima[name] = torch.maximum(self._maxima[name], largest) if name in self._maxima else largest
+        self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 
     def add(self, other: "Statistics") -> None:
-        """Add all that another has seen."""
-        for mine, theirs in ((self._sums, other._sums), (self._counts, other._counts)):
-            mine.update({name: mine[name] + value if name in mine else value for name, value in theirs.items()})
+        """Add the sums, counts and maxima of other statistics."""
+        for name in other._sums:
+            self._sums[name] = self._sums.get(name, 0) + other._sums[name]
+            self._counts[name] = self._counts.get(name, 0) + other._counts[name]
         for name, largest in other._maxima.items():
             self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 

@@ -1,5 +1,6 @@
 """Where a run runs: threads, device, versions and the code's commit, recorded beside its results."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,16 +8,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pspo.base.files import write_json
+from pspo.base.files import PACKAGE, write_json
 from pspo.base.schema import ConfigError, dotted
 
-PACKAGE = Path(__file__).parents[1]
 RECORD = "environment.json"
 COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")
 """The dotted keys, or beginnings of keys, that may change a run's numbers; the commit and the kernel do not."""
@@ -27,26 +28,25 @@ PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "t
 
 def choose_threads(configured: int | None) -> int:
     """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
-    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or _processors())
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or processors)
 
 
 def settle(threads: int) -> None:
-    """Use so many CPU threads, and keep memory that is freed for the next step, which needs as much again.
+    """Set the number of CPU threads, and keep freed memory for the next step, which needs as much again.
 
-    The C library gives it back to the system from some MiB on and has it cleared anew: a twentieth of a tiny policy's
-    step. Where the C library is another, nothing happens.
+    glibc would return freed blocks of some MiB to the kernel, which clears them anew: a twentieth of a tiny policy's
+    step. Another C library is left as it is.
     """
     torch.set_num_threads(threads)
-    try:
+    with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**28)):
-        mallopt(parameter, size)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**28)
 
 
 def choose_device(configured: str) -> torch.device:
-    """The device named. Raises ConfigError where a GPU is asked for and absent."""
+    """The configured device; auto is a GPU if there is one. Raises ConfigError for a GPU that is absent."""
     if configured == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device=cuda, but this process sees no GPU; ask SLURM for one (--gres=gpu:1) or set device=auto"
@@ -59,16 +59,15 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
     tracked = _git("ls-files", "--error-unmatch", "environment.py")  # else it is installed inside another repository
     commit = _git("rev-parse", "HEAD") if tracked else None
     changes = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
+    uncommitted = None if changes is None else bool(changes)
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*:\s*(.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
     return {
-        "code": {
-            "sha256": code_digest(),
-            "commit": commit,
-            "uncommitted_changes": None if changes is None else bool(changes),
-        },
+        "code": {"sha256": code_digest(), "commit": commit, "uncommitted_changes": uncommitted},
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -76,22 +75,17 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    """What ``describe`` said in each process of a run, oldest first; [] where there was none.
-
-    pspo 0.1.0 kept the last process's alone, which is then the only entry.
-    """
+    """The entry of each process of a run, oldest first; pspo 0.1.0 recorded the last process alone, without a list."""
     path = directory / RECORD
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [kept] if isinstance(kept, dict) else kept
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [entries] if isinstance(entries, dict) else entries
 
 
 def record(directory: Path, entry: dict[str, Any]) -> list[str]:
-    """Append this process's entry to the run's record; returns how it differs from the last one, key by key."""
+    """Append this process's entry to the run's record; returns its differences from the entry before, key by key."""
     entries = history(directory)
     write_json(directory / RECORD, [*entries, entry])
-    if not entries:
-        return []
-    before, now = dotted(entries[-1]), dotted(entry)
+    before, now = dotted(entries[-1] if entries else {}), dotted(entry)
     return [
         f"{name} was {before[name]}, is {now[name]}"
         for name in now
@@ -108,10 +102,6 @@ def code_digest(package: Path = PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
@@ -125,11 +115,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

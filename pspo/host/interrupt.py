@@ -1,23 +1,21 @@
-"""Being told to stop: signals, noted when they come and obeyed where it is safe, and the end of the job's time.
+"""Stopping a run: signals, noted at any time and obeyed where stopping is safe, and the end of the job's time.
 
-SIGUSR2 (SLURM's ``--signal``, submitit, a preemption): save, then hand over to the handler that was there before ours.
-Inside submitit that is its own, which requeues the job. Without one the process leaves with ``STATUS[SIGUSR2]``.
-SIGTERM (scancel): save, and leave with a status that brings nothing back. A cancelled job stays cancelled.
-But where SLURM still calls the job RUNNING it was not cancelled: it is being preempted, where no SIGUSR2 is sent.
-SLURM requeues it only if it does not end by itself within its grace time, so we do as at a SIGUSR2.
+SIGUSR2 (SLURM's ``--signal``, submitit, a preemption): save, then call the handler installed before ours; submitit's
+handler requeues the job. Without such a handler the process leaves with ``STATUS[SIGUSR2]``.
+SIGTERM (scancel): save, and leave with a status that requeues nothing. A cancelled job stays cancelled.
+But a job that SLURM still calls RUNNING at a SIGTERM is being preempted, without a SIGUSR2. SLURM requeues it only if
+it does not end by itself within its grace time, so that SIGTERM is handled as SIGUSR2.
 """
 
 import contextlib
-import logging
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 
+from pspo.base.console import log
 from pspo.host import slurm
-
-log = logging.getLogger("pspo")
 
 STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}
 """Exit statuses: 75 is sysexits' EX_TEMPFAIL, "try again"; 143 is what shells call the end by SIGTERM."""
@@ -45,8 +43,8 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """While the block runs ``check`` raises nothing: what the block changes is changed as a whole."""
-    global _deferred  # noqa: PLW0603  as the signals, it belongs to the process
+    """While the block runs ``check`` raises nothing, so that a signal cannot split the block's changes."""
+    global _deferred  # noqa: PLW0603  it belongs to the process, as signals do
     _deferred = True
     try:
         yield
@@ -58,8 +56,8 @@ def deferred() -> Iterator[None]:
 def caught() -> Iterator[None]:
     """Note the signals while the block runs; when it was left by ``Interrupted``, requeue or leave the process.
 
-    Only a process's main thread gets signals; in another this does nothing. A signal that comes too late for this
-    block is kept for the next one: the next run of a multirun stops in its place.
+    Only a process's main thread gets signals; in another thread this does nothing. A signal after the block's last
+    ``check`` stops the next block: the next run of a multirun.
     """
     global _received
     if threading.current_thread() is not threading.main_thread():
@@ -74,7 +72,9 @@ def caught() -> Iterator[None]:
     finally:
         for each, handler in earlier.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
-    if signum == signal.SIGTERM and _is_preempted():
+    job = slurm.current_job()
+    state = slurm.job_states([job]).get(job) if job and signum == signal.SIGTERM else None
+    if state is not None and state.state == "RUNNING":  # a job cancelled or out of time is COMPLETING
         log.warning("SIGTERM to a job that SLURM still calls running: a preemption")
         signum = signal.SIGUSR2
     requeue = earlier[signum]
@@ -85,16 +85,9 @@ def caught() -> Iterator[None]:
     raise SystemExit(STATUS[signum])
 
 
-def _is_preempted() -> bool:
-    """Whether SLURM, having sent SIGTERM, still calls this job running; one cancelled or out of time is COMPLETING."""
-    job = slurm.current_job()
-    state = slurm.job_states([job]).get(job) if job else None
-    return state is not None and state.state == "RUNNING"
-
-
 def _note(signum: int, frame: FrameType | None) -> None:
-    """Keep the signal; SIGTERM has the last word, as a cancelled job must not be requeued."""
-    global _received  # noqa: PLW0603  signals belong to the process, and so does what came of them
+    """Note the signal; SIGTERM has the last word, as a cancelled job must not be requeued."""
+    global _received  # noqa: PLW0603  signals belong to the process
     if _received != signal.SIGTERM:
         _received = signal.Signals(signum)
 
@@ -108,14 +101,14 @@ class TimeLimit:
         self._begun = time.time()
 
     def near(self) -> bool:
-        """Whether the next step may not end, and be saved, in time. Call it once at the end of each step."""
+        """Whether the time may not suffice for another step and its save; to be called once at the end of each step."""
         now = time.time()
         self.step_s, self._begun = max(self.step_s, now - self._begun), now
         return self.end is not None and self.end - now < MARGIN * (self.step_s + self.save_s)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure a save; its time is no part of a step's."""
+        """Measure a save, whose time is no part of a step's."""
         begun = time.time()
         yield
         self._begun = time.time()

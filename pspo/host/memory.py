@@ -1,4 +1,4 @@
-"""Memory: how much was used at most, and what to do where it does not suffice."""
+"""Peak memory, and the retry of a batch that does not fit with half its size."""
 
 import gc
 import resource
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class NoRoomError(RuntimeError):
-    """A batch does not fit into memory, not even half of it; says which key to lower."""
+    """Neither a batch nor half of it fits into memory; the error names the key to lower."""
 
 
 def peak_gib(device: torch.device) -> float:
@@ -29,12 +29,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halving(name: str, size: int, advice: str, work: Callable[[int], T]) -> tuple[T, int]:
-    """``work(size)``, or where memory does not suffice ``work(size // 2)``, and the size that did.
+    """``work(size)``, or ``work(size // 2)`` if memory does not suffice, and the size that fitted.
 
-    For work that leaves nothing behind when it fails, and whose result does not depend on the size. Raises NoRoomError
-    that names the key.
+    For work that can be repeated and whose result does not depend on the size. Raises NoRoomError, with the key.
     """
-    for attempt in (size, max(1, size // 2)):
+    half = max(1, size // 2)
+    for attempt in (size, half):
         try:
             return work(attempt), attempt
         except (RuntimeError, MemoryError) as error:
@@ -45,7 +45,7 @@ def halving(name: str, size: int, advice: str, work: Callable[[int], T]) -> tupl
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if attempt == size:
-            log.warning("%s=%d does not fit into memory (%s): trying %d", name, size, reason, max(1, size // 2))
+            log.warning("%s=%d does not fit into memory (%s): trying %d", name, size, reason, half)
     raise NoRoomError(
         f"{name}={size} does not fit into memory, nor does half of it ({reason}); set {name}={max(1, size // 4)} or "
         f"lower, {advice}"

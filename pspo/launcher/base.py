@@ -10,8 +10,9 @@ from pathlib import Path
 from pspo.base.console import log, log_to_console
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError, Schema, as_dict, key
-from pspo.config import check, compose_all, identity, run_directory
+from pspo.config import check, compose_all, identity
 from pspo.run import earlier
+from pspo.run.name import run_directory
 from pspo.run.outcome import failure, result
 
 

@@ -6,7 +6,7 @@ python -m pspo.run objective=pspo model=qwen1_5b
 import os
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -30,43 +30,42 @@ from pspo.update import UpdateError
 
 FAILED = (UpdateError, NoRoomError, SaveError, RewardError, RunsFailed)
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
-"""Errors that are told in one sentence; any other is a bug and shows its traceback."""
+"""Errors shown as one sentence; any other is a bug and shows its traceback."""
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> float | None:
-    """One run, or one job of a multirun; returns what a sweeper may maximise."""
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
+    """One run, or one job of a multirun; returns the number that a sweeper may maximise."""
     overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
     try:
-        return result(run(resolve({str(name): value for name, value in values.items()}, overrides), overrides))
+        config = resolve(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)), overrides)
+        return result(run(config, overrides))
     except EXPECTED as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            log.error("pspo: %s", error)  # Hydra tells of the first failed job alone, and at the end
+            log.error("pspo: %s", error)  # Hydra reports the first failed job alone, and at the end
             raise error.with_traceback(None) from None  # whose frames would keep this job's weights until then
         _leave(error)
 
 
 def cli() -> None:
     """``python -m pspo.run``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
-    given = sys.argv[1:]
-    if {"-h", "--help"} & set(given):
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
         sys.stdout.write(help_text())
         return
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, and we say them in one sentence
-    sys.argv[1:] = open_keys(given)
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors, which become one sentence here
+    sys.argv[1:] = open_keys(arguments)
     with answering(stopped="stopped; the same command resumes from the last checkpoint"):
         try:
             main()
-            if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in given}:  # Hydra shows it unread
-                make_plan([[argument for argument in given if re.match(r"[^-].*=|~", argument)]])
+            if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:  # Hydra shows it unchecked
+                make_plan([[argument for argument in arguments if re.match(r"[^-].*=|~", argument)]])
         except EXPECTED as error:
             _leave(error)
 
 
 def _leave(error: Exception) -> NoReturn:
-    """Say one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
+    """Print one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
     leave(explained(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
 
 

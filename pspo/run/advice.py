@@ -1,4 +1,4 @@
-"""What a composed run's settings make of it, said once at its start and in its report."""
+"""Warnings at a run's start, and in its report, about settings under which the objective has no effect of its own."""
 
 from pspo.advantage import GAE
 from pspo.config import Config
@@ -6,19 +6,16 @@ from pspo.optimizer import AdamW
 
 
 def advice(config: Config) -> list[str]:
-    """One sentence for each thing that a reader of the results should know beforehand."""
-    told = [inert(config), rescaling(config)]
-    return [sentence for sentence in told if sentence is not None]
-
-
-def inert(config: Config) -> str | None:
-    """The trust region does nothing at all where every ratio is 1."""
-    if config.update.steps > 1:
-        return None
-    return (
-        "one optimizer step per rollout: every ratio is 1 and the trust region is inert, whatever the objective; "
-        "update.num_epochs or update.num_minibatches above 1 gives it something to do"
-    )
+    """One sentence for each setting that takes an effect away which the objective's name promises."""
+    sentence = rescaling(config)
+    sentences = [] if sentence is None else [sentence]
+    if config.update.steps == 1:
+        sentences.insert(
+            0,
+            "one optimizer step per rollout: every ratio is 1 and the trust region is inert, whatever the objective; "
+            "update.num_epochs or update.num_minibatches above 1 gives it something to do",
+        )
+    return sentences
 
 
 def rescaling(config: Config) -> str | None:
@@ -26,8 +23,9 @@ def rescaling(config: Config) -> str | None:
     alpha = getattr(config.objective, "alpha", None)
     if not config.objective.linear or alpha is None or (alpha == 0 and config.smoothing.constant):
         return None
-    if config.loss.kl_weight or config.loss.entropy_weight or _shares_trunk(config):
-        return None  # 1 - alpha then counts against their weight
+    shares_trunk = isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"
+    if config.loss.kl_weight or config.loss.entropy_weight or shares_trunk:
+        return None  # 1 - alpha then changes the objective's weight against that other term of the loss
     if not isinstance(config.optimizer, AdamW):
         return (
             f"linear smoothing multiplies the gradient by 1 - alpha: under optimizer={config.optimizer.name} this is "
@@ -45,7 +43,3 @@ def rescaling(config: Config) -> str | None:
         "an effect with objective=pspo_geometric or pspo_clip, optimizer=sgd, a KL or entropy term "
         "(loss.kl=k3 loss.kl_weight=0.01, loss.entropy_weight=0.01), or smoothing=linear or adaptive"
     )
-
-
-def _shares_trunk(config: Config) -> bool:
-    return isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"

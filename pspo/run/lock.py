@@ -6,7 +6,6 @@ is gone; should its process live on, cut off from SLURM, it finds the record cha
 
 import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -18,66 +17,55 @@ from typing import Any
 
 import filelock
 
+from pspo.base.console import log
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 
-log = logging.getLogger("pspo")
-
 LOCK_TIMEOUT_S = 0.5
-"""A status that looks whether the lock is held keeps it for some microseconds, which must not turn a run away."""
+"""``pspo.status`` holds a lock for microseconds to see whether it is free, which must not turn a run away."""
 
 SETTLE_S = 1.0
-"""A record that SLURM calls dead must stand unchanged for so long: a process that has just locked writes its own."""
+"""Wait before a takeover, during which the record must not change: a process that has just locked writes its own."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that is at work in a run directory, or was last: the content of ``.owner``.
-
-    Attributes:
-        host: its node.
-        pid: its process there.
-        job_id: its SLURM job, ``123`` or ``123_4``; None outside of SLURM.
-        requeues: how often SLURM had requeued that job, under the same id.
-        restart: how many processes were at work in the directory before it.
-        started: when, ISO 8601.
-        ended: whether it left by itself, done, failed or interrupted; a process that is killed leaves this False.
-    """
+    """The process that is at work in a run directory, or was last: the content of ``.owner``."""
 
     host: str
     pid: int
-    job_id: str | None
-    requeues: int
-    restart: int
-    started: str
-    ended: bool = True  # as far as pspo 0.1.0 recorded
+    job_id: str | None  # 123 or 123_4; None outside of SLURM
+    requeues: int  # how often SLURM had requeued that job, under the same id
+    restart: int  # how many processes were at work in the directory before this one
+    started: str  # ISO 8601
+    ended: bool = True  # False for a process at work, or killed; pspo 0.1.0 did not record it
 
     def __str__(self) -> str:
         return (f"job {self.job_id}, " if self.job_id else "") + f"process {self.pid} on host {self.host}"
 
 
 def owner(directory: Path) -> Owner | None:
-    """The record in a run directory; None where there is none that can be read."""
+    """The content of ``.owner``; None where the file is missing or damaged."""
     try:
         record = json.loads((directory / ".owner").read_text())
         return Owner(**{field.name: record[field.name] for field in fields(Owner) if field.name in record})
-    except (OSError, ValueError, TypeError):  # none, or no such record
+    except (OSError, ValueError, TypeError):
         return None
 
 
 @contextlib.contextmanager
 def hold(directory: Path) -> Iterator[Owner]:
-    """Make a run directory and keep other processes out of it. Raises ConfigError that names who is at work there."""
+    """Make a run directory and keep other processes out of it. Raises ConfigError that names the process inside."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            held, mine = _enter(directory)
+            lock, mine = _enter(directory)
         except filelock.Timeout:
-            held, mine = _take_over(directory)
+            lock, mine = _take_over(directory)
     except OSError as error:
         raise ConfigError(f"cannot write {directory} ({error.strerror}); set output_dir=<directory>") from error
-    with held:
+    with lock:
         try:
             yield mine
         finally:
@@ -87,20 +75,20 @@ def hold(directory: Path) -> Iterator[Owner]:
 
 
 def check(directory: Path, mine: Owner) -> None:
-    """Leave the process, writing nothing more, if another one has taken the directory over."""
-    now = owner(directory)
-    if now is not None and now != mine:
-        log.error("%s has taken over %s; this process stops", now, directory)
+    """Leave this process, writing nothing more, if another one has taken the directory over."""
+    other = owner(directory)
+    if other not in (None, mine):
+        log.error("%s has taken over %s; this process stops", other, directory)
         raise SystemExit(1)
 
 
 def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
-    held = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_S).acquire()
+    lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_S).acquire()
     before, started = owner(directory), datetime.now(UTC).isoformat(timespec="milliseconds")
     restart = 0 if before is None else before.restart + 1
     mine = Owner(os.uname().nodename, os.getpid(), slurm.current_job(), _requeues(), restart, started, ended=False)
     write_json(directory / ".owner", asdict(mine))
-    return held, mine
+    return lock, mine
 
 
 def _take_over(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
@@ -122,12 +110,10 @@ def _take_over(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
 
 
 def _is_gone(other: Owner) -> bool:
-    """Whether SLURM says that the job has no process; also where it is ours, in the run that SLURM ended to requeue."""
-    if other.job_id is None:
-        return False
-    if other.job_id == slurm.current_job():
+    """Whether SLURM says that the owner's job has no process, or requeued that job, which this process is now."""
+    if other.job_id == slurm.current_job():  # None outside of SLURM, where the counts are equal
         return other.requeues != _requeues()
-    return slurm.is_gone(other.job_id)
+    return other.job_id is not None and slurm.is_gone(other.job_id)
 
 
 def _requeues() -> int:
