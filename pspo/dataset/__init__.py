@@ -13,7 +13,7 @@ from pspo.base.schema import ConfigError, Schema, key
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
-from pspo.dataset.prompt import prompt_date, render, render_all
+from pspo.dataset.prompt import prompt_date, render
 from pspo.host import hub
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "digests", "encode", "load", "order",
-    "prompt_date", "render", "render_all",
+    "prompt_date", "render",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -80,16 +80,14 @@ def check(config: DatasetConfig, *, training: bool = False) -> None:
         return
     if config.path is None and config.name == "jsonl":
         raise config.refuse("path", "dataset=jsonl needs dataset.path=<file, or folder with train.jsonl>")
-    trainable = any("train" in source.splits for source in sources.SETS[config.name])
-    if training and not trainable:
-        near = "math" if config.name == "math500" else "gsm8k"
-        raise ConfigError(
-            f"dataset={config.name} is a test set: train on dataset={near}, or set budget.steps=0 to evaluate"
-        )
+    known = present = [split for source in sources.SETS[config.name] for split in source.splits.values()]
     if config.path is not None:
         present = [split for _, splits in sources.locate(config.name, config.path) for split in splits]
-        if training and "train" not in present:
+    if training and "train" not in present:
+        if "train" in known:
             raise config.refuse("path", "holds test problems only: add a train file, or set budget.steps=0 to evaluate")
+        near, remedy = "math" if config.name == "math500" else "gsm8k", "or set budget.steps=0 to evaluate"
+        raise ConfigError(f"dataset={config.name} is a test set: train on dataset={near}, {remedy}")
 
 
 def digests(config: DatasetConfig) -> dict[str, str]:
@@ -144,8 +142,9 @@ def encode(
     ``today`` is what ``prompt_date`` returned. Raises ConfigError where the chat template refuses a prompt, or leaves
     the system prompt out.
     """
-    rendered = render_all(tokenizer, config.system_prompt, [problem.question for problem in problems], today)
-    if config.system_prompt and problems and rendered[0] == render(tokenizer, "", problems[0].question, today):
+    questions = [problem.question for problem in problems]
+    rendered = render(tokenizer, config.system_prompt, questions, today)
+    if config.system_prompt and rendered[:1] == render(tokenizer, "", questions[:1], today) != []:
         raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
     prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
