@@ -268,9 +268,7 @@ def check(config: Config) -> None:
     nearest = next(path for path in (parent, *parent.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"output_dir={config.output_dir}: cannot write in {nearest}; set output_dir=<directory>")
-    dataset.check(config.dataset)
-    if config.budget.total and dataset.is_test_set(config.dataset):
-        raise dataset.refuse_training(config.dataset)
+    dataset.check(config.dataset, training=bool(config.budget.total))
     config.reward.check()
     if config.model.path is not None:  # the hub's cache may lie where only the jobs see it
         model.check(config.model)

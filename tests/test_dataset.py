@@ -17,7 +17,7 @@ from pspo import dataset
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
 from pspo.dataset.files import Row
-from pspo.dataset.problem import Problem
+from pspo.dataset.problem import Problem, boxed
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
@@ -169,9 +169,9 @@ def test_svamp_in_one_file_is_a_test_set():
     assert (test[0].id, test[0].answer) == ("svamp/test/chal-1", "51")
     assert test[0].question.endswith("on each pack How much do you have to pay to buy each pack?")
     assert all(re.fullmatch(r"\d+", problem.answer) for problem in test)
-    assert dataset.is_test_set(made)
-    assert not dataset.is_test_set(config("svamp"))
-    assert "budget.steps=0" in str(dataset.refuse_training(made))
+    dataset.check(config("svamp"), training=True)
+    with pytest.raises(ConfigError, match=r"svamp': holds test problems only: .* budget\.steps=0"):
+        dataset.check(made, training=True)
 
 
 @real
@@ -180,6 +180,10 @@ def test_asdiv_golds():
     answers = [problem.answer for problem in splits.test["asdiv"]]
     assert (splits.train, len(answers), answers[0]) == ([], 2305, "9")
     assert sum(not re.match(r"-?\(?\d", answer) for answer in answers) == 59
+    assert splits.test["asdiv"][0].extra == {
+        **{"id": "nluds-0001", "grade": "1", "source": "http://www.k5learning.com"},
+        **{"solution-type": "Addition", "formula": "7+2=9"},
+    }
     assert {"Yes", "February 3rd", "14", "-(1/3)", "5; 15; 20", "3:30 p.m.", "2:3"} <= set(answers)
 
 
@@ -189,8 +193,10 @@ def test_math500_is_a_test_set_and_its_golds_stand_in_boxes():
     splits = dataset.load(made, seed=0)
     test = splits.test["math500"]
     assert (splits.train, len(test), test[0].id) == ([], 500, "math500/test/precalculus/807.json")
-    assert all(sources.boxed(problem.solution) == problem.answer for problem in test)
-    assert str(dataset.refuse_training(made)) == (
+    assert all(boxed(problem.solution) == problem.answer for problem in test)
+    with pytest.raises(ConfigError) as caught:
+        dataset.check(made, training=True)
+    assert str(caught.value) == (
         "dataset=math500 is a test set: train on dataset=math, or set budget.steps=0 to evaluate"
     )
 
@@ -249,7 +255,7 @@ def test_svamp_as_downloaded(tmp_path):
     assert splits.test["svamp"] == [
         Problem("svamp/test/chal-2", "4 cats Eyes?", "4", "", {"question_concat": "2 cats Eyes?"})
     ]
-    assert not dataset.is_test_set(made)
+    dataset.check(made, training=True)
 
 
 def test_asdiv_as_downloaded_is_a_test_set(tmp_path):
@@ -258,6 +264,8 @@ def test_asdiv_as_downloaded_is_a_test_set(tmp_path):
     splits = dataset.load(config("asdiv", path=str(tmp_path)), seed=0)
     problem = Problem("asdiv/test/0", "2 cats. Eyes?", "4", "", {"solution_type": "x", "formula": "2*2=4"})
     assert splits == dataset.Splits([], [], {"asdiv": [problem]})
+    with pytest.raises(ConfigError, match="dataset=asdiv is a test set: train on dataset=gsm8k"):
+        dataset.check(config("asdiv"), training=True)
 
 
 def test_math_trains_on_the_training_problems_only(tmp_path, caplog):
@@ -286,13 +294,21 @@ def test_math_trains_on_the_training_problems_only(tmp_path, caplog):
     [
         ("\\boxed{1} then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
         ("\\boxed 7$.", "7"),
+        ("so \\boxed{3} or $\\boxed 4.5.$", "4.5"),
+        ("\\boxed\\frac{1}{2}, so", "\\frac{1}{2}"),
+        ("\\boxed {7}", "7"),
         ("\\fbox{3}", "3"),
-        ("none", ""),
-        ("\\boxed{", ""),
+        ("\\boxed{\\{1\\}}", "\\{1\\}"),
     ],
 )
-def test_boxed(text, answer):
-    assert sources.boxed(text) == answer
+def test_the_answer_of_a_solution_of_math(text, answer):
+    assert sources.hendrycks(Row({"problem": "x", "solution": text}, "line 1")).answer == answer
+
+
+@pytest.mark.parametrize("text", ["none", "\\boxed{", "\\boxed{ }"])
+def test_a_solution_of_math_without_an_answer_is_refused(text):
+    with pytest.raises(ConfigError, match=r"line 1: solution must hold its answer in \\boxed"):
+        sources.hendrycks(Row({"problem": "x", "solution": text}, "line 1"))
 
 
 @pytest.mark.parametrize("name", sorted(set(sources.SETS) - {"jsonl"}))

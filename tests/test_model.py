@@ -67,7 +67,7 @@ def saved(tmp_path, tiny_policy):
 @pytest.fixture
 def prompts(tiny_tokenizer):
     questions = ["1+1=", "How many apples?", "12*5"]
-    return [Prompt(Problem(f"p{i}", q, "", ""), render(tiny_tokenizer, "", q)) for i, q in enumerate(questions)]
+    return [Prompt(Problem(f"p{i}", q, "", ""), render(tiny_tokenizer, "", [q])[0]) for i, q in enumerate(questions)]
 
 
 def sample(policy, prompts, seed=(1,), group_size=2, max_new_tokens=8, top_p=1.0):
@@ -376,7 +376,7 @@ def test_what_is_saved_is_loaded_to_the_bit(saved):
     assert loaded.stop_ids == policy.stop_ids
     assert loaded.pad_id == policy.pad_id
     assert loaded.tokenizer.get_vocab() == policy.tokenizer.get_vocab()
-    assert render(loaded.tokenizer, "be brief", "1+1?") == render(policy.tokenizer, "be brief", "1+1?")
+    assert render(loaded.tokenizer, "be brief", ["1+1?"])[0] == render(policy.tokenizer, "be brief", ["1+1?"])[0]
     assert not loaded.model.training
     assert loaded.trainable().keys() == policy.trainable().keys()
     assert sorted(path.name for path in directory.parent.iterdir()) == ["saved"]
@@ -548,7 +548,7 @@ def test_a_gguf_file_is_converted_once_and_is_the_same_policy(own_cache, tmp_pat
     loaded = model.load(config, 0, CPU)
     assert_same_weights(loaded.model, policy.model)
     assert loaded.stop_ids == policy.stop_ids
-    assert render(loaded.tokenizer, "be brief", "1+1?") == render(policy.tokenizer, "be brief", "1+1?")
+    assert render(loaded.tokenizer, "be brief", ["1+1?"])[0] == render(policy.tokenizer, "be brief", ["1+1?"])[0]
     (made,) = [found for found in own_cache.iterdir() if found.is_dir()]
     assert source.locate(config) == made
     train(loaded, prompts)
@@ -640,7 +640,7 @@ def test_generation_stops_at_the_end_of_a_document_and_of_a_turn(chatml_tokenize
     stops = model.stop_ids(made, chatml_tokenizer)
     assert stops == sorted([document, end])
     policy = model.Policy(made.eval(), chatml_tokenizer, stops, autocast=False, gradient_checkpointing=False)
-    prompt = Prompt(Problem("p", "", "", ""), render(chatml_tokenizer, "", "1+1?"))
+    prompt = Prompt(Problem("p", "", "", ""), render(chatml_tokenizer, "", ["1+1?"])[0])
     completions = sample(policy, [prompt], group_size=100, max_new_tokens=64)
     last = {c.token_ids[-1] for c in completions if c.finished}
     assert last == {document, end}

@@ -32,21 +32,21 @@ def tokenizer(template=TEMPLATE):
 
 def test_render_sends_a_system_message_only_if_there_is_one():
     made = tokenizer()
-    assert made.decode(dataset.render(made, "Be brief .", "How many ?")) == (
+    assert made.decode(dataset.render(made, "Be brief .", ["How many ?"])[0]) == (
         "system : Be brief . ; user : How many ? ; assistant :"
     )
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
+    assert made.decode(dataset.render(made, "", ["How many ?"])[0]) == "user : How many ? ; assistant :"
 
 
 def test_render_without_a_chat_template():
     with pytest.raises(ConfigError, match="has no chat template"):
-        dataset.render(tokenizer(None), "", "How many ?")
+        dataset.render(tokenizer(None), "", ["How many ?"])[0]
 
 
 def test_long_prompts_are_dropped_and_counted():
     short, long = Problem("a", "How many ?", "1", ""), Problem("b", "How many eggs ?", "1", "")
     made = tokenizer()
-    length = len(dataset.render(made, "", short.question))
+    length = len(dataset.render(made, "", [short.question])[0])
     prompts, num_dropped = dataset.encode(made, config("embedded", max_prompt_tokens=length), [short, long, short])
     assert [each.problem for each in prompts] == [short, short]
     assert num_dropped == 1
@@ -75,7 +75,7 @@ def test_a_template_that_refuses_a_system_message_names_the_remedy():
     assert "System role not supported; it writes prompts without a system message alone" in told
     assert told.endswith('set dataset.system_prompt=""')
     made = tokenizer(GEMMA)
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
+    assert made.decode(dataset.render(made, "", ["How many ?"])[0]) == "user : How many ? ; assistant :"
 
 
 def test_a_template_that_leaves_the_system_message_out_is_refused():
@@ -107,7 +107,7 @@ def test_one_of_several_templates_is_the_default():
     several = {"rag": TEMPLATE, "tool_use": TEMPLATE}
     assert "this model has the chat templates rag, tool_use and none named default" in refused(several)
     made = tokenizer(several | {"default": TEMPLATE})
-    assert made.decode(dataset.render(made, "", "How many ?")) == "user : How many ? ; assistant :"
+    assert made.decode(dataset.render(made, "", ["How many ?"])[0]) == "user : How many ? ; assistant :"
 
 
 DATED = (  # of Llama-3.2-1B-Instruct, shortened
@@ -124,7 +124,7 @@ def text_of(template, today):
 
     made = Echo(tokenizer_object=Tokenizer(models.WordLevel({})))
     made.chat_template = template
-    return dataset.render(made, "", "How many ?", today)
+    return dataset.render(made, "", ["How many ?"], today)[0]
 
 
 def test_a_template_that_prints_the_date_prints_the_given_one():
@@ -179,6 +179,9 @@ def test_runs_that_begin_together_agree_on_the_date(tmp_path, monkeypatch):
 # --- in a run
 
 
+UNTRAINED = ["model.architecture=null", "model.warm_start=null"]
+
+
 @pytest.fixture
 def folder(tmp_path, tiny_policy):
     """A factory of model folders with a chat template of one's own."""
@@ -195,7 +198,13 @@ def folder(tmp_path, tiny_policy):
 
 def test_a_run_refuses_a_template_before_anything_is_loaded_or_written(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "load", lambda *_: pytest.fail("weights were loaded"))
-    settings = [*SMALL, f"model.path={folder(GEMMA)}", f"output_dir={tmp_path / 'outputs'}", "dataset.system_prompt=Hi"]
+    settings = [
+        *SMALL,
+        *UNTRAINED,
+        f"model.path={folder(GEMMA)}",
+        f"output_dir={tmp_path / 'outputs'}",
+        "dataset.system_prompt=Hi",
+    ]
     with pytest.raises(ConfigError, match=r'System role not supported; .* set dataset\.system_prompt=""'):
         run(composed(*settings))
     assert not (tmp_path / "outputs").exists()
@@ -222,7 +231,7 @@ def test_all_runs_of_a_group_print_the_day_of_the_first(folder, tmp_path, cache)
         model.load = lambda *_: print("end") or exit(0)  # prompts are all that is of interest
 
     for day, seed in ((1, 0), (2, 0), (3, 1)):
-        overrides = [f"model.path={place}", f"seed={seed}", "dataset.max_prompt_tokens=500"]
+        overrides = [*UNTRAINED, f"model.path={place}", f"seed={seed}", "dataset.max_prompt_tokens=500"]
         status, output = make(runs, cache, overrides, hook=lambda day=day: on(day)), output_of(runs)
         assert status == 0, output
     told = [line for line in output.splitlines() if line.startswith("prompt:")]

@@ -28,7 +28,7 @@ QUESTIONS = ["1+1=", "How many apples?", "Tom has 3 apples and buys 4 more.", "1
 @pytest.fixture(scope="module")
 def prompts(tiny_tokenizer):
     """Of seven to some twenty tokens, in no order of length."""
-    return [Prompt(Problem(f"p{i}", q, "", ""), render(tiny_tokenizer, "", q)) for i, q in enumerate(QUESTIONS)]
+    return [Prompt(Problem(f"p{i}", q, "", ""), render(tiny_tokenizer, "", [q])[0]) for i, q in enumerate(QUESTIONS)]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_completion_does_not_depend_on_what_else_is_sampled(policy, prompts, c
 
 
 def test_a_longer_prompt_beside_it_changes_nothing(policy, prompts, tiny_tokenizer):
-    long = Prompt(Problem("long", "", "", ""), render(tiny_tokenizer, "", " ".join(QUESTIONS)))
+    long = Prompt(Problem("long", "", "", ""), render(tiny_tokenizer, "", [" ".join(QUESTIONS)])[0])
     assert len(long.token_ids) > 2 * max(len(p.token_ids) for p in prompts)
     reference = by_name(sampled(policy, prompts))
     assert reference.items() <= by_name(sampled(policy, [*prompts, long], max_rows=100)).items()

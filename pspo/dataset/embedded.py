@@ -1,14 +1,13 @@
-"""The embedded task: two-step word problems in GSM8K's form, made here, so that a run needs no download.
+"""The embedded task: two-step word problems in GSM8K's form, written by this module, so that a run needs no download.
 
-A problem is a story family, three numbers of 2 to 10, and words. Families and numbers are dealt to the splits once and
-for all by a hash: no (family, numbers) stands in two splits, and the test set is the same for every seed and every size
-of the training set. Names, things and containers are drawn by a hash of the problem's id.
+A problem is a tale, which is a story family with three numbers of 2 to 10, and the words that the story is told in. A
+hash assigns each tale to one split for ever: no tale stands in two splits, and the test set is the same for every seed
+and every size of the training set. A hash of the problem's id draws its person, things and container.
 """
 
 import functools
 import hashlib
 import itertools
-import operator
 from dataclasses import dataclass
 
 from pspo.dataset.problem import Problem, worked
@@ -16,7 +15,7 @@ from pspo.dataset.problem import Problem, worked
 
 @dataclass(frozen=True)
 class Family:
-    """A story, its two steps over the numbers a, b, c and the first result x, and what each step counts."""
+    """A story, its two steps over the numbers a, b, c and the first result x, and the noun that each step counts."""
 
     first: str
     second: str
@@ -47,76 +46,61 @@ NAMES = ("Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Zoe", "Leo", "Amy")
 THINGS = ("pens", "books", "cards", "coins", "eggs", "nuts", "toys", "balls")
 BAGS = ("bag", "jar", "tray", "tin", "crate", "pack")
 NUMBERS = range(2, 11)
-LARGEST = 100  # so that the facts to know are few, and the warm start short
-SHARES = {"test": 1 / 8, "validation": 1 / 16}  # of all (family, numbers); the rest is for training
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+LARGEST_RESULT = 100  # so that a policy has few sums and products to learn, and the warm start is short
+TEST_SHARE, VALIDATION_SHARE = 1 / 8, 1 / 16  # of all tales; the rest is for training
 
 Tale = tuple[str, int, int, int]  # family, a, b, c
 
 
 def load(split: str, num: int) -> list[Problem]:
-    """The first ``num`` problems of "train", "validation" or "test"; spent tales come again in other words."""
-    tales = _deal()[split]
-    return [make(tales[i % len(tales)], i // len(tales)) for i in range(num)]
-
-
-def num_tales(split: str) -> int:
-    """How many problems of a split have different (family, numbers)."""
-    return len(_deal()[split])
+    """The first ``num`` problems of a split; after its last tale the first one comes again in other words."""
+    dealt = tales()[split]
+    return [make(dealt[i % len(dealt)], i // len(dealt)) for i in range(num)]
 
 
 def make(tale: Tale, variant: int) -> Problem:
     """The problem with id ``embedded/<family>/<a>-<b>-<c>/<variant>``."""
-    kind, a, b, c = tale
-    family = FAMILIES[kind]
-    name = f"embedded/{kind}/{a}-{b}-{c}/{variant}"
-    person, things, bag = (
-        words[drawn % len(words)] for words, drawn in zip((NAMES, THINGS, BAGS), _digest(name), strict=False)
-    )
+    family, values = FAMILIES[tale[0]], _solve(tale)
+    name = f"embedded/{_name(tale)}/{variant}"
+    dice = _digest(name)
+    person, things, bag = (words[dice[i] % len(words)] for i, words in enumerate((NAMES, THINGS, BAGS)))
     words = {"name": person, "things": things, "bag": bag, "bags": f"{bag}s"}
-    first, second = results(tale)
-    values = {"a": a, "b": b, "c": c, "x": first}
-    steps = [
-        f"{values[step[0]]}{step[1]}{values[step[2]]}={result} {counted.format(**words)}."
-        for step, result, counted in zip((family.first, family.second), (first, second), family.counts, strict=True)
-    ]
-    question = family.story.format(a=a, b=b, c=c, **words)
-    return Problem(name, question, str(second), worked(f"First, {steps[0]} Then {steps[1]}", str(second)))
+    first, second = (
+        f"{values[step[0]]}{step[1]}{values[step[2]]}={values[result]} {counted.format(**words)}."
+        for step, result, counted in zip((family.first, family.second), "xy", family.counts, strict=True)
+    )
+    answer = str(values["y"])
+    question = family.story.format(**values, **words)
+    return Problem(name, question, answer, worked(f"First, {first} Then {second}", answer))
 
 
 def direct_solution(problem: Problem) -> str:
-    """The bare answer, ``#### 90``: what a policy writes that answers without working."""
-    return f"#### {problem.answer}"
-
-
-def results(tale: Tale) -> tuple[int, int]:
-    """What the two steps come to."""
-    kind, a, b, c = tale
-    values = {"a": a, "b": b, "c": c}
-    first = _apply(FAMILIES[kind].first, values)
-    return first, _apply(FAMILIES[kind].second, values | {"x": first})
-
-
-def _apply(step: str, values: dict[str, int]) -> int:
-    left, sign, right = step[0], step[1], step[2]
-    if sign == "/" and values[left] % values[right]:
-        return 0  # a remainder: not a result that a story can have
-    return int(OPERATIONS[sign](values[left], values[right]))
+    """The bare answer, ``#### 90``, as a policy writes it that answers without working."""
+    return worked("", problem.answer)
 
 
 @functools.cache
-def _deal() -> dict[str, list[Tale]]:
-    numbers = list(itertools.product(NUMBERS, NUMBERS, NUMBERS))
-    tales: list[Tale] = [(kind, a, b, c) for kind in FAMILIES for a, b, c in numbers]
-    usable = [tale for tale in tales if all(1 <= result <= LARGEST for result in results(tale))]
-    usable.sort(key=lambda tale: _digest("{}/{}-{}-{}".format(*tale)))
-    dealt: dict[str, list[Tale]] = {}
-    start = 0
-    for split, share in SHARES.items():
-        stop = start + int(share * len(usable))
-        dealt[split] = usable[start:stop]
-        start = stop
-    return dealt | {"train": usable[start:]}
+def tales() -> dict[str, list[Tale]]:
+    """The tales of the splits "train", "validation" and "test"."""
+    every = itertools.product(FAMILIES, NUMBERS, NUMBERS, NUMBERS)
+    usable = [tale for tale in every if all(1 <= _solve(tale)[result] <= LARGEST_RESULT for result in "xy")]
+    usable.sort(key=lambda tale: _digest(_name(tale)))
+    test, held_out = (int(share * len(usable)) for share in (TEST_SHARE, VALIDATION_SHARE))
+    held_out += test
+    return {"test": usable[:test], "validation": usable[test:held_out], "train": usable[held_out:]}
+
+
+def _solve(tale: Tale) -> dict[str, int]:
+    """A tale's numbers a, b and c with the results x and y of its two steps; 0 where a division leaves a remainder."""
+    family, values = FAMILIES[tale[0]], dict(zip("abc", tale[1:], strict=True))
+    for result, step in (("x", family.first), ("y", family.second)):
+        m, n = values[step[0]], values[step[2]]
+        values[result] = {"+": m + n, "-": m - n, "*": m * n, "/": 0 if m % n else m // n}[step[1]]
+    return values
+
+
+def _name(tale: Tale) -> str:
+    return "{}/{}-{}-{}".format(*tale)
 
 
 def _digest(text: str) -> bytes:

@@ -1,5 +1,6 @@
-"""The records that every loader makes."""
+"""The records that every data set is read into, and the notation of their answers."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,13 +15,13 @@ class Problem:
     id: str
     question: str
     answer: str  # the final answer only: "18"
-    solution: str  # gold working that ends in "#### 18"; "" where the source has none
+    solution: str = ""  # gold working that ends in "#### 18"; "" where the source has none
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a data set gives: ``validation`` is held out of the training problems, ``test`` is for the end only."""
+    """A data set's problems by use: ``validation`` is held out of training, ``test``, by set, is for the end only."""
 
     train: list[Problem]
     validation: list[Problem]
@@ -30,3 +31,15 @@ class Splits:
 def worked(working: str, answer: str) -> str:
     """A gold working closed by the one line that the reward looks for, ``#### <answer>``."""
     return f"{working.strip()}\n#### {answer}".lstrip()
+
+
+def boxed(text: str) -> str:
+    r"""The content of the last ``\boxed{...}`` or ``\fbox{...}`` of a LaTeX text, "" for none that is closed."""
+    start = depth = 0
+    for opening in re.finditer(r"\\(?:boxed|fbox) ?\{", text):
+        start = opening.end()
+    for brace in re.finditer(r"[{}]", text[start:]) if start else ():
+        depth += 1 if brace[0] == "{" else -1
+        if depth < 0:
+            return text[start : start + brace.start()].strip()
+    return ""

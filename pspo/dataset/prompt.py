@@ -1,6 +1,7 @@
 """Prompts from chat templates: one date for all runs of a group, and one sentence where a template refuses."""
 
 import contextlib
+import string
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -18,29 +19,21 @@ if TYPE_CHECKING:
 CLOCK = "strftime_now"
 """The one function by which transformers lets a chat template see the clock, as Llama 3.2's does."""
 
-DIRECTIVES = [*"aAbBcdGHIjmMpSuUVwWxXyYzZ", *(f"-{letter}" for letter in "dHIjmMSUWy")]
-"""What may follow ``%`` in a format of ``strftime``."""
 
-
-def render(tokenizer: "Tokenizer", system_prompt: str, question: str, today: date | None = None) -> list[int]:
-    """The chat template's token ids, up to where the assistant begins to write.
-
-    An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does. A
-    template that prints the date prints ``today``, by default the day of the call. Raises ConfigError for no template,
-    and for one that refuses.
-    """
-    return render_all(tokenizer, system_prompt, [question], today)[0]
-
-
-def render_all(
+def render(
     tokenizer: "Tokenizer", system_prompt: str, questions: Sequence[str], today: date | None = None
 ) -> list[list[int]]:
-    """``render`` of many questions, in half the time."""
+    """The chat template's token ids of each question, up to where the assistant begins to write.
+
+    An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does. A
+    template that prints the date prints ``today``, by default the day of the call. Raises ConfigError where the
+    tokenizer has no template, and where the template refuses.
+    """
     template = (_clock(today) if today else "") + _template(tokenizer)
+    if not questions:
+        return []
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [[*system, {"role": "user", "content": question}] for question in questions]
-    if not messages:
-        return []
     try:
         ids = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -49,7 +42,7 @@ def render_all(
         remedy = "mend chat_template.jinja in the model's folder, or choose another model"
         if system_prompt:
             with contextlib.suppress(ConfigError):
-                render_all(tokenizer, "", questions[:1], today)
+                render(tokenizer, "", questions[:1], today)
                 remedy = 'it writes prompts without a system message alone; set dataset.system_prompt=""'
         raise ConfigError(f"the chat template of {_name(tokenizer)} refuses: {error}; {remedy}") from error
     return cast(list[list[int]], ids)
@@ -70,9 +63,8 @@ def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
                 write_text(path, f"{date.today()}\n")
             return date.fromisoformat(path.read_text().strip())
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path}, which holds a day such as 2026-01-31, cannot be read or written: {error}"
-        ) from error
+        reason = f"which holds a day such as 2026-01-31, cannot be read or written: {error}"
+        raise ConfigError(f"{path}, {reason}") from error
 
 
 def _template(tokenizer: "Tokenizer") -> str:
@@ -87,8 +79,12 @@ def _template(tokenizer: "Tokenizer") -> str:
 
 
 def _clock(today: date) -> str:
-    """A macro that replaces ``CLOCK`` in the template behind it, as transformers 5.23 lets no function be passed in."""
-    replaced = "".join(f"|replace('%{letter}', {today.strftime(f'%{letter}')!r})" for letter in DIRECTIVES)
+    """A macro that replaces ``CLOCK`` in the template behind it, as transformers 5.23 passes strings only.
+
+    It replaces every directive that ``strftime`` can know, such as ``%d`` and ``%-d``, by the day's text.
+    """
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+    replaced = "".join(f"|replace({directive!r}, {today.strftime(directive)!r})" for directive in directives)
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 

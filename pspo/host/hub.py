@@ -13,9 +13,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from pspo.base.schema import ConfigError
 
 
-def commit(snapshot: Path) -> str:
-    """The commit of a local snapshot, whose folder the hub's cache names by it."""
-    return snapshot.name
+def commit(repo: str, kind: str, asked: str) -> str:
+    """The commit of the cached snapshot of ``repo``; no network. Raises ConfigError where the cache has none."""
+    try:
+        return Path(snapshot_download(repo, repo_type=kind, local_files_only=True)).name
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(f"{asked} is not in the cache; run `python -m pspo.prefetch {asked}`") from error
 
 
 def locate(
@@ -25,13 +28,13 @@ def locate(
 
     The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
     that drops its packets (huggingface_hub 2.4.0 asks for the newest revision without a timeout). ``asked`` and
-    ``instead`` are for the sentence of the ConfigError: the key, and what to give where there is no network.
+    ``instead`` are for the sentence of the ConfigError: the key, and its replacement where there is no network.
     """
 
     def snapshot(local_files_only: bool) -> Path:
-        found = snapshot_download(repo, repo_type=kind, allow_patterns=patterns, local_files_only=local_files_only)
-        check(Path(found))
-        return Path(found)
+        path = Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns, local_files_only=local_files_only))
+        check(path)
+        return path
 
     try:
         return snapshot(local_files_only=True)

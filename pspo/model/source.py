@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
 from pspo.base.files import digest
@@ -57,10 +56,8 @@ def digests(config: ModelConfig) -> dict[str, str]:
     if config.made_here:
         return {}
     if config.path is None:
-        cached = try_to_load_from_cache(str(config.hub_id), "config.json")
-        if not isinstance(cached, str):
-            raise ConfigError(f"model.hub_id={config.hub_id} is not in the cache; run `python -m pspo.prefetch`")
-        return {str(config.hub_id): hub.commit(Path(cached).parent)}
+        repository = str(config.hub_id)
+        return {repository: hub.commit(repository, "model", asked=f"model=hf model.hub_id={repository}")}
     path = locate(config, convert=False)
     files = [path] if path.is_file() else sorted(file for pattern in FILES for file in path.glob(pattern))
     return {str(file): digest(file) for file in files}

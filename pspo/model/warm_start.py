@@ -75,7 +75,7 @@ def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any
     model = tiny.make_model(architecture, encoder, seed, config.attention).to(getattr(torch, config.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     num_steps = settings.worked_steps + settings.mixed_steps
-    prompts = [render(encoder, "", p.question) for p in problems]
+    prompts = render(encoder, "", [p.question for p in problems])
     worked, direct = (
         [[*encoder.encode(text, add_special_tokens=False), encoder.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [embedded.direct_solution(p) for p in problems])

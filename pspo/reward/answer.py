@@ -22,6 +22,8 @@ from collections import deque
 from decimal import Decimal
 from fractions import Fraction
 
+from pspo.dataset.problem import boxed
+
 TOLERANCE = Fraction(1, 10**6)
 TOLERANCE_BELOW_A_THOUSANDTH = Fraction(1, 1000)
 """Relative to a gold answer below 0.001, for which ``TOLERANCE`` times 1 would make 3e-8 and 5e-8 equal."""
@@ -72,7 +74,6 @@ _PRECEDED = re.compile(
 _REACH = 24  # characters before a number that _PRECEDED looks at
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)", re.MULTILINE)
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
-_BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
 _OPERATORS = re.compile(r"\\(?:times|cdot|div|frac)(?![A-Za-z])")
 _NAME = re.compile(r"^ *[A-Za-z] *(?:=|\\in(?![a-z]))")
 _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}")
@@ -113,7 +114,7 @@ def extract(text: str) -> str | None:
     return (
         asked(text)
         or (_stated(_clean(tag[1])) if tag else None)
-        or _boxed(clean)
+        or boxed(clean)
         or (_stated(clean[said.end() :].partition("\n")[0]) if said else None)
         or (last[0] if last and _stands_alone(last) else None)
     )
@@ -124,12 +125,12 @@ def asked(text: str) -> str | None:
     text = _clean(text).rstrip()
     line = None
     for line in _LINE.finditer(text):
-        answer = _boxed(line[1]) or line[1].strip()
+        answer = boxed(line[1]) or line[1].strip()
         if number(answer) is not None:
             return answer
     if line is None or line.end() < len(text) or _SAID.search(line[1]):
         return None
-    return _boxed(line[1]) or line[1].strip() or None
+    return boxed(line[1]) or line[1].strip() or None
 
 
 def same(answer: str, gold: str) -> bool:
@@ -189,21 +190,9 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return found[0] if found else None
 
 
-def _boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` or ``\fbox{...}`` holds; None without one."""
-    box = _last(_BOX, text)
-    rest = text[box.end() :] if box else ""
-    depth = 1
-    for brace in re.finditer(r"[{}]", rest):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return rest[: brace.start()].strip() or None
-    return None
-
-
 def _stated(text: str) -> str | None:
     """The answer in a text that gives one: its first number, or all of it where that is a part of something else."""
-    text = _boxed(text) or text.strip()
+    text = boxed(text) or text.strip()
     first = None if number(text) is not None or text.startswith(("(", "[")) else _NUMBER.search(text)
     return first[0] if first and _stands_alone(first) else text.rstrip(".") or None
 
