@@ -37,6 +37,20 @@ def test_a_longer_budget_continues_a_finished_run_to_the_bit(finished, unbroken,
     assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
+def test_the_command_continues_a_finished_run_with_the_budget_alone(finished, unbroken, cache, tmp_path):
+    """All of ``TINY`` comes from the run that is continued; its path is given relative to the working directory."""
+    shutil.copytree(finished, tmp_path / "outputs" / "main" / finished.name)
+    source = f"continue_from=outputs/main/{finished.name}"
+    assert make(tmp_path, cache, work=command(source, "budget.steps=5")) == 0, output_of(tmp_path)
+    (directory,) = (tmp_path / "outputs" / "main").glob("pspo_steps=5_seed0_*")
+    assert directory.name[-8:] == unbroken.name[-8:]
+    assert (
+        ends(directory).items()
+        >= {name: digest for name, digest in ends(unbroken).items() if name.endswith("l")}.items()
+    )
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 5
+
+
 def test_a_longer_budget_keeps_the_best_weights_so_far(cache, tmp_path):
     best = ["selection=best"]
     assert make(tmp_path / "short", cache, [*best, "budget.steps=2"]) == 0
