@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import hydra
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -103,10 +102,7 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The typed tree of plain ``values``, which Hydra composed under the command line's ``overrides``.
-
-    Raises ConfigError.
-    """
+    """The typed tree of ``values``, which Hydra composed under the command line's ``overrides``. Raises ConfigError."""
     values = _with_source(values, overrides)
     smoothing, objective = values["smoothing"], values["objective"]
     alpha, constant = smoothing.get("alpha"), Smoothing.select(smoothing).constant
@@ -215,7 +211,7 @@ def _is_grammatical(value: str) -> bool:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The configuration that ``python -m pspo.run <overrides>`` would run with. Raises ConfigError."""
+    """The configuration of ``python -m pspo.run <overrides>``. Raises ConfigError."""
     return compose_all([overrides])[0]
 
 
@@ -223,10 +219,10 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
     """The configurations of many jobs; Hydra is set up once. Raises ConfigError at the first that does not fit."""
     configs = []
     in_multirun = GlobalHydra.instance().is_initialized()
-    with contextlib.nullcontext() if in_multirun else initialize_config_dir(str(CONF), version_base="1.3"):
+    with contextlib.nullcontext() if in_multirun else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in jobs:
             try:
-                composed = hydra_compose("config", overrides=open_keys(overrides))
+                composed = hydra.compose("config", overrides=open_keys(overrides))
             except HydraException as error:
                 raise explained(error) from error
             configs.append(resolve(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)), overrides))

@@ -27,14 +27,9 @@ class EvaluateConfig(Schema, block="evaluate"):
 
 
 def answer(
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    rollout: RolloutConfig,
-    *,
-    seed: Sequence[int],
-    greedy: bool,
-) -> Iterator[list[dict[str, Any]]]:
+    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, rollout: RolloutConfig, *,
+    seed: Sequence[int], greedy: bool,
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """One scored completion per prompt as rows for a file, ``max_rows`` at a time, sampled as in training or greedy."""
     for start in range(0, len(prompts), rollout.max_rows):
         completions = sampler.sample(prompts[start : start + rollout.max_rows], 1, seed, greedy=greedy)
@@ -43,16 +38,9 @@ def answer(
 
 
 def answer_into(
-    path: Path,
-    sampler: Sampler,
-    prompts: Sequence[Prompt],
-    reward: Reward,
-    rollout: RolloutConfig,
-    *,
-    seed: int,
-    title: str,
-    check_owner: Callable[[], None],
-) -> list[dict[str, Any]]:
+    path: Path, sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, rollout: RolloutConfig, *,
+    seed: int, title: str, check_owner: Callable[[], None],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Greedy answers to a test set in a file, one line per problem in their order; returns the lines.
 
     After every ``max_rows`` answers the file is flushed, and a later process resumes there. Its batches and the state

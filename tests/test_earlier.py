@@ -3,7 +3,7 @@ import shutil
 import signal
 
 import pytest
-from forked import REWARD, TINY, at, command, ends, log_of, make, only_run, output_of
+from forked import REWARD, TINY, at, command, ends, fingerprint, log_of, make, only_run, output_of
 from huggingface_hub import constants
 from training import composed
 
@@ -35,6 +35,18 @@ def test_a_longer_budget_continues_a_finished_run_to_the_bit(finished, unbroken,
     (only_run(tmp_path) / "DONE").unlink()
     assert make(tmp_path, cache, [f"continue_from={tmp_path / 'gone'}"]) == 0  # it has checkpoints of its own now
     assert ends(only_run(tmp_path)) == ends(unbroken)
+
+
+def test_the_command_continues_a_finished_run_with_the_budget_alone(finished, unbroken, cache, tmp_path):
+    """All of ``TINY`` comes from the run that is continued; its path is given relative to the working directory."""
+    shutil.copytree(finished, tmp_path / "outputs" / "main" / finished.name)
+    source = f"continue_from=outputs/main/{finished.name}"
+    assert make(tmp_path, cache, work=command(source, "budget.steps=5")) == 0, output_of(tmp_path)
+    (directory,) = (tmp_path / "outputs" / "main").glob("pspo_steps=5_seed0_*")
+    assert directory.name[-8:] == unbroken.name[-8:]
+    for name in ("metrics.jsonl", "completions.jsonl", "model/model.safetensors"):
+        assert fingerprint(directory)[name] == fingerprint(unbroken)[name]
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 5
 
 
 def test_a_longer_budget_keeps_the_best_weights_so_far(cache, tmp_path):

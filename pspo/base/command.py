@@ -7,8 +7,7 @@ from typing import NoReturn
 
 from pspo.base.files import PACKAGE
 
-INTERRUPTED = 130
-"""Exit status at Ctrl-C, as shells call the end by signal 2."""
+INTERRUPTED = 130  # exit status of a shell's command that Ctrl-C, signal 2, has ended
 
 
 def overview() -> str:

@@ -18,8 +18,7 @@ console = Console(stderr=True)
 log = logging.getLogger("pspo")
 T = TypeVar("T")
 
-TELL_S = 30.0
-"""Seconds between two lines about a phase, in a log and in ``.phase``."""
+TELL_S = 30.0  # seconds between two reports of the phase, in a log and in .phase
 
 
 class Phase:

@@ -23,10 +23,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader, at any instant and after any crash, sees the old text or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
         beside.replace(path)
         _sync(path.parent)
     finally:
@@ -34,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON by the rule of ``write_text``; keys keep their order."""
+    """Write JSON as ``write_text`` does; keys keep their order."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -104,7 +102,6 @@ class JsonLines:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The objects of all whole lines."""
         return read_lines(self.path)
 
     def sync(self) -> int:
@@ -113,7 +110,6 @@ class JsonLines:
         return self.num_rows()
 
     def num_rows(self) -> int:
-        """The number of whole lines."""
         return self.path.read_bytes().count(b"\n")
 
     def cut(self, num_rows: int) -> None:

@@ -1,4 +1,4 @@
-"""Sums over counts across a whole step, and the interval that a proportion carries."""
+"""Means and maxima over all tokens of a step, and the Wilson interval of a proportion."""
 
 import math
 
@@ -13,14 +13,13 @@ class Statistics:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # (sum, count) by name
         self._maxima: dict[str, Tensor] = {}
 
     def mean(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add the values under ``mask`` to the mean ``name``."""
-        self._sums[name] = self._sums.get(name, 0) + values.detach()[mask].double().sum()
-        self._counts[name] = self._counts.get(name, 0) + mask.sum()
+        total, count = values.detach()[mask].double().sum(), mask.sum(dtype=torch.float64)
+        self._sums[name] = self._sums.get(name, 0) + torch.stack([total, count])
 
     def max(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Let ``name`` be the largest value seen under ``mask``."""
@@ -28,16 +27,14 @@ class Statistics:
         self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 
     def add(self, other: "Statistics") -> None:
-        """Add the sums, counts and maxima of other statistics."""
-        for name in other._sums:
-            self._sums[name] = self._sums.get(name, 0) + other._sums[name]
-            self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+        """Add the sums, counts and maxima of ``other``."""
+        for name, total in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0) + total
         for name, largest in other._maxima.items():
             self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 
     def result(self) -> dict[str, float]:
-        """Every metric by name."""
-        means = {name: (total / self._counts[name].clamp(min=1)).item() for name, total in self._sums.items()}
+        means = {name: (total / count.clamp(min=1)).item() for name, (total, count) in self._sums.items()}
         return means | {name: largest.item() for name, largest in self._maxima.items()}
 
 

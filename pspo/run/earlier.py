@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -16,8 +17,7 @@ from pspo.config import Config, identity, read, science
 from pspo.host import environment
 from pspo.run.lock import hold
 
-INPUTS = "inputs.json"
-"""In a run directory: ``inputs`` as the run began."""
+INPUTS = "inputs.json"  # in a run directory: the result of inputs() when the run began
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,8 @@ def record_inputs(config: Config, directory: Path) -> None:
 
 
 def check_source(config: Config, source: Path) -> Progress:
-    """What the run in ``source`` has spent. Raises ConfigError where ``config`` cannot continue from it."""
-
-    def refuse(reason: str) -> ConfigError:
-        return ConfigError(f"continue_from={source}: {reason}")
-
+    """The budget that the run in ``source`` has spent. Raises ConfigError where ``config`` cannot continue from it."""
+    refuse = partial(config.refuse, "continue_from")
     if not (source / "DONE").is_file():
         raise refuse("is not the directory of a finished run; name one that holds DONE")
     there, here = dotted(science(read(source / "config.yaml"))), dotted(science(config))
@@ -110,8 +107,7 @@ def check_source(config: Config, source: Path) -> Progress:
             raise refuse(f"only the budget may differ, but {both}; leave it out, or run it anew")
     for name, value in {"optimizer.decay": config.optimizer.decay, "smoothing": config.smoothing.name}.items():
         if value == "linear":
-            reason = "follows the budget, so that a longer run differs from its first step on"
-            raise refuse(f"{name}=linear {reason}; run it anew")
+            raise refuse(f"{name}=linear follows the budget, so that a longer run differs from step 1 on; run it anew")
     others = [name for name in _changed(config, source) if name != "code"]
     if others and config.rerun != "resume":
         raise refuse(f"since that run began, {', '.join(others)} changed; rerun=resume continues it nevertheless")

@@ -156,12 +156,9 @@ def _train_and_evaluate(
 
 
 def _record_settings(run: Prepared, overrides: list[str], device: torch.device, owner: lock.Owner) -> int:
-    """Record what is run and where; returns the CPU threads, on resume those of the run's first process.
-
-    Sums are rounded in another order with another number of threads, so a resumed run keeps the first one's.
-    """
-    recorded = [entry["threads"] for entry in environment.history(run.directory)[:1]]
-    threads = run.config.threads or next(iter(recorded), None) or environment.choose_threads(None)
+    """Record settings and machine; returns the CPU threads, on resume the first process's number: sums round alike."""
+    entries = environment.history(run.directory)
+    threads = environment.choose_threads(run.config.threads or (entries[0]["threads"] if entries else None))
     about = {"host": owner.host, "job_id": owner.job_id, "time/started": owner.started}
     for difference in environment.record(run.directory, environment.describe(threads, device) | about):
         log.warning("since the run's last process, %s", difference)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,7 @@ class Owner:
 def owner(directory: Path) -> Owner | None:
     """The content of ``.owner``; None where the file is missing or damaged."""
     try:
-        record = json.loads((directory / ".owner").read_text())
-        return Owner(**{field.name: record[field.name] for field in fields(Owner) if field.name in record})
+        return Owner(**json.loads((directory / ".owner").read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

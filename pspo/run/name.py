@@ -8,8 +8,7 @@ from pathlib import Path
 from pspo.base.schema import as_dict, keys_of
 from pspo.config import NOT_SCIENCE, Config, groups, identity
 
-LABEL_CHARACTERS = 80
-"""Longest label in a run's name; words left out are counted as ``_+2``. A file's name may have 255 bytes."""
+LABEL_CHARACTERS = 80  # in a run's name, for words; more words are counted as _+2. A file's name may have 255 bytes.
 
 
 def run_directory(config: Config, overrides: Sequence[str]) -> Path:

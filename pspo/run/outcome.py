@@ -15,9 +15,7 @@ from pspo.reward import RewardError
 from pspo.run.lock import Owner
 from pspo.update import NonFiniteError, SamplerGapError
 
-LAST_LINES = 20
-"""Longest traceback in ``FAILED``, in lines."""
-
+LAST_LINES = 20  # of the traceback, in FAILED
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
