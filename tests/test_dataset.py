@@ -549,8 +549,8 @@ def test_order_is_pinned():
 def test_every_further_column_of_a_row_is_the_problems_extra(tmp_path):
     row = {"id": "a", "question": "1 + 1?", "answer": 2, "solution": "one and one", "level": 3, "tests": ["f() == 2"]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + '\n{"prompt": "2 + 2?", "answer": "4", "tests": null}\n')
-    ((source, files),) = sources.locate("jsonl", str(tmp_path))
-    first, second = sources.read(source, "train", files["train"])
+    (located,) = sources.locate("jsonl", str(tmp_path))
+    first, second = sources.read(*located)
     assert (first.extra, second.extra) == ({"level": 3, "tests": ["f() == 2"]}, {"tests": None})
     assert len({first, second, dataclasses.replace(first, extra={})}) == 3  # hashed by all else
 

@@ -134,8 +134,8 @@ SETS = {
 }
 
 
-def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Path]]]]:
-    """The files of each split, for each source of data set ``name``: under ``path``, else in the hub's cache.
+def locate(name: str, path: str | None) -> list[tuple[Source, str, list[Path]]]:
+    """Source, split and files of each split of data set ``name``: under ``path``, else in the hub's cache.
 
     Fetched where the cache lacks them. Raises ConfigError. Not ``datasets.load_dataset``: offline it reads only a copy
     that it has itself prepared before, not the files of ``hf download`` or of a copied cache, and without a network it
@@ -149,7 +149,7 @@ def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Pat
         patterns = ["*.parquet", "*.jsonl"]
         return hub.locate(source.repo, patterns, source.find, asked=asked, kind="dataset", instead=instead)
 
-    return [(source, source.find(place(source))) for source in SETS[name]]
+    return [(source, *split) for source in SETS[name] for split in source.find(place(source)).items()]
 
 
 def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
