@@ -17,7 +17,7 @@ from pspo import dataset
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
 from pspo.dataset.files import Row
-from pspo.dataset.problem import Problem, boxed
+from pspo.dataset.problem import Problem, boxed, worked
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
@@ -129,7 +129,7 @@ def test_embedded_golden_problem():
         "embedded/fill/5-7-7/0",
     ]
     assert embedded.make(("gain", 9, 9, 9), 0).solution == "First, 9*9=81 balls. Then 81+9=90 balls.\n#### 90"
-    assert embedded.direct_solution(embedded.make(("gain", 9, 9, 9), 0)) == "#### 90"
+    assert worked(embedded.make(("gain", 9, 9, 9), 0).answer) == "#### 90"
 
 
 def test_embedded_test_set_is_the_same_for_all_seeds_and_sizes(made):
@@ -549,8 +549,8 @@ def test_order_is_pinned():
 def test_every_further_column_of_a_row_is_the_problems_extra(tmp_path):
     row = {"id": "a", "question": "1 + 1?", "answer": 2, "solution": "one and one", "level": 3, "tests": ["f() == 2"]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + '\n{"prompt": "2 + 2?", "answer": "4", "tests": null}\n')
-    ((source, files),) = sources.locate("jsonl", str(tmp_path))
-    first, second = sources.read(source, "train", files["train"])
+    (located,) = sources.locate("jsonl", str(tmp_path))
+    first, second = sources.read(*located)
     assert (first.extra, second.extra) == ({"level": 3, "tests": ["f() == 2"]}, {"tests": None})
     assert len({first, second, dataclasses.replace(first, extra={})}) == 3  # hashed by all else
 

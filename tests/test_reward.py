@@ -950,8 +950,7 @@ def test_a_custom_reward_may_be_about_something_else(own, caplog):
 
 def problems(name):
     path, _ = SETS[name]
-    located = sources.locate(name, str(DATA / path))
-    return [p for src, splits in located for split, files in splits.items() for p in sources.read(src, split, files)]
+    return [p for located in sources.locate(name, str(DATA / path)) for p in sources.read(*located)]
 
 
 @pytest.fixture

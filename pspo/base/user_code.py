@@ -23,21 +23,18 @@ def find(block: Schema, field: str) -> Any:
         module = _import_file(Path(place).resolve()) if is_file else importlib.import_module(place)
     except Exception as error:  # whatever the user's file raises
         raise block.refuse(field, f"cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
+    named = getattr(module, name, None)
+    if not callable(named):
         raise block.refuse(field, f"{place} has no function or class {name}")
-    return found
+    return named
 
 
 def source_files(named: str) -> list[Path]:
-    """The file that holds the named function or class, found without an import; none where there is no such file."""
+    """The file that holds the named function or class, looked up without an import; [] where there is no such file."""
     place = named.rpartition(":")[0]
-    if place.endswith(".py"):
-        candidates = [Path(place)]
-    else:
-        modules = [Path(folder, *place.split(".")) for folder in sys.path if place]
-        candidates = [file for path in modules for file in (path / "__init__.py", path.with_name(f"{path.name}.py"))]
-    return [file for file in candidates if file.is_file()][:1]
+    paths = [Path(folder, *place.split(".")) for folder in sys.path if place]
+    files = [file for path in paths for file in (path / "__init__.py", path.with_name(f"{path.name}.py"))]
+    return [file for file in ([Path(place)] if place.endswith(".py") else files) if file.is_file()][:1]
 
 
 @functools.cache

@@ -82,7 +82,7 @@ def check(config: DatasetConfig, *, training: bool = False) -> None:
         raise config.refuse("path", "dataset=jsonl needs dataset.path=<file, or folder with train.jsonl>")
     known = present = [split for source in sources.SETS[config.name] for split in source.splits.values()]
     if config.path is not None:
-        present = [split for _, splits in sources.locate(config.name, config.path) for split in splits]
+        present = [split for _, split, _ in sources.locate(config.name, config.path)]
     if training and "train" not in present:
         if "train" in known:
             raise config.refuse("path", "holds test problems only: add a train file, or set budget.steps=0 to evaluate")
@@ -98,8 +98,7 @@ def digests(config: DatasetConfig) -> dict[str, str]:
     if config.path is None:
         asked, repos = f"dataset={config.name}", [source.repo for source in sources.SETS.get(config.name, [])]
         return {repo: hub.commit(repo, "dataset", asked) for repo in repos}
-    located = sources.locate(config.name, config.path)
-    return {str(path): digest(path) for _, splits in located for paths in splits.values() for path in paths}
+    return {str(path): digest(path) for *_, paths in sources.locate(config.name, config.path) for path in paths}
 
 
 def load(config: DatasetConfig, seed: int) -> Splits:
@@ -116,8 +115,7 @@ def load(config: DatasetConfig, seed: int) -> Splits:
         problems = {("embedded", split): embedded.load(split, num) for split, num in sizes.items()}
     else:
         located = sources.locate(config.name, config.path)
-        files = [(source, split, paths) for source, splits in located for split, paths in splits.items()]
-        problems = {(source.name, split): sources.read(source, split, paths) for source, split, paths in files}
+        problems = {(source.name, split): sources.read(source, split, paths) for source, split, paths in located}
     pool = {split: rows for (_, split), rows in problems.items()}
     test = {name: rows for (name, split), rows in problems.items() if split == "test"}
     train = _without(pool.get("train", []), itertools.chain(*test.values()))

@@ -69,14 +69,8 @@ def make(tale: Tale, variant: int) -> Problem:
         f"{values[step[0]]}{step[1]}{values[step[2]]}={values[result]} {counted.format(**words)}."
         for step, result, counted in zip((family.first, family.second), "xy", family.counts, strict=True)
     )
-    answer = str(values["y"])
-    question = family.story.format(**values, **words)
-    return Problem(name, question, answer, worked(f"First, {first} Then {second}", answer))
-
-
-def direct_solution(problem: Problem) -> str:
-    """The bare answer, ``#### 90``, as a policy writes it that answers without working."""
-    return worked("", problem.answer)
+    question, answer = family.story.format(**values, **words), str(values["y"])
+    return Problem(name, question, answer, worked(answer, f"First, {first} Then {second}"))
 
 
 @functools.cache

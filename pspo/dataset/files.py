@@ -73,9 +73,8 @@ def read(path: Path) -> Iterator[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as lines:  # bytes, so that only \n ends a line
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Row(_parse(line, f"{path} line {number}"), f"{path} line {number}")
+        places = ((line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
+        yield from (Row(_parse(line, where), where) for line, where in places)
 
 
 def _json(path: Path) -> Iterator[Row]:

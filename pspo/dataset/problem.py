@@ -28,8 +28,8 @@ class Splits:
     test: dict[str, list[Problem]]
 
 
-def worked(working: str, answer: str) -> str:
-    """A gold working closed by the one line that the reward looks for, ``#### <answer>``."""
+def worked(answer: str, working: str = "") -> str:
+    """A gold solution: the working, if any, and the line ``#### <answer>`` that the reward looks for."""
     return f"{working.strip()}\n#### {answer}".lstrip()
 
 

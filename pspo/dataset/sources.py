@@ -77,7 +77,7 @@ def gsm8k(row: Row) -> Problem:
     if not mark or not answer.strip():
         raise row.error("answer must end in '#### <number>'")
     answer = answer.strip().replace(",", "")
-    return Problem("", row.text("question"), answer, worked(re.sub(r"<<.*?>>", "", working), answer))
+    return Problem("", row.text("question"), answer, worked(answer, re.sub(r"<<.*?>>", "", working)))
 
 
 def svamp(row: Row) -> Problem:
@@ -95,7 +95,7 @@ def asdiv(row: Row) -> Problem:
 def math500(row: Row) -> Problem:
     """The gold answer is LaTeX, as given."""
     answer = row.scalar("answer")
-    solution = worked(row.text("solution"), answer) if row.has("solution") else ""
+    solution = worked(answer, row.text("solution")) if row.has("solution") else ""
     return Problem(row.text("unique_id").removeprefix("test/"), row.text("problem"), answer, solution)
 
 
@@ -105,7 +105,7 @@ def hendrycks(row: Row) -> Problem:
     answer = boxed(re.sub(r"(\\boxed|\\fbox)\s*([^\s${][^\s$]*?)(?=[.,]*(?:[\s$]|\Z))", r"\1{\2}", solution))
     if not answer:
         raise row.error("solution must hold its answer in \\boxed{...}")
-    return Problem("", row.text("problem"), answer, worked(solution, answer))
+    return Problem("", row.text("problem"), answer, worked(answer, solution))
 
 
 def jsonl(row: Row) -> Problem:
@@ -113,7 +113,7 @@ def jsonl(row: Row) -> Problem:
     answer = row.scalar("answer")
     if "####" in answer:
         raise row.error("answer must be the final answer alone; put the working into solution")
-    solution = worked(row.text("solution").partition("####")[0], answer) if row.has("solution") else ""
+    solution = worked(answer, row.text("solution").partition("####")[0]) if row.has("solution") else ""
     return Problem(row.scalar("id") if row.has("id") else "", row.text("question", "prompt"), answer, solution)
 
 
@@ -134,8 +134,8 @@ SETS = {
 }
 
 
-def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Path]]]]:
-    """The files of each split, for each source of data set ``name``: under ``path``, else in the hub's cache.
+def locate(name: str, path: str | None) -> list[tuple[Source, str, list[Path]]]:
+    """Source, split and files of each split of data set ``name``: under ``path``, else in the hub's cache.
 
     Fetched where the cache lacks them. Raises ConfigError. Not ``datasets.load_dataset``: offline it reads only a copy
     that it has itself prepared before, not the files of ``hf download`` or of a copied cache, and without a network it
@@ -149,7 +149,7 @@ def locate(name: str, path: str | None) -> list[tuple[Source, dict[str, list[Pat
         patterns = ["*.parquet", "*.jsonl"]
         return hub.locate(source.repo, patterns, source.find, asked=asked, kind="dataset", instead=instead)
 
-    return [(source, source.find(place(source))) for source in SETS[name]]
+    return [(source, *split) for source in SETS[name] for split in source.find(place(source)).items()]
 
 
 def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:

@@ -3,12 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    HFValidationError,
-    HTTPError,  # the base of all errors of the HTTP client that the library uses
-    LocalEntryNotFoundError,
-)
+from huggingface_hub import errors, snapshot_download
 
 from pspo.base.schema import ConfigError
 
@@ -17,7 +12,7 @@ def commit(repo: str, kind: str, asked: str) -> str:
     """The commit of the cached snapshot of ``repo``; no network. Raises ConfigError where the cache has none."""
     try:
         return Path(snapshot_download(repo, repo_type=kind, local_files_only=True)).name
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ConfigError(f"{asked} is not in the cache; run `python -m pspo.prefetch {asked}`") from error
 
 
@@ -38,13 +33,13 @@ def locate(
 
     try:
         return snapshot(local_files_only=True)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise ConfigError(f"{asked} is no name of a repository, such as Qwen/Qwen2.5-0.5B") from error
-    except (LocalEntryNotFoundError, ConfigError):
+    except (errors.LocalEntryNotFoundError, ConfigError):
         pass  # not in the cache, or only in part
     try:
         return snapshot(local_files_only=False)
-    except (LocalEntryNotFoundError, HTTPError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # httpx's base
         raise ConfigError(
             f"{asked} is not in the cache and cannot be downloaded ({type(error).__name__}); run "
             f"`python -m pspo.prefetch {asked}` on a node with internet that shares this cache (HF_HOME), or {instead}"

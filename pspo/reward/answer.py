@@ -18,8 +18,6 @@ is compared in the form that ``normal`` gives, lists item by item: ``(a, b)`` an
 import functools
 import re
 import unicodedata
-from collections import deque
-from decimal import Decimal
 from fractions import Fraction
 
 from pspo.dataset.problem import boxed
@@ -123,14 +121,12 @@ def extract(text: str) -> str | None:
 def asked(text: str) -> str | None:
     """The answer that a completion gives on a line ``#### <answer>``, as asked, or None."""
     text = _clean(text).rstrip()
-    line = None
+    line, answer = None, ""
     for line in _LINE.finditer(text):
         answer = boxed(line[1]) or line[1].strip()
         if number(answer) is not None:
             return answer
-    if line is None or line.end() < len(text) or _SAID.search(line[1]):
-        return None
-    return boxed(line[1]) or line[1].strip() or None
+    return answer or None if line and line.end() == len(text) and not _SAID.search(line[1]) else None
 
 
 def same(answer: str, gold: str) -> bool:
@@ -186,8 +182,7 @@ def _clean(text: str) -> str:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = deque(pattern.finditer(text), maxlen=1)
-    return found[0] if found else None
+    return max(pattern.finditer(text), key=lambda match: match.start(), default=None)
 
 
 def _stated(text: str) -> str | None:
@@ -206,16 +201,12 @@ def _stands_alone(found: re.Match[str]) -> bool:
 
 def _value(found: re.Match[str]) -> Fraction | None:
     part = {name: (digits or "").replace(",", "") for name, digits in found.groupdict().items()}
-    if part["left"] or part["ten"]:
-        top, bottom = (Fraction(Decimal(part[side] or 1)) for side in ("left", "right"))
-    else:
-        top = Fraction(int(part["top"] or part["t"] or part["over"]))
-        bottom = Fraction(int(part["bottom"] or part["b"] or part["under"]))
+    top = Fraction(part["left"] or part["top"] or part["t"] or part["over"] or 1)
+    bottom = Fraction(part["right"] or part["bottom"] or part["b"] or part["under"] or 1)
     if bottom == 0:
         return None
-    value = (int(part["whole"] or part["mixed"] or 0) + top / bottom) * Fraction(10) ** int(
-        (part["ten"] or part["power"]).strip("{() }") or 0
-    )
+    exponent = int((part["ten"] or part["power"]).strip("{() }") or 0)
+    value = (int(part["whole"] or part["mixed"] or 0) + top / bottom) * Fraction(10) ** exponent
     return -value if part["sign"] == "-" else value
 
 

@@ -1,8 +1,4 @@
-"""The interface of every reward.
-
-A reward is a dataclass that one can call: its fields are its configuration, and ``reward(completions)`` gives one score
-for each completion, a batch at a time.
-"""
+"""The interface of every reward: a dataclass whose fields are its configuration, called with a batch of completions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,11 +11,11 @@ from pspo.dataset import Problem
 
 
 class RewardError(Exception):
-    """A user's reward that raises or returns no score, told in one sentence with its name and the problem's id."""
+    """A user's reward raised or returned no score; one sentence with the reward's name and the problem's id."""
 
 
 class Answered(Protocol):
-    """What a reward sees of a completion: its text, and the problem that it answers."""
+    """The view that a reward has of a completion: its text, and the problem that it answers."""
 
     @property
     def text(self) -> str: ...
@@ -30,7 +26,7 @@ class Answered(Protocol):
 
 @dataclass(frozen=True)
 class Attempt:
-    """A text that answers a problem, by itself: no model wrote it."""
+    """A text that answers a problem, without a model's completion around it."""
 
     text: str
     problem: Problem
@@ -38,7 +34,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Score:
-    """What one completion is worth; ``components`` are logged by name, ``parsed`` says that an answer was found."""
+    """The grade of one completion; ``components`` are logged by name, ``parsed`` says that it holds an answer."""
 
     reward: float
     correct: bool
@@ -57,27 +53,26 @@ class Reward(Schema, ABC, block="reward"):
         """The class that ``reward.name`` names. Raises ConfigError with the list of rewards."""
         from pspo.reward import REWARDS  # the table imports the classes that import this module
 
-        if cls is not Reward:  # a user's own class, by itself
-            return cls
-        if values.get("name") not in REWARDS:
-            raise unknown(str(values.get("name")), REWARDS, "reward")
-        return cast(type[Self], REWARDS[values["name"]])
+        name = str(values.get("name"))
+        if cls is Reward and name not in REWARDS:
+            raise unknown(name, REWARDS, "reward")
+        return cast(type[Self], REWARDS[name]) if cls is Reward else cls  # else a user's own class, by itself
 
     @abstractmethod
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
         """One score for each completion."""
 
     def check(self) -> None:
-        """Refuse what can be seen before anything is loaded. Raises ConfigError."""
+        """Refuse a wrong configuration before anything is loaded. Raises ConfigError."""
 
     def check_gold(self, problems: Sequence[Problem]) -> None:
         """Grade every gold answer against itself: a reward that fails it would train on noise. Raises ConfigError."""
         scores = self([Attempt(f"#### {problem.answer}", problem) for problem in problems])
         for problem, score in zip(problems, scores, strict=True):
             if not score.correct:
-                told = f"the gold answer {problem.answer!r}, written as '#### <answer>', is not correct under reward="
-                raise ConfigError(f"problem {problem.id}: {told}{self.name}; mend the data or set reward=custom")
+                reason = f"the gold answer {problem.answer!r}, written as '#### <answer>', is not correct under reward="
+                raise ConfigError(f"problem {problem.id}: {reason}{self.name}; mend the data or set reward=custom")
 
     def source_files(self) -> list[Path]:
-        """The user's own files that decide what a completion is worth, for the digest in a run's identity."""
+        """The user's own files that decide rewards, for the digest in a run's identity."""
         return []

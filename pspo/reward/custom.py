@@ -20,7 +20,7 @@ from pspo.reward.base import Answered, Reward, RewardError, Score
 log = logging.getLogger(__name__)
 
 GOLD_SAMPLE = 16
-"""Gold answers shown to a user's own reward at the start, which may be slow."""
+"""Gold answers that are graded at the start by a user's own reward, which may be slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,14 @@ class Custom(Reward):
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
         if not completions:
             return []
-        if isinstance(self._own, Reward):
-            told = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
-            results = self._call(told, completions)
-            if not isinstance(results, Sequence) or len(results) != len(completions):
-                raise self._error(f"must return a list of {len(completions)} scores, got {_short(repr(results))}", told)
-        else:
-            results = [self._call(f"problem {c.problem.id}", c.text, c.problem) for c in completions]
+        if not isinstance(self._own, Reward):
+            return [
+                self._score(self._call(f"problem {c.problem.id}", c.text, c.problem), c.problem) for c in completions
+            ]
+        batch = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
+        results = self._call(batch, completions)
+        if not isinstance(results, Sequence) or len(results) != len(completions):
+            raise self._error(f"must return a list of {len(completions)} scores, got {results!r}", batch)
         return [self._score(result, c.problem) for result, c in zip(results, completions, strict=True)]
 
     def check(self) -> None:
@@ -54,8 +55,8 @@ class Custom(Reward):
         """Warn of a wrong gold answer: a user's own reward may be about something else."""
         try:
             super().check_gold(problems[:GOLD_SAMPLE])
-        except ConfigError as told:
-            log.warning("%s", told)
+        except ConfigError as error:
+            log.warning("%s", error)
 
     def source_files(self) -> list[Path]:
         """The file that holds the function or class; files that it imports are not known."""
@@ -63,39 +64,40 @@ class Custom(Reward):
 
     @functools.cached_property
     def _own(self) -> Callable[..., Any]:
-        found = user_code.find(self, "function")
-        if not isinstance(found, type):
-            return functools.partial(found, **self.options)
-        if not issubclass(found, Reward):
+        named = user_code.find(self, "function")
+        if not isinstance(named, type):
+            return functools.partial(named, **self.options)
+        if not issubclass(named, Reward):
             raise self.refuse("function", "a class must be a subclass of pspo.reward.Reward")
-        found.block = f"{self.block}.options"
-        defaults = {field.name: field.default for field in fields(found) if field.default is not MISSING}
+        named.block = f"{self.block}.options"
+        defaults = {field.name: field.default for field in fields(named) if field.default is not MISSING}
         try:
-            return build(found, defaults | self.options | {"name": self.name})
+            return build(named, defaults | self.options | {"name": self.name})
         except ConfigError:
             raise
         except Exception as error:  # whatever the user's class raises
             raise self.refuse("function", f"cannot be made: {type(error).__name__}: {_short(str(error))}") from error
 
-    def _call(self, told: str, *arguments: Any) -> Any:
+    def _call(self, subject: str, *arguments: Any) -> Any:
         try:
             return self._own(*arguments)
         except Exception as error:  # whatever the user's code raises
-            raise self._error(_short(f"raised {type(error).__name__}: {error}"), told) from error
+            raise self._error(f"raised {type(error).__name__}: {error}", subject) from error
 
     def _score(self, result: Any, problem: Problem) -> Score:
         score = result if isinstance(result, Score) else Score(result, False, {"custom": result}, True)
         numbers = [score.reward, *score.components.values()] if isinstance(score.components, Mapping) else [None]
         flags = isinstance(score.correct, bool | np.bool_) and isinstance(score.parsed, bool | np.bool_)
         if not flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
-            told = f"must return a finite number or a Score of finite numbers, got {_short(repr(result))}"
-            raise self._error(told, f"problem {problem.id}")
+            reason = f"must return a finite number or a Score of finite numbers, got {result!r}"
+            raise self._error(reason, f"problem {problem.id}")
         components = {str(name): float(value) for name, value in score.components.items()}  # NumPy's are no JSON
         correct = bool(score.correct) if isinstance(result, Score) else float(result) >= 1
         return Score(float(score.reward), correct, components, bool(score.parsed))
 
-    def _error(self, reason: str, told: str) -> RewardError:
-        return RewardError(f"reward.function={self.function} {reason} on {told}; mend it and run the command again")
+    def _error(self, reason: str, subject: str) -> RewardError:
+        remedy = "mend it and run the command again"
+        return RewardError(f"reward.function={self.function} {_short(reason)} on {subject}; {remedy}")
 
 
 def _short(text: str) -> str:
