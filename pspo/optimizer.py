@@ -1,13 +1,13 @@
 """Optimizers and the learning rate over the budget."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal
 
 import torch
 
-from pspo.base.schema import Schema, key, unknown
+from pspo.base.schema import Schema, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +19,6 @@ class Optimizer(Schema, ABC, block="optimizer"):
     warmup_steps: int = key("optimizer steps over which the learning rate rises linearly", within="[0, inf)")
     decay: Literal["constant", "linear"] = key("learning rate after the warm-up: constant, or linear to 0 at the end")
     max_grad_norm: float = key("the gradient is scaled down to this norm", within="(0, inf]")
-
-    @classmethod
-    def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The class that ``optimizer.name`` names. Raises ConfigError with the list of optimizers."""
-        if values.get("name") not in OPTIMIZERS:
-            raise unknown(str(values.get("name")), OPTIMIZERS, "optimizer")
-        return cast(type[Self], OPTIMIZERS[values["name"]])
 
     @abstractmethod
     def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
@@ -83,3 +76,4 @@ class SGD(Optimizer):
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD}
+Optimizer.kinds = OPTIMIZERS

@@ -1,11 +1,10 @@
 """Alpha over the steps of a run: constant presets, a schedule over the budget, or a controller of the KL."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar
 
-from pspo.base.schema import Schema, key, unknown
+from pspo.base.schema import Schema, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +14,6 @@ class Smoothing(Schema, block="smoothing"):
     name: str
     alpha: float | None = key("what a preset sets objective.alpha to, or null", within="[0, 1)")
     constant: ClassVar[bool] = False
-
-    @classmethod
-    def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The class that ``smoothing.name`` names. Raises ConfigError with the list of options."""
-        if values.get("name") not in SMOOTHINGS:
-            raise unknown(str(values.get("name")), SMOOTHINGS, "smoothing")
-        return cast(type[Self], SMOOTHINGS[values["name"]])
 
     def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
         """Alpha of the next step.
@@ -78,3 +70,4 @@ class Adaptive(Smoothing):
 
 SMOOTHINGS: dict[str, type[Smoothing]] = dict.fromkeys(("none", "light", "paper", "strong"), Constant)
 SMOOTHINGS |= {"linear": Linear, "adaptive": Adaptive}
+Smoothing.kinds = SMOOTHINGS

@@ -4,14 +4,14 @@ Shape suffixes: P prompts, G completions of each, T token positions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pspo.base.schema import Schema, key, unknown
+from pspo.base.schema import Schema, key
 
 Rows = list[list[float]]
 """One list for each completion, one number for each of its tokens."""
@@ -27,13 +27,6 @@ class Advantage(Schema, ABC, block="advantage"):
     name: str
     per_token: ClassVar[bool] = False
     """Whether the estimate differs between the tokens of a completion, and needs a value model."""
-
-    @classmethod
-    def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The class that ``advantage.name`` names. Raises ConfigError with the list of estimators."""
-        if values.get("name") not in ADVANTAGES:
-            raise unknown(str(values.get("name")), ADVANTAGES, "advantage")
-        return cast(type[Self], ADVANTAGES[values["name"]])
 
     @abstractmethod
     def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
@@ -124,6 +117,7 @@ class GAE(Advantage):
 
 
 ADVANTAGES: dict[str, type[Advantage]] = {"group": Group, "mean": Mean, "leave_one_out": LeaveOneOut, "gae": GAE}
+Advantage.kinds = ADVANTAGES
 
 
 def has_spread(reward_PG: Tensor) -> Tensor:

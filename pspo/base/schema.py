@@ -32,6 +32,8 @@ class Schema:
     """Base of every configuration block; ``class Rollout(Schema, block="rollout")`` names where its keys live."""
 
     block: ClassVar[str] = ""
+    kinds: ClassVar[Mapping[str, Any]]
+    """On the base class of a block that is one of several kinds: the class of each ``name``."""
 
     def __init_subclass__(cls, block: str | None = None) -> None:
         super().__init_subclass__()
@@ -46,8 +48,12 @@ class Schema:
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The class that describes ``values``: this one, unless a block is one of several kinds chosen by name."""
-        return cls
+        """The class that describes ``values``: this one, or the kind that ``name`` names. Raises ConfigError."""
+        kinds: Mapping[str, type[Self]] = vars(cls).get("kinds", {})
+        name = str(values.get("name"))
+        if kinds and name not in kinds:
+            raise unknown(name, kinds, cls.block)
+        return kinds.get(name, cls)
 
     @classmethod
     def dotted(cls, name: str) -> str:

@@ -26,6 +26,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "topr": TOPR,
     "vespo": VESPO,
 }
+Objective.kinds = OBJECTIVES | {"custom": Objective}
 
 
 def default_objective(name: str) -> Objective:

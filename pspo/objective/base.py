@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pspo.base import user_code
-from pspo.base.schema import Schema, unknown
+from pspo.base.schema import Schema
 
 SEQUENCE_LEVELS = ("sequence", "sequence_token")
 """The values of ``loss.importance`` whose ratio is a completion's, not a token's."""
@@ -71,13 +71,10 @@ class Objective(Schema, ABC, block="objective"):
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
         """The class that ``objective.name`` names. Raises ConfigError with the list of objectives."""
-        from pspo.objective import OBJECTIVES, custom  # both import this module
+        from pspo.objective import custom  # which imports this module
 
-        if values.get("name") == "custom":
-            return cast(type[Self], custom.own_class(values))
-        if values.get("name") not in OBJECTIVES:
-            raise unknown(str(values.get("name")), [*OBJECTIVES, "custom"], "objective")
-        return cast(type[Self], OBJECTIVES[values["name"]])
+        chosen = super().select(values)
+        return cast(type[Self], custom.own_class(values)) if values.get("name") == "custom" else chosen
 
     def source_files(self) -> list[Path]:
         """The user's own file that holds the class, for the digest in a run's identity."""

@@ -5,5 +5,6 @@ from pspo.reward.custom import Custom
 from pspo.reward.graded import Paper, Plain
 
 REWARDS: dict[str, type[Reward]] = {"plain": Plain, "paper": Paper, "custom": Custom}
+Reward.kinds = REWARDS
 
 __all__ = ["REWARDS", "Answered", "Attempt", "Custom", "Paper", "Plain", "Reward", "RewardError", "Score"]

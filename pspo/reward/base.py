@@ -1,12 +1,12 @@
 """The interface of every reward: a dataclass whose fields are its configuration, called with a batch of completions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Protocol
 
-from pspo.base.schema import ConfigError, Schema, key, unknown
+from pspo.base.schema import ConfigError, Schema, key
 from pspo.dataset import Problem
 
 
@@ -47,16 +47,6 @@ class Reward(Schema, ABC, block="reward"):
     """Base of all rewards: ``reward(completions)`` is one ``Score`` for each completion, in their order."""
 
     name: str = key("plain: 0/1 and a format bonus; paper: as published; custom: yours")
-
-    @classmethod
-    def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The class that ``reward.name`` names. Raises ConfigError with the list of rewards."""
-        from pspo.reward import REWARDS  # the table imports the classes that import this module
-
-        name = str(values.get("name"))
-        if cls is Reward and name not in REWARDS:
-            raise unknown(name, REWARDS, "reward")
-        return cast(type[Self], REWARDS[name]) if cls is Reward else cls  # else a user's own class, by itself
 
     @abstractmethod
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any
 
 from pspo.base.files import JsonLines
 from pspo.base.schema import Schema, key
@@ -16,12 +16,7 @@ from pspo.tracker.wandb import Mirror
 class TrackerConfig(Schema, block="tracker"):
     """Where metrics go besides ``metrics.jsonl``, which is always written."""
 
-    name: Literal["jsonl", "wandb"] = key("jsonl: metrics.jsonl alone; wandb: mirrored to Weights & Biases as well")
-
-    @classmethod
-    def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """``WandbConfig`` unless the name is jsonl, which has no other keys."""
-        return cls if values.get("name") == "jsonl" else cast(type[Self], WandbConfig)
+    name: str = key("jsonl: metrics.jsonl alone; wandb: mirrored to Weights & Biases as well")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +25,9 @@ class WandbConfig(TrackerConfig, block="tracker"):
 
     project: str = key("W&B project")
     entity: str | None = key("W&B user or team; null takes the login's own")
+
+
+TrackerConfig.kinds = {"jsonl": TrackerConfig, "wandb": WandbConfig}
 
 
 class Tracker:
