@@ -101,8 +101,9 @@ def check_gap(gap: float, autocast: bool) -> None:
     """Refuse a mean |log π_trainer − log π_sampler|, in nats, beyond rounding. Raises SamplerGapError."""
     if not gap <= MAX_GAP_NATS[autocast]:  # a gap that is no number is none that is small
         raise SamplerGapError(
-            f"the trainer's log-probabilities of fresh completions are {gap:.2g} nats from the sampler's on average, "
-            f"more than the {MAX_GAP_NATS[autocast]:g} of rounding in {'bfloat16' if autocast else 'float32'}: "
+            f"the trainer's log-probabilities of fresh completions differ from the sampler's by {gap:.2g} nats "
+            f"on average, more than the {MAX_GAP_NATS[autocast]:g} of rounding in "
+            f"{'bfloat16' if autocast else 'float32'}: "
             "they do not run the same policy, so every ratio would be wrong; nothing was learned; try "
             "model.attention=eager, model.lora.rank=0 or model.autocast=false"
         )
