@@ -210,11 +210,11 @@ def test_a_run_that_has_saved_nothing_begins_with_the_edited_reward(cache, tmp_p
 
 def write_model(folder):
     folder.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"):
-        (folder / name).write_text("{}")
+    for name in ("config.json", "a.safetensors", "b.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"):
+        (folder / name).write_text('{"model_type": "qwen2"}' if name == "config.json" else "{}")
 
 
-@pytest.mark.parametrize("name", ["data/train.jsonl", "data/test.jsonl", "model/model.safetensors", "own.py"])
+@pytest.mark.parametrize("name", ["data/train.jsonl", "data/test.jsonl", "model/b.safetensors", "own.py"])
 @pytest.mark.parametrize("how", ["edited", "removed"])
 def test_a_run_knows_the_files_that_it_is_made_from(tmp_path, monkeypatch, name, how):
     monkeypatch.chdir(tmp_path)
