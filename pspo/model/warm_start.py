@@ -18,8 +18,7 @@ import transformers
 from pspo.base.console import track
 from pspo.base.schema import as_dict
 from pspo.base.stream import Stream, generator
-from pspo.dataset import Problem, embedded, render
-from pspo.dataset.problem import worked
+from pspo.dataset import Problem, embedded, problem, render
 from pspo.host import interrupt
 from pspo.model import tiny
 from pspo.model.batch import make_batch
@@ -79,7 +78,7 @@ def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any
     prompts = render(encoder, "", [p.question for p in problems])
     worked, direct = (
         [[*encoder.encode(text, add_special_tokens=False), encoder.eos_token_id] for text in texts]
-        for texts in ([p.solution for p in problems], [worked(p.answer) for p in problems])
+        for texts in ([p.solution for p in problems], [problem.worked(p.answer) for p in problems])
     )
     model.train()
     batches = track(_batches(settings, seed, len(problems)), "warm start", num_steps * settings.batch_size, "solutions")

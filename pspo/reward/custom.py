@@ -38,14 +38,13 @@ class Custom(Reward):
         if not completions:
             return []
         if not isinstance(self._own, Reward):
-            return [
-                self._score(self._call(f"problem {c.problem.id}", c.text, c.problem), c.problem) for c in completions
-            ]
+            results = [self._call(f"problem {c.problem.id}", c.text, c.problem) for c in completions]
+            return list(map(self._score, results, completions))
         batch = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
         results = self._call(batch, completions)
         if not isinstance(results, Sequence) or len(results) != len(completions):
             raise self._error(f"must return a list of {len(completions)} scores, got {results!r}", batch)
-        return [self._score(result, c.problem) for result, c in zip(results, completions, strict=True)]
+        return list(map(self._score, results, completions))
 
     def check(self) -> None:
         """Import the user's code and make the reward. Raises ConfigError."""
@@ -84,13 +83,13 @@ class Custom(Reward):
         except Exception as error:  # whatever the user's code raises
             raise self._error(f"raised {type(error).__name__}: {error}", subject) from error
 
-    def _score(self, result: Any, problem: Problem) -> Score:
+    def _score(self, result: Any, completion: Answered) -> Score:
         score = result if isinstance(result, Score) else Score(result, False, {"custom": result}, True)
         numbers = [score.reward, *score.components.values()] if isinstance(score.components, Mapping) else [None]
         flags = isinstance(score.correct, bool | np.bool_) and isinstance(score.parsed, bool | np.bool_)
         if not flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
             reason = f"must return a finite number or a Score of finite numbers, got {result!r}"
-            raise self._error(reason, f"problem {problem.id}")
+            raise self._error(reason, f"problem {completion.problem.id}")
         components = {str(name): float(value) for name, value in score.components.items()}  # NumPy's are no JSON
         correct = bool(score.correct) if isinstance(result, Score) else float(result) >= 1
         return Score(float(score.reward), correct, components, bool(score.parsed))
