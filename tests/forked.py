@@ -145,12 +145,12 @@ def fingerprint(directory):
 
 
 def ends(directory):
-    """What a run comes to: its fingerprint without how it was asked for, and of its checkpoints the newest alone."""
+    """What a run comes to: its fingerprint without its overrides and processes, and of its checkpoints the newest."""
     newest = max((directory / "checkpoints").glob("step_*")).name
     return {
         name: digest
         for name, digest in fingerprint(directory).items()
-        if name not in ("config.yaml", "overrides.yaml")
+        if name not in ("config.yaml", "overrides.yaml", "environment.json")
         and (not name.startswith("checkpoints/step_") or newest in Path(name).parts)
     }
 

@@ -282,7 +282,7 @@ def test_every_key_is_read_by_code():
     source = "\n".join(path.read_text() for path in CONF.parent.glob("pspo/**/*.py"))
     for dotted, *_ in documented():
         name = dotted.strip("`").rpartition(".")[2]
-        assert re.search(rf"\.{name}\b|\[\"{name}\"\]", source), f"{dotted} is a key that nothing reads"
+        assert re.search(rf"\.{name}\b|[\[(, ]\"{name}\"[\],)]", source), f"{dotted} is a key that nothing reads"
 
 
 def test_values_stand_in_yaml_and_not_in_python():

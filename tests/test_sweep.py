@@ -116,7 +116,7 @@ def test_without_a_file_the_command_line_is_the_sweep():
 BAD = {
     "arms: {a: {x: [seed=1], x: [seed=2]}}": "two arms or keys have the name x",
     "arms: {a: {1: [seed=1], '1': [seed=2]}}": "two arms or keys have the name 1",
-    "arm: {a: {x: [seed=1]}}": "unknown key arm (did you mean arms?); known: group, common, arms, lists",
+    "arm: {a: {x: [seed=1]}}": "unknown key arm.a (did you mean arms?); known: group, common, arms, lists",
     "arms: {a: {x: seed=1}}": "arms must be a table, each item a table, each item a list, each item text",
     "arms: {a: {x: [seed]}}": "a.x: 'seed' is no override; write key=value",
     "arms: {a: {x: [seed=1, seed=2]}}": "a.x: seed is given twice",
