@@ -157,7 +157,8 @@ def test_every_sweep_that_comes_with_pspo_composes(name, loader, tmp_path):
     planned = sweep.plan(str(path), jobs[:: 1 + len(jobs) // 20])  # of a large one, a sample
     assert {run.directory.parent for run in planned} == {tmp_path / name}
     if name == "smoke":
-        assert [re.search("objective=(\\w+)", " ".join(run.overrides))[1] for run in planned] == groups()["objective"]
+        names = [re.search("objective=(\\w+)", " ".join(run.overrides))[1] for run in planned]
+        assert names == [name for name in groups()["objective"] if name != "custom"]
     if name == "paper":
         for run in planned:
             assert compose(run.overrides).model.name == re.match(r"qwen\d_5b", run.arm["arm"])[0]
