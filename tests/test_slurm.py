@@ -114,9 +114,9 @@ def wait_for_end(directory):
 
 
 def lasting(directory):
-    """The fingerprint without the checkpoints before the last, of which a broken run has some at other steps."""
-    found = fingerprint(directory)
-    return {name: hash for name, hash in found.items() if not re.match(rf"checkpoints/(?!step_{STEPS:06d})", name)}
+    """The fingerprint without processes, and without the checkpoints before the last, which broken runs have elsewhere."""
+    left_out = rf"environment\.json|checkpoints/(?!step_{STEPS:06d})"
+    return {name: hash for name, hash in fingerprint(directory).items() if not re.match(left_out, name)}
 
 
 def assert_unbroken(directory, unbroken):

@@ -19,7 +19,7 @@ from pspo.report.table import objective, percent, points
 
 EXAMPLES_PER_STEP = 4
 MAX_COMPLETION_CHARACTERS = 4000
-LOCATION = ("group", "output_dir")
+LOCATION = ("group", "output_dir", "host", "job_id")
 """Configuration that says where a run lies, not what the run computes."""
 
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -50,6 +50,7 @@ def write_report(directory: Path) -> Path:
     steps = [row["step"] for row in completions[:1] + completions[-1:]]
     config = directory / "config.yaml"
     configuration = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    process = next(reversed(environment.history(directory)), {})  # the run's last one
     last = {key: value for row in rows for key, value in row.items()}
     speed = []
     for key, statistic, reduce in (
@@ -67,7 +68,7 @@ def write_report(directory: Path) -> Path:
         examples={step: [row for row in completions if row["step"] == step][:EXAMPLES_PER_STEP] for step in steps},
         max_characters=MAX_COMPLETION_CHARACTERS,
         configuration=_texts({key: value for key, value in configuration.items() if key not in LOCATION}),
-        environment=_texts(next(reversed(environment.history(directory)), {})),  # of the run's last process
+        environment=_texts({key: value for key, value in process.items() if key not in LOCATION}),
         last={key: last[key] for key in (*METRICS, *last) if key in last},
     )
     path = directory / "report.html"
