@@ -114,7 +114,7 @@ def wait_for_end(directory):
 
 
 def lasting(directory):
-    """The fingerprint without processes, and without the checkpoints before the last, which broken runs have elsewhere."""
+    """The fingerprint without processes and the checkpoints before the last, which a broken run has elsewhere."""
     left_out = rf"environment\.json|checkpoints/(?!step_{STEPS:06d})"
     return {name: hash for name, hash in fingerprint(directory).items() if not re.match(left_out, name)}
 
