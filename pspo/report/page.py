@@ -50,7 +50,7 @@ def write_report(directory: Path) -> Path:
     steps = [row["step"] for row in completions[:1] + completions[-1:]]
     config = directory / "config.yaml"
     configuration = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    process = next(reversed(environment.history(directory)), {})  # the run's last one
+    process: dict[str, Any] = next(reversed(environment.history(directory)), {})  # the run's last one
     last = {key: value for row in rows for key, value in row.items()}
     speed = []
     for key, statistic, reduce in (
