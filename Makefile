@@ -48,10 +48,10 @@ lint: $(VENV)/.installed  ## check format, lint, types, spelling
 clean:  ## remove the virtual environment; outputs stay
 	rm -rf $(VENV)
 
-# The exact torch first, so that pip does not take a newer one; PyPI's build for Linux brings CUDA with it, several GB.
+# The exact torch first, and the exact transformers, so that pip does not take newer ones; PyPI's build for Linux brings CUDA with it, several GB.
 # PyTorch's own index of CPU builds, given by PIP_EXTRA_INDEX_URL, has a small one.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,lora,gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check transformers==5.23.0 -e '.[dev,lora,gguf]'
 	touch $@

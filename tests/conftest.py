@@ -75,7 +75,8 @@ def tiny_policy(tiny_tokenizer, tiny_models):
                 norm.weight = module.weight
                 model.set_submodule(name, norm)
         if gradient_checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # transformers 5.16 has the second name only
         stops = stop_ids(model, tiny_tokenizer)
         return Policy(
             model.eval(), tiny_tokenizer, stops, autocast=False, gradient_checkpointing=gradient_checkpointing

