@@ -72,12 +72,16 @@ def progress(cwd):
 
 
 @pytest.mark.slow
-def test_200_kills_of_forks(cache, tmp_path):
-    assert make(tmp_path / "warm", cache) == 0
+@pytest.mark.parametrize("threads", [1, 2])
+def test_200_kills_of_forks(cache, tmp_path, threads):
+    """A hundred with one CPU thread, and a hundred with two."""
+    overrides = [f"threads={threads}"]
+    assert make(tmp_path / "warm", cache, overrides) == 0
     begun = time.time()
-    assert make(tmp_path / "unbroken", cache) == 0
+    assert make(tmp_path / "unbroken", cache, overrides) == 0
     length_s, expected = length(tmp_path / "unbroken", begun), ends(only_run(tmp_path / "unbroken"))
-    lost, corrupt = kill_runs(lambda cwd: fork(cwd, cache), length_s, expected, tmp_path, NUM_KILLS)
+    start = lambda cwd: fork(cwd, cache, overrides)  # noqa: E731
+    lost, corrupt = kill_runs(start, length_s, expected, tmp_path, NUM_KILLS // 2)
     assert not lost
     assert not corrupt
 
