@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, cast
 
 
 class ConfigError(ValueError):
@@ -33,7 +33,7 @@ class Schema:
 
     block: ClassVar[str] = ""
     kinds: ClassVar[Mapping[str, Any]]
-    """On the base class of a block that is one of several kinds: the class of each ``name``."""
+    """On the base class of a block that is one of several kinds: the class of each ``name``, or what finds it."""
 
     def __init_subclass__(cls, block: str | None = None) -> None:
         super().__init_subclass__()
@@ -49,11 +49,11 @@ class Schema:
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
         """The class that describes ``values``: this one, or the kind that ``name`` names. Raises ConfigError."""
-        kinds: Mapping[str, type[Self]] = vars(cls).get("kinds", {})
-        name = str(values.get("name"))
+        kinds, name = vars(cls).get("kinds", {}), str(values.get("name"))
         if kinds and name not in kinds:
             raise unknown(name, kinds, cls.block)
-        return kinds.get(name, cls)
+        kind = kinds.get(name, cls)
+        return cast(type[Self], kind if isinstance(kind, type) else kind(values))
 
     @classmethod
     def dotted(cls, name: str) -> str:

@@ -6,6 +6,7 @@ from pspo.base.files import CONF
 from pspo.base.schema import build
 from pspo.objective.base import Objective, ObjectiveInput
 from pspo.objective.clip import Clip, NoClip
+from pspo.objective.custom import own_class
 from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
 from pspo.objective.gmpo import GMPO
 from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric
@@ -26,7 +27,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "topr": TOPR,
     "vespo": VESPO,
 }
-Objective.kinds = OBJECTIVES | {"custom": Objective}
+Objective.kinds = OBJECTIVES | {"custom": own_class}
 
 
 def default_objective(name: str) -> Objective:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -67,14 +67,6 @@ class Objective(Schema, ABC, block="objective"):
     """Importance levels at which the objective makes no sense, each with the reason, for ``pspo.loss``."""
     whole_completions: ClassVar[bool] = False
     """Whether the formula has one advantage for a whole completion, so that an advantage per token does not fit."""
-
-    @classmethod
-    def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The class that ``objective.name`` names. Raises ConfigError with the list of objectives."""
-        from pspo.objective import custom  # which imports this module
-
-        chosen = super().select(values)
-        return cast(type[Self], custom.own_class(values)) if values.get("name") == "custom" else chosen
 
     def source_files(self) -> list[Path]:
         """The user's own file that holds the class, for the digest in a run's identity."""
