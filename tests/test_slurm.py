@@ -165,8 +165,9 @@ def be_preempted(node, settings, unbroken):
 
 
 @pytest.mark.slurm
-def test_a_real_timeout(node, settings, unbroken):
+def test_a_real_timeout(node, settings, unbroken, monkeypatch):
     """Without notice, as --signal=USR2@0 has it: SLURM ends the job, and a retry resumes it."""
+    monkeypatch.setenv("SLOWNESS_S", "0.15")  # SLURM looks at time limits twice a minute
     job, directory = submit(settings[0], additional={"signal": "USR2@0"})
     reach_the_middle(job, directory)
     node.call("scontrol", "update", f"JobId={job}", "EndTime=now+1")
