@@ -1,4 +1,4 @@
-# `make run` and `make test` do all the set-up on a bare machine; Python 3.11 to 3.13 is all they need.
+# `make run` and `make test` do all the set-up on a bare machine; Python 3.11 to 3.14 is all they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
