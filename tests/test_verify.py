@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from test_reward import PLAIN, problem, problems, real
 
 from pspo.base.schema import build
 from pspo.config import compose
-from pspo.dataset import Problem
 from pspo.reward import Attempt, RewardError, verify
 from pspo.reward.answer import number
-from test_reward import PLAIN, problem, problems, real
 
 MATH = compose(["reward=math"]).reward
 PATIENT = build(type(MATH), {"name": "math", "format_bonus": 0.05, "timeout_s": 600})
@@ -35,19 +34,21 @@ EQUAL = [
     *[("3\\sqrt{13}", "\\sqrt{117}"), ("\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt{2}}{2}"), ("\\pi/6", "\\frac{\\pi}{6}")],
     *[("(x-3)(x+3)", "x^2-9"), ("x^2 + 2x + 1", "(x+1)^2"), ("3R^2", "3R^{2}"), ("-2 + 7i", "7i - 2")],
     *[("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"), ("(-1/3, 0.5)", "\\left(-\\frac13, \\frac12\\right)")],
-    *[("\\{2, \\sqrt{4}+1\\}", "\\{3, 2\\}"), ("3, 1, 2", "1,2,3"), ("1 \\pm \\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}")],
+    *[("\\{2, \\sqrt{4}+1\\}", "\\{3, 2\\}"), ("3, 1, 2", "1,2,3"), ("1 \\pm \\sqrt{2}", "1+\\sqrt{2}, 1-\\sqrt{2}")],
     *[("[\\frac{4}{2}, 7)", "[2,7)"), ("(-\\infty, 2) \\cup (3, \\infty)", "(3, \\infty) \\cup (-\\infty, 2)")],
     *[("x \\in [-2,7]", "[-2,7]"), ("y = 2x + 3", "y = 3 + 2x"), ("2x - 2y + 6 = 0", "x - y + 3 = 0")],
-    *[("3\\pi \\text{ cm}^2", "3\\pi"), ("12\\sqrt{2} \\text{ units}", "12\\sqrt2"), ("50\\%", "50"), ("1{,}000", "1000")],
+    *[("3\\pi \\text{ cm}^2", "3\\pi"), ("12\\sqrt{2} \\text{ units}", "12\\sqrt2")],
+    *[("50\\%", "50"), ("1{,}000", "1000"), ("2π", "2\\pi")],
     *[("\\begin{pmatrix} 0.2 \\\\ -3.6 \\end{pmatrix}", "\\begin{pmatrix} 1/5 \\\\ -18/5 \\end{pmatrix}")],
     *[("\\text{Evelyn}", "\\text{evelyn}"), ("\\text{(C)}", "\\text{C}"), ("52_8", "52_{8}")],
 ]  # fmt: skip
 DIFFERENT = [
-    *[("\\frac13", "0.5"), ("\\sqrt{3}", "\\sqrt{2}"), ("3\\pi", "3"), ("\\pi", "3.14"), ("x^2-9", "x^2+9"), ("6+9i", "6-9i")],
+    *[("\\frac13", "0.5"), ("\\sqrt{3}", "\\sqrt{2}"), ("3\\pi", "3"), ("\\pi", "3.14"), ("x^2-9", "x^2+9")],
     *[("(2, 3)", "(3, 2)"), ("[2, 3)", "(2, 3)"), ("\\{1, 2\\}", "\\{1, 2, 3\\}"), ("1, 2", "1, 2, 3")],
-    *[("50\\%", "0.5"), ("y = 2x + 3", "y = 2x - 3"), ("(-\\infty, 2)", "(-\\infty, 2]"), ("\\text{odd}", "\\text{even}")],
+    *[("50\\%", "0.5"), ("y = 2x + 3", "y = 2x - 3"), ("(-\\infty, 2)", "(-\\infty, 2]"), ("6+9i", "6-9i")],
     *[("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}"), ("52_9", "52_8")],
-    *[("", "\\pi"), ("\\frac{", "\\frac{1}{2}"), ("\\sum_{n=1}^{3} n", "\\sqrt{36}"), ("2^{10}\\pi", "\\pi")],
+    *[("", "\\pi"), ("\\frac{", "\\frac{1}{2}"), ("\\sum_{n=1}^{3} n", "\\sqrt{36}")],
+    *[("2^{10}\\pi", "\\pi"), ("\\text{odd}", "\\text{even}")],
 ]  # fmt: skip
 
 
@@ -73,7 +74,9 @@ def test_the_gold_answers_of_math500():
 def test_plain_numbers_are_graded_as_by_the_plain_reward():
     numbers = [p for p in problems("math500") if number(p.answer) is not None]
     draw = random.Random(0)
-    texts = [draw.choice(["#### {}\nHuman: next\n#### 9", "it is {}", "\\boxed{{{}}}"]).format(p.answer) for p in numbers]
+    texts = [
+        draw.choice(["#### {}\nHuman: next\n#### 9", "it is {}", "\\boxed{{{}}}"]).format(p.answer) for p in numbers
+    ]
     texts = [text.replace("1", "2") if draw.random() < 0.3 else text for text in texts]
     attempts = [Attempt(text, p) for text, p in zip(texts, numbers, strict=True)]
     assert [s.correct for s in PATIENT(attempts)] == [s.correct for s in PLAIN(attempts)]
@@ -188,21 +191,41 @@ def hostile(draw, sentinel):
     letter = draw.choice("abcxyz")
     touch = f"open('{sentinel}', 'w')"
     bad = "".join(draw.choices("\0\ud800\u202e½²٣∫√𝟗{}$\\^_&#%~ \n", k=k))
-    deep = draw.choice(["{", "(", "[", "\\frac{1}{", "\\sqrt{", "\\left(", "|", "\\overline{", "-", "\\text{", "\\boxed{"])
+    deep = draw.choice(
+        ["{", "(", "[", "\\frac{1}{", "\\sqrt{", "\\left(", "|", "\\overline{", "-", "\\text{", "\\boxed{"]
+    )
     close = draw.choice(["", "}", ")"])
-    answer = draw.choice(
-        [
-            *[deep * k + str(n) + close * draw.choice([0, k]), f"{n}^{{{m}^{{{m}^{n}}}}}", f"{m}^{n}^{m}^{n}"],
-            *[f"{letter}^{{{n}^{{{m}}}}}", f"{n}!", f"({m}!)!", f"(({m}!)!)!", f"{n}^{n}!", f"\\binom{{{n}}}{{{m}}}"],
-            *["\\int_0^{%d} " % n * (1 + k % 9) + f"{letter}^{{{letter}^{n}}} d{letter}", f"\\int {letter}^{letter} d{letter}"],
-            *[f"\\sum_{{n=1}}^{{{n}}} n^{n}", f"\\prod_{{k=1}}^{{10^{m}}} k", f"\\lim_{{x \\to {n}}} x^{{x^x}}"],
-            *[f"({letter}+{n})^{{{n}}}", f"0.{n}^{{10^{{{m}}}}}", f"\\log_{{{m}^{{{n}^{m}}}}} {n}", f"e^{{e^{{{n}}}}}"],
-            *[f"__import__('os').system('touch {sentinel}') + {n}", f"\\text{{{touch}}} + {n}", f"{touch} if {n} else 0"],
-            *[f"exec({touch!r}) * {n}", f"[{touch} for _ in range({n})]", f"x.__class__.{letter}{n}", f"lambda: {touch}, {n}"],
-            *[f"{letter}{bad}{n}", bad, "9" * k + f"^{{{n}}}", f"{n}," * k, f"{letter}+" * k + str(n), f"\\{letter}" * k],
-            *["\\begin{pmatrix}" + f"{n} & " * k + "1\\end{pmatrix}", f"\\{{{n}" * (k // 9), "&" * k + str(n)],
-        ]
-    )  # fmt: skip
+    answers = [deep * k + str(n) + close * draw.choice([0, k]), f"{n}^{{{m}^{{{m}^{n}}}}}", f"{m}^{n}^{m}^{n}"]
+    answers += [f"{letter}^{{{n}^{{{m}}}}}", f"{n}!", f"({m}!)!", f"(({m}!)!)!", f"{n}^{n}!", f"\\binom{{{n}}}{{{m}}}"]
+    answers += [
+        f"\\int_0^{{{n}}} " * (1 + k % 9) + f"{letter}^{{{letter}^{n}}} dx",
+        f"\\int {letter}^{letter} d{letter}",
+    ]
+    answers += [f"\\sum_{{n=1}}^{{{n}}} n^{n}", f"\\prod_{{k=1}}^{{10^{m}}} k", f"\\lim_{{x \\to {n}}} x^{{x^x}}"]
+    answers += [
+        f"({letter}+{n})^{{{n}}}",
+        f"0.{n}^{{10^{{{m}}}}}",
+        f"\\log_{{{m}^{{{n}^{m}}}}} {n}",
+        f"e^{{e^{{{n}}}}}",
+    ]
+    answers += [
+        f"__import__('os').system('touch {sentinel}') + {n}",
+        f"\\text{{{touch}}} + {n}",
+        f"lambda: {touch}, {n}",
+    ]
+    answers += [f"exec({touch!r}) * {n}", f"[{touch} for _ in range({n})]", f"x.__class__.{letter}{n}"]
+    answers += [
+        f"{letter}{bad}{n}",
+        bad,
+        "9" * k + f"^{{{n}}}",
+        f"{n}," * k,
+        f"{letter}+" * k + str(n),
+        f"\\{letter}" * k,
+    ]
+    answers += ["\\begin{pmatrix}" + f"{n} & " * k + "1\\end{pmatrix}", f"\\{{{n}" * (k // 9), "&" * k + str(n)]
+    answer = draw.choice(answers)
+    if draw.random() < 1e-3:  # passes all that is cheap, and would simplify for hours
+        answer = f"\\sin^{{{m}}} {letter} + \\cos^{{{m}}} {letter}"
     form = draw.choice(["\\boxed{%s}", "#### %s", "The answer is $%s$.", "$$%s$$", "%s", "\\[%s", "\\boxed{%s"])
     text = form.replace("%s", answer)
     return text * (10**6 // len(text)) if draw.random() < 1e-3 else text
@@ -230,7 +253,7 @@ def test_hostile_answers_neither_hang_nor_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_hostile_answers(tmp_path, record_testsuite_property):
+def test_a_hundred_thousand_hostile_answers(tmp_path):
     seconds, outcomes = grade_hostile(100_000, tmp_path / "sentinel")
     print(f"{seconds:.0f} s, {dict(outcomes)}")
     assert outcomes.total() == 100_000

@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_TEXT_CHARACTERS = 2**15
 """Characters at the end of a completion that are read."""
-MAX_ANSWER_CHARACTERS = 300
-"""Characters of an answer that is parsed; the longest gold answer of MATH-500 has 53."""
+MAX_EXTRA_CHARACTERS = 100
+"""An answer that is parsed has at most this many characters more than twice the gold answer's."""
 MAX_ANSWER_DEPTH = 5
 """Brackets within brackets of an answer that is parsed, as each may double the time; MATH-500's golds have 2."""
 MIN_PAIRS_PER_PROCESS = 16
@@ -41,8 +41,9 @@ _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)", re.MULTILINE)
 _SAID = re.compile("answer", re.IGNORECASE)
 _FORMULA = re.compile(r"(?<!\\)\$([^$]+)\$|\\\(((?:(?!\\\)).)+)|\\\[((?:(?!\\\]).)+)", re.DOTALL)
 _BASE = re.compile(r"[0-9] ?_ ?\{? ?([0-9]+)")
-_UNFINISHED = re.compile(r"\\(?:[io]*int|sum|prod|lim)(?![A-Za-z])|\\[dt]?binom\D*[0-9]{4}")
-"""An integral, a sum, a product, a limit or a large binomial: work that the answer leaves to the grader."""
+_STRANGE = re.compile(r"[^ -~\n\u03c0]|[\"'#@`?]|\\(?:[io]*int|sum|prod|lim)(?![A-Za-z])|\\[dt]?binom\D*[0-9]{4}")
+"""What no answer has unless its gold answer has it: other characters than mathematics in LaTeX has (and π), and work
+left to the grader, as an integral, a sum, a product, a limit and a large binomial are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +106,10 @@ def by_rule(gold: str, answer: str) -> bool | None:
         return bool(answer) and same(answer, gold)
     if same(answer, gold):
         return True
+    too_long = len(answer) > MAX_EXTRA_CHARACTERS + 2 * len(gold) or _depth(answer) > MAX_ANSWER_DEPTH
+    strange = set(_STRANGE.findall(answer)) - set(_STRANGE.findall(gold))
     bases = [set(_BASE.findall(text)) for text in (answer, gold)]  # math-verify takes 52_8 for 52
-    work = set(_UNFINISHED.findall(answer)) - set(_UNFINISHED.findall(gold))
-    too_much = len(answer) > MAX_ANSWER_CHARACTERS or _depth(answer) > MAX_ANSWER_DEPTH or work
-    return False if too_much or (all(bases) and bases[0] != bases[1]) else None
+    return False if too_long or strange or (all(bases) and bases[0] != bases[1]) else None
 
 
 def _depth(text: str) -> int:
