@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import hydra
 import yaml
@@ -91,6 +91,8 @@ class Config(Schema):
         for name in self.diagnostics.counterfactual if self.diagnostics.counterfactual_every else []:
             self.loss.check(default_objective(name), self.advantage)
 
+
+Tree = TypeVar("Tree", bound=Schema)
 
 NOT_SCIENCE = (
     "group", "output_dir", "device", "threads", "rerun", "continue_from", "checkpoint", "tracker", "diagnostics",
@@ -217,16 +219,27 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
     """The configurations of many jobs; Hydra is set up once. Raises ConfigError at the first that does not fit."""
-    configs = []
+    jobs = list(jobs)
+    return [resolve(values, job) for values, job in zip(_composed("config", jobs), jobs, strict=True)]
+
+
+def compose_tree(root: str, tree: type[Tree], overrides: Sequence[str]) -> Tree:
+    """The ``tree`` of dataclasses that ``overrides`` make of ``conf/<root>.yaml``. Raises ConfigError."""
+    (values,) = _composed(root, [overrides])
+    return build(tree, values)
+
+
+def _composed(root: str, jobs: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
+    values = []
     in_multirun = GlobalHydra.instance().is_initialized()
     with contextlib.nullcontext() if in_multirun else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in jobs:
             try:
-                composed = hydra.compose("config", overrides=open_keys(overrides))
+                composed = hydra.compose(root, overrides=open_keys(overrides))
             except HydraException as error:
                 raise explained(error) from error
-            configs.append(resolve(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)), overrides))
-    return configs
+            values.append(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)))
+    return values
 
 
 REMEDIES = {

@@ -59,9 +59,7 @@ def measure(row: Mapping[str, Any], system_prompt: str = "") -> dict[str, float]
     letters = [letter for letter in unicodedata.normalize("NFKC", text) if letter.isalpha()]
     scripts = [unicodedata.name(letter, "").partition(" ")[0] for letter in letters if not letter.isascii()]
     return {
-        "leakage": float(
-            bool(_MARKER.search(text)) or not _prompt_grams(system_prompt).isdisjoint(_grams(words, LEAKED_WORDS))
-        ),
+        "leakage": float(bool(_MARKER.search(text)) or not leakable.isdisjoint(_grams(words, LEAKED_WORDS))),
         "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
         "loop": float(_loops(text.split())),
         "format_line": float(bool(lines)),
