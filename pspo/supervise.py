@@ -6,7 +6,7 @@ python -m pspo.supervise model=qwen0_5b dataset=gsm8k
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,13 @@ from pspo.base.command import answering, leave
 from pspo.base.console import Phase, log, log_to_console, log_to_file
 from pspo.base.files import JsonLines, SaveError, write_json, write_text
 from pspo.base.schema import ConfigError, Schema, as_dict, key
-from pspo.dataset import Problem
+from pspo.dataset import Problem, Prompt
 from pspo.host import environment, interrupt
 from pspo.host.memory import NoRoomError
 from pspo.model import Policy
 from pspo.model.batch import Batch
 from pspo.model.supervised import mean_loss, train
-from pspo.run import earlier, lock, outcome
+from pspo.run import earlier, held_out, lock, outcome
 from pspo.update import NonFiniteError, UpdateError
 from pspo.update.rows import Row, micro_batches
 
@@ -85,7 +85,8 @@ def supervise(settings: SuperviseConfig) -> Path:
         write_text(directory / "config.yaml", yaml.safe_dump(as_dict(settings), sort_keys=False, allow_unicode=True))
         Phase("loading the model")
         policy = model.load(settings.model, settings.seed, device)
-        rows = {split: _rows(settings, directory, policy, solved) for split, solved in problems.items()}
+        prompts, _ = held_out.encoded(settings, problems, splits.shots, directory.parent)
+        rows = {split: _rows(policy.tokenizer, some, settings.dataset) for split, some in prompts.items()}
         learning = Learning(settings, directory, policy, rows, partial(lock.check, directory, owner))
         learning.resume()
         summary = learning.run()
@@ -211,16 +212,11 @@ def _solved(problems: list[Problem]) -> list[Problem]:
     return solved
 
 
-def _rows(settings: SuperviseConfig, directory: Path, policy: Policy, problems: list[Problem]) -> list[Row]:
-    """Prompts as in reinforcement learning, each with its solution's tokens and the chat template's end of a turn."""
-    encoder, end = policy.tokenizer, model.end_of_turn(policy.tokenizer)
-    date = dataset.prompt_date(encoder, directory.parent)
-    prompts, dropped = dataset.encode(encoder, settings.dataset, problems, date)
-    if dropped:
-        log.warning("%d of %d problems have prompts over dataset.max_prompt_tokens", dropped, len(problems))
-    if problems and not prompts:
-        raise settings.dataset.refuse("max_prompt_tokens", f"all {dropped} prompts are longer")
-    solutions = [encoder.encode(prompt.problem.solution, add_special_tokens=False) for prompt in prompts]
+def _rows(encoder: Any, prompts: Sequence[Prompt], config: dataset.DatasetConfig) -> list[Row]:
+    """Prompts with the tokens of their solutions, to the chat template's end of a turn or the end of the text."""
+    end = model.end_of_turn(encoder) if config.prompt is None else None
+    space = " " if config.prompt or not encoder.chat_template else ""  # behind 'Answer:'
+    solutions = [encoder.encode(space + prompt.problem.solution, add_special_tokens=False) for prompt in prompts]
     last = encoder.eos_token_id if end is None else end
     return [Row(prompt.token_ids, [*ids, last], [], []) for prompt, ids in zip(prompts, solutions, strict=True)]
 

@@ -119,8 +119,12 @@ def test_it_learns_and_leaves_the_best_epochs_model(place):
     assert supervise(settings(place)) == directory  # and nothing is done
     assert metrics(directory) == rows
     policy = model.load(settings(place, f"model.path={directory / 'model'}").model, 0, CPU)
-    problems = dataset.load(settings(place).dataset, 0).validation
-    pairs = [(row.prompt_ids, row.token_ids) for row in command._rows(settings(place), directory, policy, problems)]
+    prompts, _ = dataset.encode(
+        policy.tokenizer, settings(place).dataset, dataset.load(settings(place).dataset, 0).validation
+    )
+    pairs = [
+        (row.prompt_ids, row.token_ids) for row in command._rows(policy.tokenizer, prompts, settings(place).dataset)
+    ]
     loss = supervised.mean_loss(policy.model, batches(policy, pairs), autocast=False)
     assert loss == pytest.approx(losses[best], rel=1e-5)
 
@@ -159,16 +163,21 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(place):
         assert found(when) == found("unbroken"), when
 
 
-def test_solutions_stand_behind_the_prompts_of_reinforcement_learning(place, tiny_policy):
-    policy = tiny_policy(attention="sdpa")
-    policy.tokenizer = tiny.train_tokenizer(["3+4=7"], 128)
-    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace("<|end|>", "<|system|>")
-    config, problems = settings(place), dataset.load(settings(place).dataset, 0).train
-    prompts, _ = dataset.encode(policy.tokenizer, config.dataset, problems)
-    rows = command._rows(config, place, policy, problems)
-    assert [row.prompt_ids for row in rows] == [prompt.token_ids for prompt in prompts]
-    for row, problem in zip(rows, problems, strict=True):
-        assert policy.tokenizer.decode(row.token_ids) == problem.solution + "<|system|>"  # the template's end of a turn
+def test_solutions_stand_behind_the_prompts_of_reinforcement_learning(place):
+    def shown(*overrides):
+        config = settings(place, *overrides)
+        prompts, _ = dataset.encode(encoder, config.dataset, dataset.load(config.dataset, 0).train)
+        row, prompt = command._rows(encoder, prompts, config.dataset)[0], prompts[0]
+        assert row.prompt_ids == prompt.token_ids
+        return encoder.decode(row.token_ids).replace(prompt.problem.solution, "SOLUTION")
+
+    encoder = tiny.train_tokenizer(["3+4=7"], 128)
+    assert shown() == "SOLUTION<|end|>"
+    assert shown("dataset.prompt='Q: {question} A:'") == " SOLUTION<|end|>"
+    encoder.chat_template = encoder.chat_template.replace("<|end|>", "<|system|>")
+    assert shown() == "SOLUTION<|system|>"  # the template's end of a turn
+    encoder.chat_template = None
+    assert shown() == " SOLUTION<|end|>"
 
 
 def test_what_cannot_be_learned_is_one_sentence(place, monkeypatch, capsys):
