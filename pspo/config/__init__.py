@@ -17,5 +17,6 @@ from pspo.config.tree import NOT_SCIENCE, ONLY_MEMORY, Config, check, identity, 
 
 __all__ = [
     "NOT_SCIENCE", "ONLY_MEMORY", "Config", "check", "compose", "compose_all", "compose_tree", "explained",
-    "for_answers", "groups", "identity", "in_quotes", "launcher_keys", "open_keys", "quoted", "read", "resolve", "science",
+    "for_answers", "groups", "identity", "in_quotes", "launcher_keys", "open_keys", "quoted", "read", "resolve",
+    "science",
 ]  # fmt: skip

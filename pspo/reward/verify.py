@@ -9,6 +9,7 @@ compared by ``pspo/reward/answer.py`` alone; all else is equal where ``answer.sa
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
@@ -106,17 +107,11 @@ def by_rule(gold: str, answer: str) -> bool | None:
         return bool(answer) and same(answer, gold)
     if same(answer, gold):
         return True
-    too_long = len(answer) > MAX_EXTRA_CHARACTERS + 2 * len(gold) or _depth(answer) > MAX_ANSWER_DEPTH
+    depths = itertools.accumulate((mark in "({[") - (mark in ")}]") for mark in answer)
+    too_long = len(answer) > MAX_EXTRA_CHARACTERS + 2 * len(gold) or max(depths) > MAX_ANSWER_DEPTH
     strange = set(_STRANGE.findall(answer)) - set(_STRANGE.findall(gold))
     bases = [set(_BASE.findall(text)) for text in (answer, gold)]  # math-verify takes 52_8 for 52
     return False if too_long or strange or (all(bases) and bases[0] != bases[1]) else None
-
-
-def _depth(text: str) -> int:
-    depths = [0]
-    for mark in re.finditer(r"[({\[]|[)}\]]", text):
-        depths.append(depths[-1] + (1 if mark[0] in "({[" else -1))
-    return max(depths)
 
 
 def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | None]:
@@ -126,13 +121,24 @@ def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | N
     """
     formulas = [[f"${' '.join(text.replace('$', '').split())}$" for text in pair] for pair in pairs]
     num = min(choose_threads(None), -(-len(pairs) // MIN_PAIRS_PER_PROCESS))
-    processes = [_process(os.getpid(), number) for number in range(num)]
-    verdicts: list[bool | None] = [None] * len(pairs)
+    processes, verdicts = (
+        [_process(os.getpid(), number) for number in range(num)],
+        list[bool | None]([None] * len(pairs)),
+    )
     try:
         for number, process in enumerate(processes):
-            _write(process, json.dumps({"timeout_s": timeout_s, "pairs": formulas[number::num]}))
+            assert process.stdin
+            with contextlib.suppress(BrokenPipeError):  # the process has ended, and writes nothing either
+                process.stdin.write(json.dumps({"timeout_s": timeout_s, "pairs": formulas[number::num]}) + "\n")
+                process.stdin.flush()
         for number, process in enumerate(processes):
-            verdicts[number::num] = json.loads(_read(process))
+            assert process.stdout
+            if not (line := process.stdout.readline()):
+                raise RewardError(
+                    f"a process that grades for reward=math ended with status {process.wait()}: mend what it wrote "
+                    "above, or give this job more memory, and run the same command again"
+                )
+            verdicts[number::num] = json.loads(line)
     except BaseException:  # Ctrl-C, too: the next line that a process writes would answer this request
         _process.cache_clear()
         for process in processes:
@@ -151,23 +157,6 @@ def _process(owner: int, number: int) -> subprocess.Popen[str]:
     )  # fmt: skip
     atexit.register(_stop, process)
     return process
-
-
-def _write(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdin
-    with contextlib.suppress(BrokenPipeError):  # the process has ended, which ``_read`` tells
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-
-
-def _read(process: subprocess.Popen[str]) -> str:
-    assert process.stdout
-    if line := process.stdout.readline():
-        return line
-    raise RewardError(
-        f"a process that grades for reward=math ended with status {process.wait()}: mend what it wrote above, or "
-        "give this job more memory, and run the same command again"
-    )
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
