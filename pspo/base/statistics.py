@@ -51,3 +51,13 @@ def wilson_interval(num_correct: int, num_total: int, z: float = 1.9599639845400
     low = 0.0 if num_correct == 0 else (centre - spread) / scale
     high = 1.0 if num_correct == num_total else (centre + spread) / scale
     return low, high
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The probability that one of k samples is correct: 1 − C(n−c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
+
+    Unbiased from n = ``num_samples`` ≥ k samples of a problem, c = ``num_correct`` of them correct. Raises ValueError.
+    """
+    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
+        raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n = {num_samples}, c = {num_correct}, k = {k}")
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
