@@ -1,4 +1,4 @@
-"""Means and maxima over all tokens of a step, and the Wilson interval of a proportion."""
+"""Means and maxima over all tokens of a step, the Wilson interval of a proportion, and pass@k."""
 
 import math
 
@@ -38,7 +38,7 @@ class Statistics:
         return means | {name: largest.item() for name, largest in self._maxima.items()}
 
 
-def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num_total: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """The Wilson score interval of a proportion, 95 % by default (Wilson 1927, JASA 22:209).
 
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with p = num_correct / n. Raises ValueError for n = 0.
@@ -53,11 +53,11 @@ def wilson_interval(num_correct: int, num_total: int, z: float = 1.9599639845400
     return low, high
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The probability that one of k samples is correct: 1 − C(n−c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374).
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of the probability that one of k answers is correct, from c correct of n answers.
 
-    Unbiased from n = ``num_samples`` ≥ k samples of a problem, c = ``num_correct`` of them correct. Raises ValueError.
+    1 − C(n − c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1). Raises ValueError for k above n.
     """
-    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
-        raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n = {num_samples}, c = {num_correct}, k = {k}")
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n = {n}, c = {c}, k = {k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)

@@ -69,7 +69,7 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
     Runs of no steps are arms of untrained models. Raises ConfigError for an unknown key, or without a finished run.
     """
     table = results.runs.sort_values(["seed", "run"], kind="stable")
-    rows = {row["run"]: _science(row) for row in table.to_dict("records")}
+    rows = {row["run"]: science_of(row) for row in table.to_dict("records")}
     done = dict(zip(table["run"], table["state"] == "done", strict=True))
     left_out = [
         f"{run} is {state}, not done" for run, state in zip(table["run"], table["state"], strict=True) if not done[run]
@@ -98,29 +98,36 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
 
 
 def scores(group: Group, selection: Selection) -> dict[str, pd.DataFrame]:
-    """Each arm's mean score over samples: a row for each seed, a column for each problem that all its runs answered.
+    """Each arm's mean score over samples: a row for each seed, a column for each problem that all its seeds answered.
 
-    Arms without such answers are missing. Runs of one arm and one seed are averaged: the seed is what is independent.
+    Arms without such answers are missing. Raises ConfigError for a score that the answers do not have.
     """
-    return {label: means for label, (means, _) in samples(group, selection).items()}
+    return {label: totals / counts for label, (totals, counts) in samples(group, selection).items()}
 
 
 def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Each arm's mean score over samples, seeds × problems, and the number of samples behind each mean."""
-    rows = _answers(group, selection)
-    if rows.empty:
+    """Each arm's sum of scores over samples and their number, seeds × problems.
+
+    Runs of one arm and one seed count as one run with the samples of all: what is independent is the seed.
+    """
+    answers = group.results.answers
+    if answers.empty:
         return {}
+    if selection.score not in answers:
+        raise unknown(selection.score, [name for name in ("correct", "strict", "reward") if name in answers], "score")
+    wanted = answers["run"].isin(group.arm_of.keys())
+    for name in ("set", "evaluation", "temperature", "when"):
+        wanted &= answers[name] == getattr(selection, name)
+    rows = answers.loc[wanted, ["run", "problem", selection.score]]
     seeds = dict(zip(group.results.runs["run"], group.results.runs["seed"], strict=True))
-    cells = rows.groupby(["run", "problem"], sort=True)[selection.score].agg(["mean", "size"]).astype(float)
-    answered = set(rows["run"])
-    pairs = {}
+    cells = rows.astype({selection.score: float}).groupby(["run", "problem"])[selection.score].agg(["sum", "size"])
+    tables = {}
     for label, runs in group.arms.items():
-        if present := [run for run in runs if run in answered]:
-            wide = cells.loc[present].unstack("problem")
-            by_seed = wide.groupby(wide.index.map(seeds).rename("seed")).mean().dropna(axis=1)
-            if not by_seed.empty:
-                pairs[label] = (by_seed["mean"], by_seed["size"])
-    return pairs
+        wide = cells[cells.index.get_level_values("run").isin(runs)].unstack("problem")
+        by_seed = wide.groupby(wide.index.map(seeds).rename("seed")).sum(min_count=1).dropna(axis=1)
+        if not by_seed.empty:
+            tables[label] = (by_seed["sum"], by_seed["size"])
+    return tables
 
 
 def selections(group: Group) -> list[Selection]:
@@ -132,17 +139,7 @@ def selections(group: Group) -> list[Selection]:
     return [Selection(**row) for row in rows.to_dict("records")]
 
 
-def _answers(group: Group, selection: Selection) -> pd.DataFrame:
-    answers = group.results.answers
-    if answers.empty:
-        return answers
-    wanted = answers["run"].isin(group.arm_of.keys())
-    for name in ("set", "evaluation", "temperature", "when"):
-        wanted &= answers[name] == getattr(selection, name)
-    return answers[wanted]
-
-
-def _science(row: dict[str, Any]) -> dict[str, Any]:
+def science_of(row: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that could set an arm apart, by dotted key."""
     memory = {f"{block}.{name}" for block, names in ONLY_MEMORY.items() for name in names}
     blocks = {field.name for field in fields(Config)} - {*NOT_SCIENCE, "evaluate", "seed"}

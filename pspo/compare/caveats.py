@@ -83,7 +83,7 @@ def _budgets(arms: Arms, runs: pd.DataFrame) -> Iterable[str]:
 
 
 def _seeds(arms: Arms, labels: Mapping[str, str], runs: pd.DataFrame) -> Iterable[str]:
-    """Seeds of other arms that an arm lacks, with the state of the run that should have been there, and repeated seeds."""
+    """Seeds of other arms that an arm lacks, with the state of the run that should be there, and repeated seeds."""
     seeds = {label: Counter(int(runs.loc[run, "seed"]) for run in of_arm) for label, of_arm in arms.items()}
     states = {(label, int(runs.loc[run, "seed"])): runs.loc[run, "state"] for run, label in labels.items()}
     every = sorted({seed for of_arm in seeds.values() for seed in of_arm} | {s for at, s in states if at in arms})
@@ -119,7 +119,8 @@ def _truncation(results: Results, arms: Arms) -> Iterable[str]:
             rates = {label: float(table.loc[table["run"].isin(runs), column].mean()) for label, runs in arms.items()}
             high = [f"{label} {100 * rate:.0f} %" for label, rate in rates.items() if rate > MAX_TRUNCATED_RATE]
             if high:
-                yield f"more than {100 * MAX_TRUNCATED_RATE:.0f} % of completions are truncated in {place}: {', '.join(high)}"
+                most = f"{100 * MAX_TRUNCATED_RATE:.0f} %"
+                yield f"more than {most} of completions are truncated in {place}: {', '.join(high)}"
 
 
 def _problems(answers: pd.DataFrame, arms: Arms) -> Iterable[str]:

@@ -1,8 +1,8 @@
 """Means and differences over seeds and problems with calibrated intervals and tests, and what few seeds can decide.
 
-Letters: S seeds, P problems, B bootstrap draws. A score of seed s on problem p is D_sp = μ + u_s + v_p + e_sp: seeds and
-problems are both drawn from populations, and a seed moves many problems at once. A difference of two arms that share
-seeds and problems is such a score too, and so is paired.
+Letters: S seeds, P problems, B bootstrap draws. The score of seed s on problem p is D_sp = μ + u_s + v_p + e_sp: seeds
+and problems are both drawn from populations, and a seed moves many problems at once. A difference of two arms that
+share seeds and problems is such a score too, and so is paired.
 """
 
 import math
@@ -41,9 +41,9 @@ class Estimate:
     """A mean whose variance is a sum of parts, each with degrees of freedom of its own.
 
     The critical value is the midpoint of two classical ones: Student's t with Satterthwaite's degrees of freedom
-    (1946, Biometrics 2:110), (Σ V_i)² / Σ (V_i² / f_i), which rejects up to 8 % at three seeds, and Cochran's average
-    of the parts' t weighted by V_i (1964, Biometrics 20:191), which rejects too little. The midpoint rejects 4 to 7 % of
-    equal arms at 3, 5 and 10 seeds (tests/test_compare_statistics.py).
+    (1946, Biometrics Bull. 2:110), (Σ V_i)² / Σ (V_i² / f_i), which rejects up to 8 % of equal arms at three seeds, and
+    Cochran's mean of the parts' t weighted by V_i (1964, Biometrics 20:191), which rejects down to 3.4 %. The midpoint
+    holds at 3, 5 and 10 seeds, with small and with large seed variance (tests/test_compare_statistics.py).
     """
 
     mean: float
@@ -80,7 +80,7 @@ class Estimate:
 
     @property
     def detectable(self) -> float:
-        """The smallest true mean that this design finds different from zero with ``POWER`` at ``LEVEL``: noncentral t."""
+        """The smallest true mean that this design tells from zero with ``POWER`` at ``LEVEL``, by noncentral t."""
         critical = special.stdtrit(self.df, 1 - LEVEL / 2)
         return float(special.nctdtrinc(self.df, 1 - POWER, critical)) * self.se
 
@@ -99,8 +99,8 @@ class Estimate:
 def mean_squares(values_SP: Floats) -> tuple[float, float, float]:
     """Mean squares of seeds, of problems and of the rest, of a two-way table without replication.
 
-    Their expectations are σ²_e + P σ²_u, σ²_e + S σ²_v and σ²_e. The first is kept above the 2.5 % point of what σ²_u = 0
-    gives: seeds that agree better than their own sampling noise allows are luck, and no interval has width zero for it.
+    Their expectations are σ²_e + P σ²_u, σ²_e + S σ²_v and σ²_e. The first is at least the 2.5 % point of what σ²_u = 0
+    gives: seeds that agree better than their sampling noise allows are luck, and no interval has width zero for it.
     """
     num_seeds, num_problems = values_SP.shape
     seed_S1, problem_P = values_SP.mean(1, keepdims=True), values_SP.mean(0)
@@ -114,8 +114,8 @@ def mean_squares(values_SP: Floats) -> tuple[float, float, float]:
 def estimate(values_SP: Floats) -> Estimate:
     """The mean of scores or of paired differences over seeds and problems, both random.
 
-    Var(mean) = MS_seeds / SP + max(MS_problems − MS_rest, 0) / SP, that is σ²_u / S + σ²_v / P + σ²_e / SP. One seed has
-    the problems' part alone: then the mean is of that one model. Raises ValueError for fewer than two problems.
+    Var(mean) = MS_seeds / SP + max(MS_problems − MS_rest, 0) / SP, that is σ²_u / S + σ²_v / P + σ²_e / SP. One seed
+    has the problems' part alone: then the mean is of that one model. Raises ValueError for fewer than two problems.
     """
     num_seeds, num_problems = values_SP.shape
     if num_problems < 2:
@@ -147,7 +147,7 @@ def difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
     """The difference of the means of two arms' scores, seeds × problems, paired over all that they share.
 
     Arms that answered different problems are not paired. Two arms of the same problems and of fewer than two shared
-    seeds are paired over the problems alone; an arm of one seed stands as that one model against each seed of the other.
+    seeds are paired over the problems alone; an arm of one seed stands as one model against each seed of the other.
     """
     if set(a.columns) != set(b.columns):
         one, other = estimate(a.to_numpy()), estimate(b.to_numpy())
@@ -194,7 +194,7 @@ def percentiles(draws_B: Floats) -> tuple[float, float]:
 
 
 def interquartile_mean(values: Floats) -> Floats:
-    """The mean without the lowest and the highest quarter along the last axis (Agarwal et al. 2021, arXiv 2108.13264)."""
+    """The mean of the middle half along the last axis (Agarwal et al. 2021, arXiv 2108.13264)."""
     return np.asarray(stats.trim_mean(values, TRIMMED_SHARE, axis=-1))
 
 
@@ -217,7 +217,7 @@ def mcnemar(a_P: Floats, b_P: Floats) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (1979, Scand. J. Stat. 6:65): max over j ≤ i of (m − j + 1) p_(j), at most 1."""
+    """Holm's adjusted p-values (1979, Scand. J. Stat. 6:65): max over j ≤ i of (m − j + 1) p_(j), at most 1."""
     order = np.argsort(p_values, kind="stable")
     stepped = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
