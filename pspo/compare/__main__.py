@@ -50,8 +50,8 @@ def differences_table(rows: pd.DataFrame) -> pd.DataFrame:
         "points": [points(row["difference"]) for row in records],
         "95 %": [f"[{points(row['low'])}, {points(row['high'])}]" for row in records],
         "bootstrap": [f"[{points(row['bootstrap_low'])}, {points(row['bootstrap_high'])}]" for row in records],
-        "p": [f"{row['p']:.3f}" for row in records],
-        "Holm": [f"{row['p_holm']:.3f}" for row in records],
+        "p": ["<.001" if row["p"] < 0.0005 else f"{row['p']:.3f}" for row in records],
+        "Holm": ["<.001" if row["p_holm"] < 0.0005 else f"{row['p_holm']:.3f}" for row in records],
         "sees": [f"±{100 * row['detectable']:.1f}" for row in records],
     }
     return pd.DataFrame(columns)
@@ -79,7 +79,7 @@ def tables(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame, pd.DataF
             rows: pd.DataFrame = getattr(comparison, name)
             if len(rows) and len(chosen := rows[rows["selection"] == selection]):
                 subject = f"minus {comparison.against}" if name == "differences" else name.replace("_at_", "@")
-                yield f"{selection}: {subject}, {unit}", text_of(chosen), chosen
+                yield f"{selection}: {subject}, {unit}", (texts := text_of(chosen)).loc[:, (texts != "").any()], chosen
 
 
 def show(console: Console, comparison: Comparison) -> None:
@@ -89,7 +89,6 @@ def show(console: Console, comparison: Comparison) -> None:
             lead = "" if place else f"{title}\n"
             console.print(Text.assemble((lead, "bold yellow"), f"- {sentence}"))
     for title, texts, rows in tables(comparison):
-        texts = texts.loc[:, (texts != "").any()]
         table = Table(title=Text(f"\n{title}", style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0))
         for place, name in enumerate(texts.columns):
             justify: Literal["left", "right"] = "right" if place else "left"

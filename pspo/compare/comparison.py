@@ -12,7 +12,7 @@ import pandas as pd
 from pspo.base.schema import ConfigError, unknown
 from pspo.base.statistics import pass_at_k, wilson_interval
 from pspo.compare import statistics
-from pspo.compare.arms import Group, Selection, samples, scores, selections
+from pspo.compare.arms import Group, Selection, samples, selections
 from pspo.compare.statistics import Floats
 
 BOOTSTRAP_COVERAGE = {3: (87, 99), 5: (90, 99), 10: (94, 99)}
@@ -50,14 +50,15 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
     arms, differences, passes = [], [], []
     for selection in chosen:
         about = {"selection": str(selection)} | dataclasses.asdict(selection)
-        tables = {label: table for label, table in scores(group, selection).items() if table.shape[1] > 1}
+        totals_of = {label: table for label, table in samples(group, selection).items() if table[0].shape[1] > 1}
+        tables = {label: totals / counts for label, (totals, counts) in totals_of.items()}
         arms += [about | _arm(label, table) for label, table in tables.items()]
         if reference in tables:
             others = {label: table for label, table in tables.items() if label != reference}
             differences += [
                 about | _difference(label, table, reference, tables[reference]) for label, table in others.items()
             ]
-        for label, (totals, counts) in samples(group, selection).items():
+        for label, (totals, counts) in totals_of.items():
             passes += [about | row for row in _passes(label, totals.to_numpy(), counts.to_numpy())]
     if not arms:
         raise ConfigError(
@@ -84,17 +85,15 @@ def choose(
         raise ConfigError(f"--when {when}: no run has such answers; answers there are: {whens}")
     evaluations = list(dict.fromkeys(s.evaluation for s in known))
     evaluation = evaluation or (DEFAULT_EVALUATION if DEFAULT_EVALUATION in evaluations else evaluations[0])
-    for asked, have, noun in (
-        ([evaluation], evaluations, "evaluation"),
-        (sets, list(dict.fromkeys(s.set for s in known)), "set"),
-        (temperatures, sorted({s.temperature for s in known if s.evaluation == evaluation}), "temperature"),
-    ):
-        for name in asked:
-            if name not in have:
-                raise unknown(f"{name}", map(str, have), noun)
-    known = [s for s in known if s.evaluation == evaluation and (not sets or s.set in sets)]
+    asked_by_name: dict[str, Sequence[Any]] = {"evaluation": [evaluation], "set": sets, "temperature": temperatures}
+    for name, asked in asked_by_name.items():
+        there = list(dict.fromkeys(getattr(s, name) for s in known))
+        for value in asked:
+            if value not in there:
+                raise unknown(str(value), map(str, there), name)
+        known = [s for s in known if not asked or getattr(s, name) in asked]
     lowest = {s.set: min(other.temperature for other in known if other.set == s.set) for s in known}
-    found = [s for s in known if s.temperature in (temperatures or [lowest[s.set]])]
+    found = [s for s in known if temperatures or s.temperature == lowest[s.set]]
     return [dataclasses.replace(s, score=score) for s in found]
 
 
@@ -160,6 +159,8 @@ def points(share: float) -> str:
 def _verdict(row: Mapping[str, Any]) -> str:
     """What the test decides, or else what the design could have seen, and what would see the difference."""
     size = points(row["difference"])
+    if row["low"] == row["high"] == 0:
+        return "equal: the same score on every problem"
     if row["p_holm"] < statistics.LEVEL:
         return f"{'better' if row['difference'] > 0 else 'worse'}: {size} points"
     if row["p"] < statistics.LEVEL:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from pspo.base.schema import as_dict, keys_of
+from pspo.base.schema import as_dict, dotted
 from pspo.compare.arms import Group, science_of
 from pspo.compare.comparison import Comparison
 from pspo.config import Config, compose, groups
@@ -69,7 +69,7 @@ def _differs(ours: dict[str, object], number: Published) -> str:
     recipe = _recipe(number.model, number.arm)
     if recipe is None:
         return "dataset.shots" if number.arm == "untrained" and ours.get("dataset.shots") != 5 else ""
-    published = science_of({name: value for name, _, value in keys_of(Config, as_dict(recipe))})
+    published = science_of(dotted(as_dict(recipe)))
     mine = science_of(ours)
     keys = [key for key in published if key not in ("model.path", "model.hub_id") and mine.get(key) != published[key]]
     return ", ".join(f"{key} {mine.get(key)} ({published[key]})" for key in keys)
