@@ -7,7 +7,7 @@ import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 from rich.console import Console
@@ -17,69 +17,36 @@ from rich.text import Text
 from pspo.base.command import answering
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
-from pspo.compare.comparison import Comparison, choose, compare, points
+from pspo.compare.comparison import Comparison, choose, compare
 from pspo.compare.published import PAPER_SEEDS, beside, cost
 from pspo.results import load
 
-
-def interval(row: dict[str, Any], name: str = "") -> str:
-    """``[78.1, 84.3]``, per cent, of an arm's ``<name>_low`` and ``<name>_high``."""
-    low, high = (f"{name}_{end}".removeprefix("_") for end in ("low", "high"))
-    return "" if pd.isna(row.get(low)) else f"[{100 * row[low]:.1f}, {100 * row[high]:.1f}]"
-
-
-def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The arms of one selection as texts, per cent."""
-    records = rows.to_dict("records")
-    columns = {
-        "arm": [row["arm"] for row in records],
-        "seeds": [str(row["seeds"]) for row in records],
-        "mean": [f"{100 * row['mean']:.1f}" for row in records],
-        "95 %": [interval(row) for row in records],
-        "bootstrap": [interval(row, "bootstrap") for row in records],
-        "IQM": ["" if pd.isna(row.get("iqm")) else f"{100 * row['iqm']:.1f}" for row in records],
-    }
-    return pd.DataFrame(columns)
-
-
-def differences_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The differences of one selection as texts, percentage points."""
-    records = rows.to_dict("records")
-    columns = {
-        "arm": [row["arm"] for row in records],
-        "points": [points(row["difference"]) for row in records],
-        "95 %": [f"[{points(row['low'])}, {points(row['high'])}]" for row in records],
-        "bootstrap": [f"[{points(row['bootstrap_low'])}, {points(row['bootstrap_high'])}]" for row in records],
-        "p": ["<.001" if row["p"] < 0.0005 else f"{row['p']:.3f}" for row in records],
-        "Holm": ["<.001" if row["p_holm"] < 0.0005 else f"{row['p_holm']:.3f}" for row in records],
-        "sees": [f"±{100 * row['detectable']:.1f}" for row in records],
-    }
-    return pd.DataFrame(columns)
-
-
-def passes_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """pass@k of one selection as texts, per cent, a column for each k."""
-    cells = rows.assign(text=[f"{100 * row['pass_at_k']:.1f} {interval(row)}" for row in rows.to_dict("records")])
-    wide = cells.pivot(index="arm", columns="k", values="text").reindex(rows["arm"].unique()).fillna("")
-    return wide.rename(columns=lambda k: f"pass@{k}").reset_index()
-
-
-TABLES = {
-    "arms": ("%", arms_table),
-    "differences": ("points", differences_table),
-    "pass_at_k": ("%, with bootstrap over problems and seeds", passes_table),
-}
-"""By name of a comparison's frame: the unit of its numbers, and the function that makes its texts."""
+COLUMNS = {
+    "arms": {"arm": "{arm}", "seeds": "{seeds}", "mean": "{mean:.1f}", "95 %": "[{low:.1f}, {high:.1f}]",
+             "bootstrap": "[{bootstrap_low:.1f}, {bootstrap_high:.1f}]", "IQM": "{iqm:.1f}"},
+    "differences": {"arm": "{arm}", "points": "{difference:+.1f}", "95 %": "[{low:+.1f}, {high:+.1f}]",
+                    "bootstrap": "[{bootstrap_low:+.1f}, {bootstrap_high:+.1f}]", "p": "{p:.3f}",
+                    "Holm": "{p_holm:.3f}", "sees": "±{detectable:.1f}"},
+    "pass_at_k": {"arm": "{arm}", "k": "{k}", "pass@k": "{pass_at_k:.1f}", "bootstrap": "[{low:.1f}, {high:.1f}]"},
+}  # fmt: skip
+"""The columns of each table, and how a row of a comparison's frame, shares in per cent, is written in them."""
+SHARES = ("mean", "low", "high", "bootstrap_low", "bootstrap_high", "iqm", "difference", "detectable", "pass_at_k")
 
 
 def tables(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
     """The title, the texts and the rows of every table, selection by selection."""
+    units = {"arms": "arms, %", "differences": f"minus {comparison.against}, points", "pass_at_k": "pass@k, %"}
     for selection in comparison.arms["selection"].unique():
-        for name, (unit, text_of) in TABLES.items():
-            rows: pd.DataFrame = getattr(comparison, name)
-            if len(rows) and len(chosen := rows[rows["selection"] == selection]):
-                subject = f"minus {comparison.against}" if name == "differences" else name.replace("_at_", "@")
-                yield f"{selection}: {subject}, {unit}", (texts := text_of(chosen)).loc[:, (texts != "").any()], chosen
+        for name, columns in COLUMNS.items():
+            frame: pd.DataFrame = getattr(comparison, name)
+            if len(frame) and len(rows := frame[frame["selection"] == selection]):
+                shares = rows.reindex(columns=SHARES) * 100
+                records = rows.drop(columns=[*SHARES], errors="ignore").join(shares).to_dict("records")
+                cells = [[text.format(**row) for text in columns.values()] for row in records]
+                texts = pd.DataFrame(cells, columns=list(columns)).replace(
+                    {r".*nan.*": "", r"^0\.000$": "<.001"}, regex=True
+                )
+                yield f"{selection}: {units[name]}", texts.loc[:, (texts != "").any()], rows
 
 
 def show(console: Console, comparison: Comparison) -> None:
@@ -106,34 +73,27 @@ def show(console: Console, comparison: Comparison) -> None:
 def show_published(console: Console, comparison: Comparison, step_s: float | None) -> None:
     """Print each published number with the arms that it may be held to, and the cost of the published table."""
     console.print(Text("\nPublished, and ours", style="bold"))
-    rows = beside(comparison)
-    for row in rows.to_dict("records"):
-        value = " to ".join(f"{100 * x:.1f}" for x in dict.fromkeys((row["published"], row["published_high"])))
-        remark = f"; {row['remark']}" if row["remark"] else ""
-        ours = "no arm here"
-        if row["arm"] is not None:
-            ours = (
-                f"ours {100 * row['mean']:.1f} {interval(row)}, {row['arm']}, {row['selection']}, {row['seeds']} seeds"
-            )
-            ours += f"; differs from the recipe in {row['differs']}" if row["differs"] else "; the recipe's settings"
+    for row in beside(comparison).to_dict("records"):
         head = f"{row['model']} {row['published_arm']}, {row['set']}: "
-        console.print(Text.assemble((head, "bold"), f"published {value} % ({row['source']}{remark}); {ours}"))
+        text = "published {published} % ({source}); ".format(**row)
+        if row["arm"] is None:
+            text += "no arm here"
+        else:
+            text += f"ours {100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}], "
+            text += "{arm}, {selection}, seeds: {seeds}; differs in {differs}".format(**row)
+        console.print(Text.assemble((head, "bold"), text))
     costs = cost(comparison.group, step_s)
-    known = costs.dropna()
     console.print(Text(f"\nTraining the published table, {PAPER_SEEDS} seeds, evaluation aside", style="bold"))
-    for row in known.to_dict("records"):
-        line = f"{row['experiment']}: {row['steps']} steps of {row['step_s']:.2f} s, {row['gpu_hours']:.1f} GPU-hours"
-        console.print(Text(line))
-    if len(known) < len(costs):
-        missing = ", ".join(costs.loc[costs["step_s"].isna(), "experiment"])
-        console.print(Text(f"no run here has measured a step of {missing}; give --step-s"))
-    if len(known):
-        console.print(Text(f"together {known['gpu_hours'].sum():.0f} GPU-hours", style="bold"))
+    for row in costs.dropna().to_dict("records"):
+        console.print(Text("{experiment}: {steps} steps of {step_s:.2f} s, {gpu_hours:.1f} GPU-hours".format(**row)))
+    if missing := costs.loc[costs["step_s"].isna(), "experiment"].to_list():
+        console.print(Text(f"no run here has measured a step of {', '.join(missing)}; give --step-s"))
+    console.print(Text(f"together {costs['gpu_hours'].sum():.0f} GPU-hours", style="bold"))
 
 
 def write_csv(path: Path, comparison: Comparison) -> None:
     """All numbers in one table, whose column ``table`` says arms, differences or pass_at_k."""
-    frames = [getattr(comparison, name).assign(table=name) for name in TABLES]
+    frames = [getattr(comparison, name).assign(table=name) for name in COLUMNS]
     pd.concat([frame for frame in frames if len(frame)]).to_csv(path, index=False)
 
 

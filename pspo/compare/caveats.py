@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from pspo.base.files import read_json
 from pspo.base.schema import ConfigError
 from pspo.config import read
 from pspo.results import Results
@@ -26,7 +27,7 @@ def differing_keys(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys that do not have one value in all rows: the objective's first, and in each block its ``name`` first."""
     rows = list(rows)
     keys = dict.fromkeys(key for row in rows for key in row)
-    differing = [key for key in keys if len({row.get(key) for row in rows}) > 1]
+    differing = [key for key in keys if any(row.get(key) != rows[0].get(key) for row in rows)]
     return sorted(differing, key=lambda key: (not key.startswith("objective."), not key.endswith(".name")))
 
 
@@ -50,6 +51,7 @@ def caveats(
         *_seeds(trained, labels, runs),
         *_inert(trained),
         *_truncation(results, arms),
+        *_settings(arms),
         *_problems(results.answers, arms),
     ]
 
@@ -107,6 +109,19 @@ def _truncation(results: Results, arms: Arms) -> Iterable[str]:
             rates = {label: float(rate.reindex(list(runs)).mean()) for label, runs in arms.items()}
             if high := [f"{label} {100 * share:.0f} %" for label, share in rates.items() if share > MAX_TRUNCATED_RATE]:
                 yield f"more than {100 * MAX_TRUNCATED_RATE:.0f} % truncated completions in {place}: {', '.join(high)}"
+
+
+def _settings(arms: Arms) -> Iterable[str]:
+    """Answers that were made with other lengths, samples or prompts under the same name."""
+    by_place: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in (run for runs in arms.values() for run in runs):
+        for path in Path(run).glob("evaluation/*/*/settings.json"):
+            by_place.setdefault(f"{path.parts[-3]}/{path.parts[-2]}", {})[run] = read_json(path)
+    for place, settings in sorted(by_place.items()):
+        for key in differing_keys(settings.values()):
+            if key != "ungradable":
+                values = {run: values.get(key) for run, values in settings.items()}
+                yield f"answers {place} were made with another {key}: {_listed(arms, values)}"
 
 
 def _problems(answers: pd.DataFrame, arms: Arms) -> Iterable[str]:

@@ -53,16 +53,13 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
         totals_of = {label: table for label, table in samples(group, selection).items() if table[0].shape[1] > 1}
         tables = {label: totals / counts for label, (totals, counts) in totals_of.items()}
         arms += [about | _arm(label, table) for label, table in tables.items()]
-        if reference in tables:
-            others = {label: table for label, table in tables.items() if label != reference}
-            differences += [
-                about | _difference(label, table, reference, tables[reference]) for label, table in others.items()
-            ]
+        if (b := tables.get(reference)) is not None:
+            differences += [about | _difference(a, tables[a], reference, b) for a in tables if a != reference]
         for label, (totals, counts) in totals_of.items():
             passes += [about | row for row in _passes(label, totals.to_numpy(), counts.to_numpy())]
     if not arms:
         raise ConfigError(
-            f"no arm has answers to {', '.join(map(str, chosen)) or 'any set'}; python -m pspo.evaluate makes them"
+            f"no arm has two answers to {', '.join(map(str, chosen))}; python -m pspo.evaluate makes them"
         )
     for row, p_holm in zip(differences, statistics.holm([row["p"] for row in differences]), strict=True):
         row["p_holm"] = p_holm
@@ -178,23 +175,19 @@ def _notes(arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str,
     sentences = []
     if single := list(dict.fromkeys(row["arm"] for row in arms if row["seeds"] == 1)):
         sentences.append(f"one seed: the interval tells of one trained model, not of its arm ({', '.join(single)})")
-    for how, words in (
-        ("problems", "over problems, not over seeds"),
-        ("nothing", "over nothing, as their problems differ"),
-    ):
-        if some := list(dict.fromkeys(row["arm"] for row in differences if row["paired"] == how)):
-            sentences.append(f"paired {words}: {', '.join(some)}")
+    for paired in ("problems", "nothing"):
+        if some := list(dict.fromkeys(row["arm"] for row in differences if row["paired"] == paired)):
+            sentences.append(f"paired over {paired}, not over seeds: {', '.join(some)}")
     if several := [row["seeds"] for row in arms if row["seeds"] > 1]:
         fewest = min(several)
-        if (smallest := 2 / math.comb(2 * fewest, fewest)) > statistics.LEVEL:
+        if (least := 2 / math.comb(2 * fewest, fewest)) > statistics.LEVEL:
             sentences.append(
-                f"{fewest} seeds: their ranks alone decide nothing, as Mann and Whitney's p is at least {smallest:.2f}"
+                f"{fewest} seeds: ranks alone decide nothing, Mann and Whitney's p is at least {least:.2f}"
             )
         nearest = min(BOOTSTRAP_COVERAGE, key=lambda seeds: abs(seeds - fewest))
-        low, high = BOOTSTRAP_COVERAGE[nearest]
         sentences.append(
-            "intervals and tests are t over seeds and problems and hold their 95 and 5 % in simulation; bootstrap "
-            f"intervals cover {low} to {high} % at {nearest} seeds"
+            "intervals and tests are t over seeds and problems, and hold their 95 and 5 % in simulation; bootstrap "
+            "intervals cover {} to {} % at {} seeds".format(*BOOTSTRAP_COVERAGE[nearest], nearest)
         )
     if len(differences) > 1:
         sentences.append(f"Holm's correction is over the {len(differences)} differences shown")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -128,15 +128,8 @@ def estimate(values_SP: Floats) -> Estimate:
     return Estimate(float(values_SP.mean()), tuple(parts))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference of two arms' means, and what it is paired over.
-
-    Attributes:
-        estimate: the difference a − b.
-        draws_B: bootstrap draws of the difference.
-        paired: over "seeds and problems", "problems" or "nothing".
-    """
+class Difference(NamedTuple):
+    """The difference of two arms' means with its bootstrap draws, paired over "seeds and problems", …, "nothing"."""
 
     estimate: Estimate
     draws_B: Floats
