@@ -27,26 +27,27 @@ def table(values, seeds=None, problems=None):
     return pd.DataFrame(values, index=seeds or range(len(values)), columns=problems or range(values.shape[1]))
 
 
-def equal_arms(generator, repeats, num_seeds, num_problems, seed_std, problem_std=2.0, gain=0.0):
+def equal_arms(generator, repeats, num_seeds, num_problems, seed_std, arm_std=0.0):
     """Answers (0, 1) of pairs of arms of one true accuracy, repeats × 2 arms × seeds × problems, and that accuracy.
 
-    The log-odds of a right answer are 1 + problem + shared seed + own seed + own noise of each seed on each problem;
-    ``gain`` is added to those of the first arm. A seed's standard deviation of 0.3 moves an accuracy by about 5 points.
+    The log-odds of a right answer are 1 + problem + problem in this arm (``arm_std``) + shared seed + own seed + seed on
+    problem. A ``seed_std`` of 0.3 moves an arm's accuracy by about 5 points.
     """
     normal = generator.standard_normal
-    log_odds = 1 + problem_std * normal((repeats, 1, 1, num_problems)) + np.array([gain, 0.0]).reshape(1, 2, 1, 1)
+    log_odds = 1 + 2 * normal((repeats, 1, 1, num_problems)) + arm_std * normal((repeats, 2, 1, num_problems))
     log_odds = log_odds + seed_std * (normal((repeats, 1, num_seeds, 1)) + normal((repeats, 2, num_seeds, 1)))
     log_odds = log_odds + 0.5 * normal((repeats, 2, num_seeds, num_problems))
     answers = generator.random(log_odds.shape) < 1 / (1 + np.exp(-log_odds))
     grid = np.linspace(-8, 8, 4001)
-    std = math.sqrt(problem_std**2 + 2 * seed_std**2 + 0.25)
+    std = math.sqrt(4 + arm_std**2 + 2 * seed_std**2 + 0.25)
     truth = np.average(1 / (1 + np.exp(-(1 + std * grid))), weights=norm.pdf(grid))
     return answers.astype(float), float(truth)
 
 
-def rates(repeats, num_seeds, num_problems, seed_std):
+def rates(repeats, num_seeds, num_problems, seed_std, arm_std=0.0):
     """Share of equal arms that the 5 % test tells apart, and share of arms whose 95 % interval holds the truth."""
-    arms, truth = equal_arms(np.random.default_rng(num_seeds), repeats, num_seeds, num_problems, seed_std)
+    generator = np.random.default_rng(num_seeds)
+    arms, truth = equal_arms(generator, repeats, num_seeds, num_problems, seed_std, arm_std)
     rejected = [estimate(a - b).p < 0.05 for a, b in arms]
     covered = [abs(found.mean - truth) <= found.half_width for found in map(estimate, arms[:, 0])]
     return np.mean(rejected), np.mean(covered)
@@ -60,12 +61,13 @@ def test_equal_arms_are_told_apart_about_as_often_as_promised(num_seeds):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arm_std", [0.0, 0.7])
 @pytest.mark.parametrize("seed_std", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("num_problems", [200, 500])
 @pytest.mark.parametrize("num_seeds", [3, 5, 10])
-def test_calibration(num_seeds, num_problems, seed_std):
+def test_calibration(num_seeds, num_problems, seed_std, arm_std):
     """The 5 % test rejects 3 to 7 % of 2,000 pairs of equal arms, and 95 % intervals cover 93 to 97 %."""
-    rejected, covered = rates(2000, num_seeds, num_problems, seed_std)
+    rejected, covered = rates(2000, num_seeds, num_problems, seed_std, arm_std)
     assert 0.03 <= rejected <= 0.07
     assert 0.93 <= covered <= 0.97
 
