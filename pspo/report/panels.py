@@ -78,3 +78,13 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
 
 FIGURE = tuple(panel for name in ("Learning", "Trust region", "Stability") for panel in SECTIONS[name])
 """The panels of a single run's figure, which is the same for the same run: none depends on the clock."""
+
+INNER_STEPS = (
+    Panel("KL(old‖new), k3, before the optimizer step", {"kl/before_k3": ""}),
+    Panel("Total variation of the policy", {"ratio/tv": ""}),
+    Panel("Effective sample size, share of tokens", {"ratio/ess": ""}),
+    Panel("Tokens of zero gradient weight", {"weight/zero_rate": ""}, percent=True),
+    Panel("Gradient mass relative to noclip", {"weight/mass_kept": ""}),
+    Panel("Norm of the update, estimated", {"optimizer/update_norm_estimate": ""}),
+)
+"""The panels over the optimizer steps of one rollout, of the columns of ``diagnostics.jsonl``."""

@@ -3,10 +3,13 @@
 import json
 import logging
 import math
+import os
 import queue
 import re
 import secrets
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,15 @@ import pandas
 import yaml
 
 from pspo.base.files import read_lines, write_json
+from pspo.base.schema import ConfigError
 
 log = logging.getLogger("pspo")
 
 INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0
 """Longest wait in seconds for a server's answer when a mirror opens, and for the last uploads of a run."""
+
+REACH_TIMEOUT_S = 10.0
+"""Longest wait in seconds for a server to answer at all, before a command relies on it."""
 
 CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0
 """Longest wait in seconds for the end of a mirror, whatever W&B does: at the end of a run, and of a replay."""
@@ -188,3 +195,23 @@ def _tear_down() -> None:
     import wandb
 
     wandb.teardown()
+
+
+def check_login() -> None:
+    """Refuse a server that does not answer, which W&B would ask again for every run, and a missing login."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise ConfigError("WANDB_MODE=disabled forbids to send anything to W&B; unset it, then repeat this command")
+    url = str(wandb.setup(settings=wandb.Settings(mode="online", silent=True)).settings.base_url)
+    try:
+        urllib.request.urlopen(url, timeout=REACH_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        raise ConfigError(
+            f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)}); run this on a node with internet, "
+            "or set WANDB_BASE_URL"
+        ) from error
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")

@@ -1,0 +1,292 @@
+"""One self-contained HTML page about a comparison: what differs, what came out, and how the arms got there."""
+
+import base64
+import hashlib
+import itertools
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pandas as pd
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from pspo.base.files import read_lines, write_text
+from pspo.compare import figures
+from pspo.compare.arms import Group, scores, selections
+from pspo.compare.comparison import Comparison
+from pspo.compare.figures import DASHES, SYMBOLS, Figure, Style
+from pspo.compare.statistics import estimate
+from pspo.report.page import templates
+from pspo.report.panels import INNER_STEPS, SECTIONS, Panel
+
+MAX_ARMS_SHOWN = 8
+"""Arms whose curves are shown at first; the boxes of the legend show the others."""
+MAX_COMPLETIONS = 6
+MAX_COMPLETION_CHARACTERS = 4000
+MIN_LOG_RATIO = 20
+"""Largest over smallest value of a swept key from which on its axis is logarithmic."""
+WHERE = ["set", "evaluation", "temperature", "when"]
+"""Columns of the answers that a selection fixes."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+TIMES = {"rollout": "time/rollout_s", "update": "time/update_s", "validation": "time/validation_s"}
+"""Part of a step -> the metric with its seconds."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: ``shown`` has it as text, for the page and for print, ``numbers`` with all digits, for programs."""
+
+    title: str
+    name: str
+    shown: pd.DataFrame
+    numbers: pd.DataFrame
+
+    @property
+    def csv(self) -> str:
+        """The numbers as CSV, in an address that holds them."""
+        return "data:text/csv;charset=utf-8," + quote(self.numbers.to_csv(index=False))
+
+    @property
+    def latex(self) -> str:
+        """The table as shown for LaTeX with booktabs, in an address that holds it."""
+        return "data:text/x-tex;charset=utf-8," + quote(self.shown.to_latex(index=False, escape=True))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands under it; ``completions`` are rows of answers with the ``arms`` that gave them."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    wide: bool = False
+
+
+def write(group: Group, comparison: Comparison, path: Path) -> Path:
+    """Write the page of a group; ``comparison`` has the numbers that stand first."""
+    arms = list(group.arms)
+    sections = [_arms(group), _outcome(comparison, arms)]
+    for section in _training(group, arms):
+        if section.title == "Evaluation":
+            section.figures.extend(_evaluation(group, comparison, arms))
+        sections += [section] if section.figures else []
+    sections += _completions(group, comparison)
+    drawn = [figure for section in sections for figure in section.figures]
+    environment = templates(Path(__file__).parent)
+    environment.filters |= {"digest": _digest, "number": drawn.index}
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    page = environment.get_template("page.html").render(
+        title=", ".join(sorted({Path(run).parent.name for run in group.arm_of})),
+        subtitle=f"{len(arms)} arms, {len(group.arm_of)} finished runs",
+        warnings=group.warnings,
+        left_out=group.left_out,
+        arms=[{"label": label, **vars(Style.of(number))} for number, label in enumerate(arms)],
+        dashes=DASHES,
+        symbols=SYMBOLS,
+        max_shown=MAX_ARMS_SHOWN,
+        max_characters=MAX_COMPLETION_CHARACTERS,
+        sections=sections,
+        figures=htmlsafe_json_dumps([{"traces": figure.traces, "layout": figure.layout} for figure in drawn]),
+        scripts=[Markup(get_plotlyjs()), Markup(script)],
+    )
+    write_text(path, page)
+    return path
+
+
+def _arms(group: Group) -> Section:
+    """The keys that set the arms apart, and what each arm has spent."""
+    runs, rows = group.results.runs.set_index("run"), []
+    for label, names in group.arms.items():
+        own = runs.loc[names]
+        spent = {unit: own.get(f"spent.{unit}") for unit in ("steps", "prompts", "completion_tokens")}
+        rows.append(
+            {"arm": label}
+            | {key: own[key].iloc[0] for key in group.by}
+            | {"seeds": " ".join(f"{seed}" for seed in sorted(set(own["seed"])))}
+            | {unit.replace("_", " "): value.mean() for unit, value in spent.items() if value is not None}
+        )
+    text = ["Budgets are means over the runs of an arm."]
+    numbers = pd.DataFrame(rows)
+    return Section("What differs", text, tables=[Table("Arms", "arms", numbers.map(_text), numbers)])
+
+
+def _training(group: Group, arms: Sequence[str]) -> Iterator[Section]:
+    """One section for each of the panels' sections: curves over the steps, the trust region by inner step, the time."""
+    steps, inner = (_with_arms(rows, group) for rows in (group.results.steps, group.results.inner_steps))
+    for title, panels in SECTIONS.items():
+        text = ["Line: mean over the runs of an arm; band: from the lowest run to the highest."]
+        drawn = list(_curves(steps, panels, arms, "step"))
+        if title == "Trust region" and not inner.empty:
+            inner["optimizer step of the rollout"] = inner.groupby(["run", "step"]).cumcount() + 1
+            if inner["optimizer step of the rollout"].max() > 1:
+                drawn += _curves(inner, INNER_STEPS, arms, "optimizer step of the rollout")
+        if title == "Speed" and set(TIMES.values()) & set(steps):
+            drawn.append(_times(steps, arms))
+        yield Section(title, text, drawn)
+
+
+def _with_arms(rows: pd.DataFrame, group: Group) -> pd.DataFrame:
+    """The rows of finished runs, with the label of the run's arm."""
+    arm = rows["run"].map(group.arm_of) if not rows.empty else pd.Series(dtype=str)
+    return rows.assign(arm=arm)[arm.notna()]
+
+
+def _curves(rows: pd.DataFrame, panels: Iterable[Panel], arms: Sequence[str], x: str) -> Iterator[Figure]:
+    for panel in (part for panel in panels for part in panel.parts()):
+        for metric, name in panel.curves.items():
+            title = panel.title + (f": {' '.join(name.split())}" if name else "") + (" by inner step" if x != "step" else "")
+            figure = figures.curves(rows, arms, x, metric, title, percent=panel.percent, log=panel.log)
+            if figure is not None:
+                yield figure
+
+
+def _times(steps: pd.DataFrame, arms: Sequence[str]) -> Figure:
+    """Seconds per training step of each arm, by what they went into."""
+    trained = steps[steps["step"] > 0]
+    totals = trained.groupby("arm")[[key for key in TIMES.values() if key in trained]].sum()
+    seconds = totals.div(trained.groupby("arm").size(), axis=0)
+    parts = {part: seconds[key].to_dict() for part, key in TIMES.items() if key in seconds}
+    ordered = {part: {arm: by_arm[arm] for arm in arms if arm in by_arm} for part, by_arm in parts.items()}
+    return figures.bars(ordered, "Where the time goes", "seconds per step")
+
+
+def _outcome(comparison: Comparison, arms: Sequence[str]) -> Section:
+    """Every arm's accuracy, its paired difference from the reference, and the same as tables."""
+    drawn = []
+    for selection, rows in comparison.arms.groupby("selection", sort=False):
+        drawn.append(figures.forest(_intervals(rows, "mean"), arms, f"Accuracy: {selection}", "per cent"))
+        own = comparison.differences.query("selection == @selection") if len(comparison.differences) else ()
+        if len(own):
+            title = f"Difference from {comparison.against}: {selection}"
+            drawn.append(figures.forest(_intervals(own, "difference"), arms, title, "percentage points", zero=True))
+    tables = [
+        Table(title, name, pd.DataFrame([shown(row) for row in frame.to_dict("records")]), frame)
+        for title, name, frame, shown in (
+            ("Accuracy, per cent", "accuracy", comparison.arms, _accuracy_row),
+            (f"Difference from {comparison.against}, percentage points", "differences", comparison.differences, _difference_row),
+            ("pass@k, per cent", "pass_at_k", comparison.pass_at_k, _pass_row),
+        )
+        if not frame.empty
+    ]
+    text = ["Marks: means; bars: 95 % intervals over seeds and problems.", *comparison.notes]
+    return Section("Outcome", text, drawn, tables, wide=True)
+
+
+def _accuracy_row(row: dict[str, Any]) -> dict[str, str]:
+    bootstrap = f"[{100 * row['bootstrap_low']:.1f}, {100 * row['bootstrap_high']:.1f}]"
+    about = {"answers": row["selection"], "arm": row["arm"], "seeds": f"{row['seeds']}", "problems": f"{row['problems']:,}"}
+    spread = {"SD of seeds": _share(row["seed_std"]), "IQM": _share(row.get("iqm", math.nan)), "bootstrap 95 %": bootstrap}
+    return about | {"mean [95 %]": _interval(row, "mean", "{:.1f}")} | spread
+
+
+def _difference_row(row: dict[str, Any]) -> dict[str, str]:
+    about = {"answers": row["selection"], "arm": row["arm"], "difference [95 %]": _interval(row, "difference", "{:+.1f}")}
+    tests = {"P(better)": f"{row.get('improvement', math.nan):.2f}".replace("nan", "–"), "p": f"{row['p']:.3f}", "p (Holm)": f"{row['p_holm']:.3f}", "detectable": f"±{100 * row['detectable']:.1f}"}
+    return about | tests | {"paired over": row["paired"], "verdict": row["verdict"]}
+
+
+def _pass_row(row: dict[str, Any]) -> dict[str, str]:
+    about = {"answers": row["selection"], "arm": row["arm"], "k": f"{row['k']}"}
+    return about | {"pass@k [95 %]": _interval(row, "pass_at_k", "{:.1f}")}
+
+
+def _interval(row: dict[str, Any], value: str, digits: str) -> str:
+    middle, low, high = (digits.format(100 * row[key]) for key in (value, "low", "high"))
+    return f"{middle} [{low}, {high}]"
+
+
+def _share(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _intervals(rows: pd.DataFrame, value: str) -> dict[str, tuple[float, float, float]]:
+    """Arm -> its value and the ends of its interval, in per cent."""
+    return {row["arm"]: (100 * row[value], 100 * row["low"], 100 * row["high"]) for row in rows.to_dict("records")}
+
+
+def _evaluation(group: Group, comparison: Comparison, arms: Sequence[str]) -> Iterator[Figure]:
+    """Accuracy over every swept number and over the temperature, pass@k, lengths and truncation."""
+    for selection, rows in comparison.arms.groupby("selection", sort=False):
+        for key in group.by:
+            if points := _over(group, key, rows):
+                xs = [x for own in points.values() for x, *_ in own]
+                log = min(xs) > 0 and max(xs) / min(xs) >= MIN_LOG_RATIO
+                yield figures.intervals(points, [*points], key, f"Accuracy over {key}: {selection}", log=log)
+    chosen = [selection for selection in selections(group) if selection.when == "after"]
+    for (name, evaluation), same in itertools.groupby(chosen, key=lambda s: (s.set, s.evaluation)):
+        points = {arm: [] for arm in arms}
+        for selection in same:
+            for arm, table in scores(group, selection).items():
+                found = estimate(table.to_numpy())
+                points[arm].append((selection.temperature, found.mean, found.mean - found.half_width, found.mean + found.half_width))
+        points = {arm: own for arm, own in points.items() if len(own) > 1}
+        if points:
+            yield figures.intervals(points, arms, "temperature", f"Accuracy over the temperature: {name}, {evaluation}")
+    for selection, rows in comparison.pass_at_k.groupby("selection", sort=False) if not comparison.pass_at_k.empty else ():
+        points = {arm: [*own[["k", "pass_at_k", "low", "high"]].itertuples(index=False)] for arm, own in rows.groupby("arm", sort=False)}
+        yield figures.intervals(points, arms, "k", f"pass@k: {selection}", log=True)
+    answers = _with_arms(group.results.answers, group)
+    for (selection, *where), _ in comparison.arms.groupby(["selection", *WHERE], sort=False):
+        own = answers[(answers[WHERE] == where).all(axis=1)]
+        parts = {"correct": own[own["correct"]], "not correct": own[~own["correct"]]}
+        quantiles = {
+            part: {arm: np.quantile(rows["tokens"], QUANTILES) for arm, rows in rows.groupby("arm")} for part, rows in parts.items()
+        }
+        yield figures.boxes(quantiles, f"Length of answers: {selection}", "tokens")
+        cut = own.groupby("arm")["truncated"].mean().mul(100).to_dict()
+        yield figures.bars({"truncated": {arm: cut[arm] for arm in arms if arm in cut}}, f"Truncated answers: {selection}", "per cent")
+
+
+def _over(group: Group, key: str, rows: pd.DataFrame) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Points (value of a numeric key, mean, low, high) of arms that share all other keys, under those keys' values."""
+    settings, series = group.results.runs.set_index("run"), {}
+    for row in rows.to_dict("records"):
+        own = settings.loc[group.arms[row["arm"]][0], group.by]
+        if isinstance(own[key], numbers.Real) and not isinstance(own[key], bool) and math.isfinite(own[key]):
+            shared = " ".join(f"{value}" for name, value in own.items() if name != key and not pd.isna(value))
+            series.setdefault(shared, []).append((float(own[key]), row["mean"], row["low"], row["high"]))
+    return {shared: sorted(points) for shared, points in series.items() if len({x for x, *_ in points}) > 1}
+
+
+def _completions(group: Group, comparison: Comparison) -> list[Section]:
+    """Side by side what the arms answered to the problem on which they differ most; equal completions stand once."""
+    (name, evaluation, temperature, when), _ = next(iter(comparison.arms.groupby(WHERE, sort=False)))
+    answers = group.results.answers
+    chosen = (answers[WHERE] == [name, evaluation, temperature, when]).all(axis=1) & (answers["sample"] == 0)
+    first = {runs[0]: arm for arm, runs in group.arms.items()}
+    rows = answers[chosen & answers["run"].isin(first)]
+    kinds = rows.groupby("problem", sort=False).agg(correct=("correct", "nunique"), tokens=("tokens", "nunique"))
+    if kinds.empty:
+        return []
+    problem = kinds.sort_values(["correct", "tokens"], ascending=False, kind="stable").index[0]
+    cards: dict[str, dict[str, Any]] = {}
+    for run in rows["run"].unique():
+        path = Path(run, "evaluation", when, evaluation, f"{name}_t{temperature:g}.jsonl")
+        row = next(row for row in read_lines(path) if row["problem"] == problem and row["sample"] == 0)
+        card = cards.setdefault(row["completion"], row | {"arms": []})
+        card["arms"].append(first[run])
+        if len(cards) == MAX_COMPLETIONS:
+            break
+    text = [f"Each arm's run of its lowest seed, {name}, temperature {temperature:g}: the problem with the most different answers."]
+    return [Section("Completions of one problem", text, completions=list(cards.values()))]
+
+
+def _text(cell: Any) -> str:
+    """A setting or a count as text; a setting that an arm does not have is a dash."""
+    if isinstance(cell, str) or isinstance(cell, bool):
+        return str(cell)
+    return "–" if pd.isna(cell) else f"{cell:,.0f}" if cell >= 1000 else f"{cell:g}"
+
+
+def _digest(script: str) -> str:
+    """The digest by which a Content-Security-Policy admits a script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
