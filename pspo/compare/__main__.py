@@ -1,0 +1,184 @@
+"""Which arm of a comparison is better, and how sure one may be of it, from run directories.
+
+python -m pspo.compare outputs/<group> [--by objective.alpha] [--against noclip] [--csv FILE] [--published] [--help]
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pspo.base.command import answering
+from pspo.base.schema import ConfigError
+from pspo.compare.arms import group
+from pspo.compare.comparison import Comparison, choose, compare, points
+from pspo.compare.published import PAPER_SEEDS, beside, cost
+from pspo.results import load
+
+
+def interval(row: dict[str, Any], name: str = "") -> str:
+    """``[78.1, 84.3]``, per cent, of an arm's ``<name>_low`` and ``<name>_high``."""
+    low, high = (f"{name}_{end}".removeprefix("_") for end in ("low", "high"))
+    return "" if pd.isna(row.get(low)) else f"[{100 * row[low]:.1f}, {100 * row[high]:.1f}]"
+
+
+def arms_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The arms of one selection as texts, per cent."""
+    records = rows.to_dict("records")
+    columns = {
+        "arm": [row["arm"] for row in records],
+        "seeds": [str(row["seeds"]) for row in records],
+        "mean": [f"{100 * row['mean']:.1f}" for row in records],
+        "95 %": [interval(row) for row in records],
+        "bootstrap": [interval(row, "bootstrap") for row in records],
+        "IQM": ["" if pd.isna(row.get("iqm")) else f"{100 * row['iqm']:.1f}" for row in records],
+    }
+    return pd.DataFrame(columns)
+
+
+def differences_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The differences of one selection as texts, percentage points."""
+    records = rows.to_dict("records")
+    columns = {
+        "arm": [row["arm"] for row in records],
+        "points": [points(row["difference"]) for row in records],
+        "95 %": [f"[{points(row['low'])}, {points(row['high'])}]" for row in records],
+        "bootstrap": [f"[{points(row['bootstrap_low'])}, {points(row['bootstrap_high'])}]" for row in records],
+        "p": [f"{row['p']:.3f}" for row in records],
+        "Holm": [f"{row['p_holm']:.3f}" for row in records],
+        "sees": [f"±{100 * row['detectable']:.1f}" for row in records],
+    }
+    return pd.DataFrame(columns)
+
+
+def passes_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """pass@k of one selection as texts, per cent, a column for each k."""
+    cells = rows.assign(text=[f"{100 * row['pass_at_k']:.1f} {interval(row)}" for row in rows.to_dict("records")])
+    wide = cells.pivot(index="arm", columns="k", values="text").reindex(rows["arm"].unique()).fillna("")
+    return wide.rename(columns=lambda k: f"pass@{k}").reset_index()
+
+
+TABLES = {
+    "arms": ("%", arms_table),
+    "differences": ("points", differences_table),
+    "pass_at_k": ("%, with bootstrap over problems and seeds", passes_table),
+}
+"""By name of a comparison's frame: the unit of its numbers, and the function that makes its texts."""
+
+
+def tables(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """The title, the texts and the rows of every table, selection by selection."""
+    for selection in comparison.arms["selection"].unique():
+        for name, (unit, text_of) in TABLES.items():
+            rows: pd.DataFrame = getattr(comparison, name)
+            if len(rows) and len(chosen := rows[rows["selection"] == selection]):
+                subject = f"minus {comparison.against}" if name == "differences" else name.replace("_at_", "@")
+                yield f"{selection}: {subject}, {unit}", text_of(chosen), chosen
+
+
+def show(console: Console, comparison: Comparison) -> None:
+    """Print what to know first, then every table, with the verdicts below the differences."""
+    for title, sentences in (("Left out", comparison.group.left_out), ("Know first", comparison.group.warnings)):
+        for place, sentence in enumerate(sentences):
+            lead = "" if place else f"{title}\n"
+            console.print(Text.assemble((lead, "bold yellow"), f"- {sentence}"))
+    for title, texts, rows in tables(comparison):
+        texts = texts.loc[:, (texts != "").any()]
+        table = Table(title=Text(f"\n{title}", style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for place, name in enumerate(texts.columns):
+            justify: Literal["left", "right"] = "right" if place else "left"
+            table.add_column(Text(str(name)), justify=justify, no_wrap=bool(place), overflow="fold")
+        for cells in texts.itertuples(index=False):
+            table.add_row(*(Text(str(cell)) for cell in cells))
+        console.print(table)
+        for row in rows.to_dict("records") if "verdict" in rows else []:
+            chance = "" if pd.isna(row.get("improvement")) else f"; probability of improvement {row['improvement']:.2f}"
+            console.print(Text.assemble((f"{row['arm']}: ", "bold"), row["verdict"] + chance))
+    for place, note in enumerate(comparison.notes):
+        console.print(Text(("" if place else "\n") + f"- {note}"))
+
+
+def show_published(console: Console, comparison: Comparison, step_s: float | None) -> None:
+    """Print each published number with the arms that it may be held to, and the cost of the published table."""
+    console.print(Text("\nPublished, and ours", style="bold"))
+    rows = beside(comparison)
+    for row in rows.to_dict("records"):
+        value = " to ".join(f"{100 * x:.1f}" for x in dict.fromkeys((row["published"], row["published_high"])))
+        remark = f"; {row['remark']}" if row["remark"] else ""
+        ours = "no arm here"
+        if row["arm"] is not None:
+            ours = (
+                f"ours {100 * row['mean']:.1f} {interval(row)}, {row['arm']}, {row['selection']}, {row['seeds']} seeds"
+            )
+            ours += f"; differs from the recipe in {row['differs']}" if row["differs"] else "; the recipe's settings"
+        head = f"{row['model']} {row['published_arm']}, {row['set']}: "
+        console.print(Text.assemble((head, "bold"), f"published {value} % ({row['source']}{remark}); {ours}"))
+    costs = cost(comparison.group, step_s)
+    known = costs.dropna()
+    console.print(Text(f"\nTraining the published table, {PAPER_SEEDS} seeds, evaluation aside", style="bold"))
+    for row in known.to_dict("records"):
+        line = f"{row['experiment']}: {row['steps']} steps of {row['step_s']:.2f} s, {row['gpu_hours']:.1f} GPU-hours"
+        console.print(Text(line))
+    if len(known) < len(costs):
+        missing = ", ".join(costs.loc[costs["step_s"].isna(), "experiment"])
+        console.print(Text(f"no run here has measured a step of {missing}; give --step-s"))
+    if len(known):
+        console.print(Text(f"together {known['gpu_hours'].sum():.0f} GPU-hours", style="bold"))
+
+
+def write_csv(path: Path, comparison: Comparison) -> None:
+    """All numbers in one table, whose column ``table`` says arms, differences or pass_at_k."""
+    frames = [getattr(comparison, name).assign(table=name) for name in TABLES]
+    pd.concat([frame for frame in frames if len(frame)]).to_csv(path, index=False)
+
+
+def write_latex(path: Path, comparison: Comparison) -> None:
+    """The tables as printed, each a ``table`` with ``booktabs`` rules and a caption."""
+    text = [texts.to_latex(index=False, escape=True, caption=_escape(title)) for title, texts, _ in tables(comparison)]
+    path.write_text("\n".join(text), encoding="utf-8")
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([%_&#$])", r"\\\1", text)
+
+
+def main() -> None:
+    """``python -m pspo.compare``."""
+    parser = argparse.ArgumentParser(prog="python -m pspo.compare", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("paths", nargs="+", help="outputs/<group>, or run directories, or quoted globs of them")
+    parser.add_argument("--by", action="append", default=[], help="key that sets arms apart; default: all that differ")
+    parser.add_argument("--against", help="reference arm; default: noclip where there is one, else the first arm")
+    parser.add_argument("--set", action="append", default=[], dest="sets", help="test set; default: all")
+    parser.add_argument("--evaluation", help="settings of the answers; default: greedy where there are such answers")
+    parser.add_argument("--temperature", action="append", default=[], type=float, help="default: the lowest")
+    parser.add_argument("--when", default="after", help="before, after or step_<number>; default: after")
+    parser.add_argument("--score", default="correct", choices=["correct", "strict"], help="strict: in the asked format")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all numbers as CSV")
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="write the tables as LaTeX")
+    parser.add_argument("--published", action="store_true", help="published numbers beside ours, and the table's cost")
+    parser.add_argument("--step-s", type=float, help="seconds a step for the cost; default: measured by these runs")
+    arguments = parser.parse_args()
+    with answering(ConfigError, OSError):
+        runs = group(load(arguments.paths, texts=False), arguments.by)
+        chosen = choose(
+            runs, arguments.sets, arguments.evaluation, arguments.temperature, arguments.when, arguments.score
+        )
+        comparison = compare(runs, chosen, arguments.against)
+        console = Console()
+        show(console, comparison)
+        if arguments.published:
+            show_published(console, comparison, arguments.step_s)
+        for path, write in ((arguments.csv, write_csv), (arguments.latex, write_latex)):
+            if path is not None:
+                write(path, comparison)
+                console.print(Text(f"wrote {path}"))
+
+
+if __name__ == "__main__":
+    main()
