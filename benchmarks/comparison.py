@@ -35,7 +35,9 @@ def make_group(
     for number, overrides in enumerate(arms):
         config = as_dict(compose([*overrides, f"group={directory.name}", f"output_dir={directory.parent}"]))
         for seed in range(seeds):
-            make_run(directory / f"arm{number:02}_seed{seed}", config | {"seed": seed}, number, steps, problems, samples)
+            make_run(
+                directory / f"arm{number:02}_seed{seed}", config | {"seed": seed}, number, steps, problems, samples
+            )
     return directory
 
 
@@ -49,7 +51,11 @@ def make_run(run: Path, config: dict[str, Any], arm: int, steps: int, problems: 
     write_lines(run / "metrics.jsonl", (metrics(step, accuracy[step], rng) for step in range(steps + 1)))
     write_lines(
         run / "diagnostics.jsonl",
-        ({"step": step} | inner_metrics(place, inner, arm, rng) for step in range(1, steps + 1) for place in range(inner)),
+        (
+            {"step": step} | inner_metrics(place, inner, arm, rng)
+            for step in range(1, steps + 1)
+            for place in range(inner)
+        ),
     )
     write_lines(run / "completions.jsonl", [{"step": 1} | answer(0, 0, 0.5, rng)])
     for when, share in (("before", 0.2), ("after", float(accuracy[-1]))):
@@ -58,7 +64,9 @@ def make_run(run: Path, config: dict[str, Any], arm: int, steps: int, problems: 
         write_lines(folder / "greedy" / "embedded_t0.jsonl", rows)
         if when == "after" and samples:
             for temperature in (0.4, 0.8):
-                rows = (answer(p, k, share - 0.1 * temperature, rng) for p in range(problems // 4) for k in range(samples))
+                rows = (
+                    answer(p, k, share - 0.1 * temperature, rng) for p in range(problems // 4) for k in range(samples)
+                )
                 write_lines(folder / "paper" / f"embedded_t{temperature:g}.jsonl", rows)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "inputs.json").write_text(json.dumps({"code": "0123456789abcdef"}))
@@ -77,7 +85,11 @@ def metrics(step: int, accuracy: float, rng: np.random.Generator) -> dict[str, A
     noisy = accuracy + 0.02 * rng.standard_normal()
     row = {"step": step}
     if step % 10 == 0:
-        row |= {"validation/greedy_accuracy": noisy, "validation/sampled_accuracy": noisy - 0.05, "time/validation_s": 2.0}
+        row |= {
+            "validation/greedy_accuracy": noisy,
+            "validation/sampled_accuracy": noisy - 0.05,
+            "time/validation_s": 2.0,
+        }
         row |= {"validation/greedy_length_mean": 24 - 5 * noisy, "validation/sampled_length_mean": 25 - 5 * noisy}
     if step == 0:
         return row
@@ -85,9 +97,9 @@ def metrics(step: int, accuracy: float, rng: np.random.Generator) -> dict[str, A
     return row | {
         "reward/mean": noisy, "reward/correct_mean": noisy, "completion/length_mean": 30 - 9 * noisy,
         "completion/truncated_rate": 0.05 * rng.random(), "policy/kl_old_new_k3": 0.001 + 0.001 * rng.random(),
-        "policy/entropy_mean": 1.5 - noisy, "policy/ratio_max": 1 + 8 * rng.random(), "ratio/ess": 1 - 0.1 * rng.random(),
-        "optimizer/grad_norm_mean": rng.gamma(2), "weight/mass_kept": 1 - 0.2 * rng.random(),
-        **{f"weight/{name}_rate": share for name, share in shares.items()},
+        "policy/entropy_mean": 1.5 - noisy, "policy/ratio_max": 1 + 8 * rng.random(),
+        "ratio/ess": 1 - 0.1 * rng.random(), "optimizer/grad_norm_mean": rng.gamma(2),
+        "weight/mass_kept": 1 - 0.2 * rng.random(), **{f"weight/{name}_rate": share for name, share in shares.items()},
         "time/step_s": 3.5, "time/rollout_s": 2 + 0.1 * rng.random(), "time/update_s": 1 + 0.1 * rng.random(),
         "time/tokens_per_s": 900 + 50 * rng.random(), "memory/peak_gib": 1.2,
         "budget/steps": step, "budget/prompts": 32 * step, "budget/completion_tokens": 3000 * step,
@@ -98,11 +110,16 @@ def metrics(step: int, accuracy: float, rng: np.random.Generator) -> dict[str, A
 def inner_metrics(place: int, inner: int, arm: int, rng: np.random.Generator) -> dict[str, Any]:
     """A row of ``diagnostics.jsonl``, all its columns."""
     distance = place / inner * (1 + 0.2 * arm) * (1 + 0.2 * rng.random())
-    quantiles = {f"ratio/{sign}_{q}": 1 + distance * rng.random() for sign in ("positive", "negative") for q in [*QUANTILES, "max"]}
+    quantiles = {
+        f"ratio/{sign}_{q}": 1 + distance * rng.random()
+        for sign in ("positive", "negative")
+        for q in [*QUANTILES, "max"]
+    }
     return quantiles | {
-        "epoch": 4 * place // inner, "minibatch": place % 4, "ratio/ess": 1 - 0.2 * distance, "ratio/tv": 0.1 * distance,
-        "kl/before_k1": 0.01 * distance, "kl/before_k3": 0.01 * distance, "kl/after_k1": 0.01 * distance,
-        "kl/after_k3": 0.01 * distance, "policy/entropy": 1.0, "weight/zero_rate": 0.3 * distance / (1 + distance),
+        "epoch": 4 * place // inner, "minibatch": place % 4, "ratio/ess": 1 - 0.2 * distance,
+        "ratio/tv": 0.1 * distance, "kl/before_k1": 0.01 * distance, "kl/before_k3": 0.01 * distance,
+        "kl/after_k1": 0.01 * distance, "kl/after_k3": 0.01 * distance, "policy/entropy": 1.0,
+        "weight/zero_rate": 0.3 * distance / (1 + distance),
         "weight/damped_rate": 0.3, "weight/amplified_rate": 0.1, "weight/reversed_rate": 0.0,
         "weight/mass_kept": 1 - 0.3 * distance, "optimizer/grad_norm": 1.0, "optimizer/grad_norm_clipped": 1.0,
         "optimizer/update_norm_estimate": 0.1 / (1 + place),
@@ -110,11 +127,12 @@ def inner_metrics(place: int, inner: int, arm: int, rng: np.random.Generator) ->
 
 
 def answer(problem: int, sample: int, share: float, rng: np.random.Generator) -> dict[str, Any]:
-    """An answer, right with a probability of about ``share`` that depends on the problem; one problem's attacks the page."""
+    """An answer, right with a probability near ``share`` that depends on the problem; problem 0 has a hostile text."""
     easiness = np.random.default_rng([7, problem]).normal(0, 0.25)
     correct = bool(rng.random() < share + easiness)
     tokens = int(rng.integers(12, 28 if correct else 40))
-    text = f"{ATTACK if problem == 0 else ''}{3 + problem} apples and {tokens} more make {problem + tokens}. #### {problem}"
+    sentence = f"{3 + problem} apples and {tokens} more make {problem + tokens}. #### {problem}"
+    text = (ATTACK if problem == 0 else "") + sentence
     return {
         "problem": f"embedded/test/{problem}", "question": "How many <apples> are there?", "answer": f"{problem}",
         "completion": text, "sample": sample, "reward": float(correct), "correct": correct,

@@ -82,7 +82,8 @@ def _sections(results: Results) -> list[Any]:
             sets = [] if answers.empty else sorted(set(answers.loc[answers["when"] == "after", "set"]))
             drawn += [
                 reports.BarPlot(
-                    title=f"Accuracy on {name} after training", metrics=[reports.SummaryMetric(f"evaluation/{name}/after/accuracy")],
+                    title=f"Accuracy on {name} after training",
+                    metrics=[reports.SummaryMetric(f"evaluation/{name}/after/accuracy")],
                     groupby_aggfunc="mean", groupby_rangefunc="minmax",
                 )
                 for name in sets
@@ -118,7 +119,9 @@ def main() -> None:
     """``python -m pspo.dashboard``: exit status 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.dashboard", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
-    parser.add_argument("--by", action="append", default=[], help="key that sets the arms apart; all that differ, if not given")
+    parser.add_argument(
+        "--by", action="append", default=[], help="key that sets the arms apart; all that differ, if not given"
+    )
     arguments = parser.parse_args()
     with answering(ConfigError, stopped="stopped; the same command begins again"):
         sys.stdout.write(f"{renew(arguments.group, arguments.by)}\n")

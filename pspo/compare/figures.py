@@ -67,7 +67,14 @@ class Figure:
 
 
 def curves(
-    rows: pd.DataFrame, arms: Sequence[str], x: str, metric: str, title: str, *, percent: bool = False, log: bool = False
+    rows: pd.DataFrame,
+    arms: Sequence[str],
+    x: str,
+    metric: str,
+    title: str,
+    *,
+    percent: bool = False,
+    log: bool = False,
 ) -> Figure | None:
     """A metric over ``x``: for each arm the mean over its runs, and a band from the lowest run to the highest.
 
@@ -88,7 +95,9 @@ def curves(
                 traces.append(_band(number, arm, own[x], own["min"], own["max"]))
             traces.append(_line(number, arm, own[x], own["mean"], width=2, markers=6))
     axis: dict[str, Any] = {"type": "log", "dtick": 1} if log else {}
-    return Figure(title, traces, {"xaxis": {"title": {"text": x}}, "yaxis": axis | ({"tickformat": "~%"} if percent else {})})
+    return Figure(
+        title, traces, {"xaxis": {"title": {"text": x}}, "yaxis": axis | ({"tickformat": "~%"} if percent else {})}
+    )
 
 
 def intervals(points: Points, arms: Sequence[str], x: str, title: str, *, log: bool = False) -> Figure:
@@ -119,7 +128,15 @@ def forest(
         "error_x": _bars(values, lows, highs) | {"color": "#1f2933"},
         "text": [html.escape(label) for label in rows], "hovertemplate": "%{text}<br>%{x}<extra></extra>",
     }  # fmt: skip
-    line = {"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "#1f2933", "width": 1}}
+    line = {
+        "type": "line",
+        "x0": 0,
+        "x1": 0,
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": "#1f2933", "width": 1},
+    }
     layout = {"yaxis": _rows(rows), "xaxis": {"title": {"text": x}}, "shapes": [line] if zero else []}
     return Figure(title, [trace], layout, 36 * len(rows) + 80)
 
@@ -134,7 +151,14 @@ def boxes(quantiles: Mapping[str, Mapping[str, Sequence[float]]], title: str, x:
         places = [labels.index(label) for label in rows]
         look = {"fillcolor": FILLS[number], "line": {"color": "#1f2933", "width": 1}}
         traces.append(
-            {"type": "box", "name": part, "orientation": "h", "y": places, **dict(zip(names, five, strict=True)), **look}
+            {
+                "type": "box",
+                "name": part,
+                "orientation": "h",
+                "y": places,
+                **dict(zip(names, five, strict=True)),
+                **look,
+            }
         )
     layout = {"yaxis": _rows(labels), "xaxis": {"title": {"text": x}, "rangemode": "tozero"}}
     return Figure(title, traces, layout | {"boxmode": "group", "showlegend": True}, 46 * len(labels) + 120)
@@ -177,14 +201,22 @@ def _band(number: int, arm: str, x: pd.Series, low: pd.Series, high: pd.Series) 
     red, green, blue = (int(Style.of(number).color[at : at + 2], 16) for at in (1, 3, 5))
     return {
         "type": "scatter", "mode": "lines", "hoverinfo": "skip", "line": {"width": 0}, "fill": "toself",
-        "meta": arm, "fillcolor": f"rgba({red},{green},{blue},0.14)", "x": short([*x, *x[::-1]]), "y": short([*high, *low[::-1]]),
+        "meta": arm, "fillcolor": f"rgba({red},{green},{blue},0.14)",
+        "x": short([*x, *x[::-1]]), "y": short([*high, *low[::-1]]),
     }  # fmt: skip
 
 
 def _bars(values: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> dict[str, Any]:
-    """plotly's error bars from the ends of intervals."""
+    """Plotly's error bars from the ends of intervals."""
     above, below = (np.abs(np.subtract(ends, values)) for ends in (highs, lows))
-    return {"type": "data", "symmetric": False, "array": short(above), "arrayminus": short(below), "width": 5, "thickness": 1.5}
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": short(above),
+        "arrayminus": short(below),
+        "width": 5,
+        "thickness": 1.5,
+    }
 
 
 def _spacing(x: pd.Series) -> float:

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import math
 import numbers
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from plotly.offline import get_plotlyjs
 
 from pspo.base.files import read_lines, write_text
 from pspo.compare import figures
-from pspo.compare.arms import Group, scores, selections
-from pspo.compare.comparison import Comparison
+from pspo.compare.arms import Group, selections
+from pspo.compare.comparison import Comparison, compare
 from pspo.compare.figures import DASHES, SYMBOLS, Figure, Style
-from pspo.compare.statistics import estimate
+from pspo.compare.tables import tables
 from pspo.report.page import templates
 from pspo.report.panels import INNER_STEPS, SECTIONS, Panel
 
@@ -74,10 +75,12 @@ class Section:
 def write(group: Group, comparison: Comparison, path: Path) -> Path:
     """Write the page of a group; ``comparison`` has the numbers that stand first."""
     arms = list(group.arms)
+    after = [selection for selection in selections(group) if selection.when == "after"]
+    everything = compare(group, after, comparison.against) if after else comparison
     sections = [_arms(group), _outcome(comparison, arms)]
     for section in _training(group, arms):
         if section.title == "Evaluation":
-            section.figures.extend(_evaluation(group, comparison, arms))
+            section.figures.extend(_evaluation(group, comparison, everything, arms))
         sections += [section] if section.figures else []
     sections += _completions(group, comparison)
     drawn = [figure for section in sections for figure in section.figures]
@@ -141,9 +144,13 @@ def _with_arms(rows: pd.DataFrame, group: Group) -> pd.DataFrame:
 
 
 def _curves(rows: pd.DataFrame, panels: Iterable[Panel], arms: Sequence[str], x: str) -> Iterator[Figure]:
-    for panel in (part for panel in panels for part in panel.parts()):
+    for panel in itertools.chain.from_iterable(panel.parts() for panel in panels):
         for metric, name in panel.curves.items():
-            title = panel.title + (f": {' '.join(name.split())}" if name else "") + (" by inner step" if x != "step" else "")
+            title = (
+                panel.title
+                + (f": {' '.join(name.split())}" if name else "")
+                + (" by inner step" if x != "step" else "")
+            )
             figure = figures.curves(rows, arms, x, metric, title, percent=panel.percent, log=panel.log)
             if figure is not None:
                 yield figure
@@ -168,44 +175,12 @@ def _outcome(comparison: Comparison, arms: Sequence[str]) -> Section:
         if len(own):
             title = f"Difference from {comparison.against}: {selection}"
             drawn.append(figures.forest(_intervals(own, "difference"), arms, title, "percentage points", zero=True))
-    tables = [
-        Table(title, name, pd.DataFrame([shown(row) for row in frame.to_dict("records")]), frame)
-        for title, name, frame, shown in (
-            ("Accuracy, per cent", "accuracy", comparison.arms, _accuracy_row),
-            (f"Difference from {comparison.against}, percentage points", "differences", comparison.differences, _difference_row),
-            ("pass@k, per cent", "pass_at_k", comparison.pass_at_k, _pass_row),
-        )
-        if not frame.empty
-    ]
+    printed = []
+    for title, texts, rows in tables(comparison):
+        shown = texts.assign(verdict=rows["verdict"].to_numpy()) if "verdict" in rows else texts
+        printed.append(Table(title, re.sub(r"[^\w.@]+", "_", title).strip("_"), shown, rows))
     text = ["Marks: means; bars: 95 % intervals over seeds and problems.", *comparison.notes]
-    return Section("Outcome", text, drawn, tables, wide=True)
-
-
-def _accuracy_row(row: dict[str, Any]) -> dict[str, str]:
-    bootstrap = f"[{100 * row['bootstrap_low']:.1f}, {100 * row['bootstrap_high']:.1f}]"
-    about = {"answers": row["selection"], "arm": row["arm"], "seeds": f"{row['seeds']}", "problems": f"{row['problems']:,}"}
-    spread = {"SD of seeds": _share(row["seed_std"]), "IQM": _share(row.get("iqm", math.nan)), "bootstrap 95 %": bootstrap}
-    return about | {"mean [95 %]": _interval(row, "mean", "{:.1f}")} | spread
-
-
-def _difference_row(row: dict[str, Any]) -> dict[str, str]:
-    about = {"answers": row["selection"], "arm": row["arm"], "difference [95 %]": _interval(row, "difference", "{:+.1f}")}
-    tests = {"P(better)": f"{row.get('improvement', math.nan):.2f}".replace("nan", "–"), "p": f"{row['p']:.3f}", "p (Holm)": f"{row['p_holm']:.3f}", "detectable": f"±{100 * row['detectable']:.1f}"}
-    return about | tests | {"paired over": row["paired"], "verdict": row["verdict"]}
-
-
-def _pass_row(row: dict[str, Any]) -> dict[str, str]:
-    about = {"answers": row["selection"], "arm": row["arm"], "k": f"{row['k']}"}
-    return about | {"pass@k [95 %]": _interval(row, "pass_at_k", "{:.1f}")}
-
-
-def _interval(row: dict[str, Any], value: str, digits: str) -> str:
-    middle, low, high = (digits.format(100 * row[key]) for key in (value, "low", "high"))
-    return f"{middle} [{low}, {high}]"
-
-
-def _share(value: float) -> str:
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+    return Section("Outcome", text, drawn, printed, wide=True)
 
 
 def _intervals(rows: pd.DataFrame, value: str) -> dict[str, tuple[float, float, float]]:
@@ -213,37 +188,44 @@ def _intervals(rows: pd.DataFrame, value: str) -> dict[str, tuple[float, float, 
     return {row["arm"]: (100 * row[value], 100 * row["low"], 100 * row["high"]) for row in rows.to_dict("records")}
 
 
-def _evaluation(group: Group, comparison: Comparison, arms: Sequence[str]) -> Iterator[Figure]:
-    """Accuracy over every swept number and over the temperature, pass@k, lengths and truncation."""
+def _evaluation(group: Group, comparison: Comparison, everything: Comparison, arms: Sequence[str]) -> Iterator[Figure]:
+    """Accuracy over every swept number and over the temperature, pass@k, lengths and truncation.
+
+    ``everything`` has all answers after training, ``comparison`` those that stand first.
+    """
     for selection, rows in comparison.arms.groupby("selection", sort=False):
         for key in group.by:
             if points := _over(group, key, rows):
                 xs = [x for own in points.values() for x, *_ in own]
                 log = min(xs) > 0 and max(xs) / min(xs) >= MIN_LOG_RATIO
                 yield figures.intervals(points, [*points], key, f"Accuracy over {key}: {selection}", log=log)
-    chosen = [selection for selection in selections(group) if selection.when == "after"]
-    for (name, evaluation), same in itertools.groupby(chosen, key=lambda s: (s.set, s.evaluation)):
-        points = {arm: [] for arm in arms}
-        for selection in same:
-            for arm, table in scores(group, selection).items():
-                found = estimate(table.to_numpy())
-                points[arm].append((selection.temperature, found.mean, found.mean - found.half_width, found.mean + found.half_width))
-        points = {arm: own for arm, own in points.items() if len(own) > 1}
-        if points:
+    for (name, evaluation), rows in everything.arms.groupby(["set", "evaluation"], sort=False):
+        if rows["temperature"].nunique() > 1:
+            points = _points(rows, "temperature", "mean")
             yield figures.intervals(points, arms, "temperature", f"Accuracy over the temperature: {name}, {evaluation}")
-    for selection, rows in comparison.pass_at_k.groupby("selection", sort=False) if not comparison.pass_at_k.empty else ():
-        points = {arm: [*own[["k", "pass_at_k", "low", "high"]].itertuples(index=False)] for arm, own in rows.groupby("arm", sort=False)}
-        yield figures.intervals(points, arms, "k", f"pass@k: {selection}", log=True)
+    for _, rows in everything.pass_at_k.groupby(["set", "evaluation"], sort=False) if len(everything.pass_at_k) else ():
+        hottest = rows[rows["temperature"] == rows["temperature"].max()]
+        title = f"pass@k: {hottest['selection'].iloc[0]}"
+        yield figures.intervals(_points(hottest, "k", "pass_at_k"), arms, "k", title, log=True)
     answers = _with_arms(group.results.answers, group)
     for (selection, *where), _ in comparison.arms.groupby(["selection", *WHERE], sort=False):
         own = answers[(answers[WHERE] == where).all(axis=1)]
-        parts = {"correct": own[own["correct"]], "not correct": own[~own["correct"]]}
         quantiles = {
-            part: {arm: np.quantile(rows["tokens"], QUANTILES) for arm, rows in rows.groupby("arm")} for part, rows in parts.items()
+            part: {arm: np.quantile(rows["tokens"], QUANTILES) for arm, rows in chosen.groupby("arm")}
+            for part, chosen in (("correct", own[own["correct"]]), ("not correct", own[~own["correct"]]))
+            if len(chosen)
         }
         yield figures.boxes(quantiles, f"Length of answers: {selection}", "tokens")
         cut = own.groupby("arm")["truncated"].mean().mul(100).to_dict()
-        yield figures.bars({"truncated": {arm: cut[arm] for arm in arms if arm in cut}}, f"Truncated answers: {selection}", "per cent")
+        yield figures.bars(
+            {"truncated": {arm: cut[arm] for arm in arms if arm in cut}}, f"Truncated answers: {selection}", "per cent"
+        )
+
+
+def _points(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[tuple[float, float, float, float]]]:
+    """Arm -> its points (x, y, low, high)."""
+    columns = [x, y, "low", "high"]
+    return {arm: [*own[columns].itertuples(index=False, name=None)] for arm, own in rows.groupby("arm", sort=False)}
 
 
 def _over(group: Group, key: str, rows: pd.DataFrame) -> dict[str, list[tuple[float, float, float, float]]]:
@@ -276,13 +258,13 @@ def _completions(group: Group, comparison: Comparison) -> list[Section]:
         card["arms"].append(first[run])
         if len(cards) == MAX_COMPLETIONS:
             break
-    text = [f"Each arm's run of its lowest seed, {name}, temperature {temperature:g}: the problem with the most different answers."]
+    text = [f"The problem of {name} with the most different answers, at temperature {temperature:g}: first seeds."]
     return [Section("Completions of one problem", text, completions=list(cards.values()))]
 
 
 def _text(cell: Any) -> str:
     """A setting or a count as text; a setting that an arm does not have is a dash."""
-    if isinstance(cell, str) or isinstance(cell, bool):
+    if isinstance(cell, str | bool):
         return str(cell)
     return "–" if pd.isna(cell) else f"{cell:,.0f}" if cell >= 1000 else f"{cell:g}"
 

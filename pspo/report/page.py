@@ -31,7 +31,11 @@ def visible(value: Any) -> str:
 
     Markup, which only a page itself makes, stays as it is.
     """
-    return value if isinstance(value, Markup) else str(value).translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    return (
+        value
+        if isinstance(value, Markup)
+        else str(value).translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    )
 
 
 def templates(folder: Path) -> Environment:
