@@ -26,11 +26,14 @@ from pspo.compare.figures import DASHES, SYMBOLS, Figure, Style
 from pspo.compare.tables import tables
 from pspo.report.page import templates
 from pspo.report.panels import INNER_STEPS, SECTIONS, Panel
+from pspo.report.qualities import MEASURES, measure
 
 MAX_ARMS_SHOWN = 8
 """Arms whose curves are shown at first; the boxes of the legend show the others."""
 MAX_COMPLETIONS = 6
 MAX_COMPLETION_CHARACTERS = 4000
+MAX_MEASURED_ANSWERS = 200
+"""Answers of a run whose texts are read for the cheap measures, which take most of a large page's time."""
 MIN_LOG_RATIO = 20
 """Largest over smallest value of a swept key from which on its axis is logarithmic."""
 WHERE = ["set", "evaluation", "temperature", "when"]
@@ -82,7 +85,7 @@ def write(group: Group, comparison: Comparison, path: Path) -> Path:
         if section.title == "Evaluation":
             section.figures.extend(_evaluation(group, comparison, everything, arms))
         sections += [section] if section.figures else []
-    sections += _completions(group, comparison)
+    sections += [*_completions(group, comparison), _qualities(group, comparison)]
     drawn = [figure for section in sections for figure in section.figures]
     environment = templates(Path(__file__).parent)
     environment.filters |= {"digest": _digest, "number": drawn.index}
@@ -228,6 +231,28 @@ def _points(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[tuple[float, f
     return {arm: [*own[columns].itertuples(index=False, name=None)] for arm, own in rows.groupby("arm", sort=False)}
 
 
+def _qualities(group: Group, comparison: Comparison) -> Section:
+    """What can be counted in the answers' texts, a row for each arm: means over its runs."""
+    (where, _), rows = next(iter(comparison.arms.groupby(WHERE, sort=False))), []
+    for arm, runs in group.arms.items():
+        for run in runs:
+            lines = read_lines(_file(run, *where))[:MAX_MEASURED_ANSWERS]
+            prompt = group.results.config(run)["dataset"]["system_prompt"]
+            rows += [{"arm": arm, "run": run} | measure(line, prompt) for line in lines]
+    means = (
+        pd.DataFrame(rows).groupby(["arm", "run"], sort=False).mean().groupby("arm", sort=False).mean().reset_index()
+    )
+    text = [f"Of each run's first {MAX_MEASURED_ANSWERS} answers: {comparison.arms['selection'].iloc[0]}."]
+    text += [f"{name}: {definition}" for name, definition in MEASURES.items()]
+    table = Table("Means over runs", "qualities", means.map(_text), means)
+    return Section("Counted in the answers", text, tables=[table])
+
+
+def _file(run: str, name: str, evaluation: str, temperature: float, when: str) -> Path:
+    """Where a run has its answers to a set."""
+    return Path(run, "evaluation", when, evaluation, f"{name}_t{temperature:g}.jsonl")
+
+
 def _over(group: Group, key: str, rows: pd.DataFrame) -> dict[str, list[tuple[float, float, float, float]]]:
     """Points (value of a numeric key, mean, low, high) of arms that share all other keys, under those keys' values."""
     settings, series = group.results.runs.set_index("run"), {}
@@ -252,8 +277,8 @@ def _completions(group: Group, comparison: Comparison) -> list[Section]:
     problem = kinds.sort_values(["correct", "tokens"], ascending=False, kind="stable").index[0]
     cards: dict[str, dict[str, Any]] = {}
     for run in rows["run"].unique():
-        path = Path(run, "evaluation", when, evaluation, f"{name}_t{temperature:g}.jsonl")
-        row = next(row for row in read_lines(path) if row["problem"] == problem and row["sample"] == 0)
+        rows_of_run = read_lines(_file(run, name, evaluation, temperature, when))
+        row = next(row for row in rows_of_run if row["problem"] == problem and row["sample"] == 0)
         card = cards.setdefault(row["completion"], row | {"arms": []})
         card["arms"].append(first[run])
         if len(cards) == MAX_COMPLETIONS:

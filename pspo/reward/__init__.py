@@ -3,8 +3,9 @@
 from pspo.reward.base import Answered, Attempt, Reward, RewardError, Score
 from pspo.reward.custom import Custom
 from pspo.reward.graded import Paper, Plain
+from pspo.reward.verify import Math
 
-REWARDS: dict[str, type[Reward]] = {"plain": Plain, "paper": Paper, "custom": Custom}
+REWARDS: dict[str, type[Reward]] = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
 Reward.kinds = REWARDS
 
-__all__ = ["REWARDS", "Answered", "Attempt", "Custom", "Paper", "Plain", "Reward", "RewardError", "Score"]
+__all__ = ["REWARDS", "Answered", "Attempt", "Custom", "Math", "Paper", "Plain", "Reward", "RewardError", "Score"]
