@@ -4,6 +4,7 @@ python -m pspo.dashboard outputs/<group> [--by objective.alpha]
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,32 +15,39 @@ from pspo.base.command import answering
 from pspo.base.files import read_json, write_json
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
-from pspo.report.panels import SECTIONS, Panel
+from pspo.report.panels import SECTIONS
 from pspo.results import Results, load
 from pspo.tracker.wandb import check_login
 
 
 def renew(directory: Path, by: Sequence[str] = ()) -> str:
-    """Save the workspace of ``outputs/<group>`` at W&B, the one of ``dashboard.json`` where it still exists.
+    """Save the workspace of ``outputs/<group>`` at W&B: the one of ``dashboard.json``, or else a new one.
 
-    Returns the workspace's address, which ``dashboard.json`` keeps. Raises ConfigError for a group without a run at W&B
-    and where W&B cannot be reached.
+    Returns its address, which ``dashboard.json`` keeps. Raises ConfigError for a group without a run at W&B, and where
+    W&B cannot be reached.
     """
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise ConfigError("pspo.dashboard needs the package wandb-workspaces; pip install 'pspo[dashboard]'")
     results = load(directory, texts=False)
-    # A sweep is watched while its runs train, so every run counts as finished here.
-    keys = group(replace(results, runs=results.runs.assign(state="done")), by).by
     project, entity = _project(results, directory)
+    # A sweep is watched while it trains, so every run counts as finished here.
+    keys = group(replace(results, runs=results.runs.assign(state="done")), by).by
     check_login()
     import wandb
-    from wandb_workspaces import workspaces
+    from wandb_workspaces import expr, workspaces
 
-    record, name = directory / "dashboard.json", results.runs["group"].iloc[0]
+    record, name = directory / "dashboard.json", str(results.runs["group"].iloc[0])
     workspace = _saved(read_json(record).get("url"))
     if workspace is None:
-        owner = entity or wandb.Api().default_entity
+        owner = str(entity or wandb.Api().default_entity)
         workspace = workspaces.Workspace(entity=owner, project=project, name=f"{name}: comparison")
-    workspace.sections, workspace.runset_settings = _sections(results), _runs(name, keys)
+    workspace.sections = _sections(results)
     workspace.settings = workspaces.WorkspaceSettings(max_runs=100)
+    workspace.runset_settings = workspaces.RunsetSettings(
+        filters=[expr.Metric("Group") == name],
+        groupby=[expr.Config(key) for key in keys],
+        order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
+    )
     address = str(workspace.save().url)
     write_json(record, {"url": address})
     return address
@@ -47,72 +55,51 @@ def renew(directory: Path, by: Sequence[str] = ()) -> str:
 
 def _project(results: Results, directory: Path) -> tuple[str, str | None]:
     """The W&B project and entity of the group's runs. Raises ConfigError where there is none, or more than one."""
-    runs = results.runs
-    mirrored = runs[runs["tracker.name"] == "wandb"]
-    if mirrored.empty:
+    runs = results.runs[results.runs["tracker.name"] == "wandb"]
+    if runs.empty:
         raise ConfigError(f"no run of {directory} has tracker=wandb; W&B has nothing that a workspace could show")
-    places = mirrored[["tracker.project", "tracker.entity"]].astype(object)
-    places = places.where(places.notna(), None).drop_duplicates()
+    places = runs[["tracker.project", "tracker.entity"]].drop_duplicates()
     if len(places) > 1:
         raise ConfigError(f"the runs of {directory} are in {len(places)} W&B projects; a workspace shows one of them")
     project, entity = places.iloc[0]
-    return project, entity
+    return project, entity if isinstance(entity, str) else None
 
 
 def _saved(address: str | None) -> Any:
-    """The workspace at an address; None where there is none any more."""
+    """The workspace at an address; None where it has been deleted."""
     from wandb_workspaces import workspaces
 
     try:
         return workspaces.Workspace.from_url(address) if address else None
-    except ValueError:  # deleted at W&B, or its project
+    except ValueError:
         return None
 
 
 def _sections(results: Results) -> list[Any]:
-    """The panels' sections; to "Evaluation" come the accuracies on the test sets and the completions."""
-    from wandb_workspaces.reports import v2 as reports
+    """The panels' sections; "Evaluation" has accuracy on the test sets, the completions and the figures as well.
+
+    Lines are means over the runs of an arm, bands go from the lowest run to the highest, as on the page.
+    """
+    from wandb_workspaces.reports.v2 import interface as reports
     from wandb_workspaces.workspaces import Section
 
+    spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
     sections = []
     for title, panels in SECTIONS.items():
-        drawn: list[Any] = [_plot(part) for panel in panels for part in panel.parts()]
+        drawn: list[Any] = [
+            reports.LinePlot(title=part.title, x="Step", y=list(part.curves), log_y=part.log or None, **spread)
+            for panel in panels
+            for part in panel.parts()
+        ]
         if title == "Evaluation":
             answers = results.answers
-            sets = [] if answers.empty else sorted(set(answers.loc[answers["when"] == "after", "set"]))
-            drawn += [
-                reports.BarPlot(
-                    title=f"Accuracy on {name} after training",
-                    metrics=[reports.SummaryMetric(f"evaluation/{name}/after/accuracy")],
-                    groupby_aggfunc="mean", groupby_rangefunc="minmax",
-                )
-                for name in sets
-            ]  # fmt: skip
+            for name in [] if answers.empty else sorted(set(answers.loc[answers["when"] == "after", "set"])):
+                metrics = [f"evaluation/{name}/after/accuracy"]
+                drawn.append(reports.BarPlot(title=f"Accuracy on {name} after training", metrics=metrics, **spread))
             drawn.append(reports.WeavePanelSummaryTable(table_name="completions"))
             drawn.append(reports.MediaBrowser(title="Figures", media_keys=["figures/curves"]))
         sections.append(Section(name=title, panels=drawn, is_open=True))
     return sections
-
-
-def _plot(panel: Panel) -> Any:
-    """A panel as W&B's line plot: mean over an arm's runs, band from the lowest run to the highest, as on the page."""
-    from wandb_workspaces.reports import v2 as reports
-
-    return reports.LinePlot(
-        title=panel.title, x="Step", y=list(panel.curves), log_y=panel.log or None,
-        groupby_aggfunc="mean", groupby_rangefunc="minmax",
-    )  # fmt: skip
-
-
-def _runs(name: str, keys: Sequence[str]) -> Any:
-    """The runs of the group alone, grouped by the keys that set the arms apart."""
-    from wandb_workspaces import expr, workspaces
-
-    return workspaces.RunsetSettings(
-        filters=[expr.Metric("Group") == name],
-        groupby=[expr.Config(key) for key in keys],
-        order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
-    )
 
 
 def main() -> None:
@@ -120,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pspo.dashboard", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
     parser.add_argument(
-        "--by", action="append", default=[], help="key that sets the arms apart; all that differ, if not given"
+        "--by", action="append", default=[], help="key that sets the arms apart; default: all that differ"
     )
     arguments = parser.parse_args()
     with answering(ConfigError, stopped="stopped; the same command begins again"):
