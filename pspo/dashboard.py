@@ -94,7 +94,7 @@ def _sections(results: Results) -> list[Any]:
         if title == "Evaluation":
             answers = results.answers
             for name in [] if answers.empty else sorted(set(answers.loc[answers["when"] == "after", "set"])):
-                metrics = [f"evaluation/{name}/after/accuracy"]
+                metrics: list[Any] = [f"evaluation/{name}/after/accuracy"]
                 drawn.append(reports.BarPlot(title=f"Accuracy on {name} after training", metrics=metrics, **spread))
             drawn.append(reports.WeavePanelSummaryTable(table_name="completions"))
             drawn.append(reports.MediaBrowser(title="Figures", media_keys=["figures/curves"]))

@@ -165,7 +165,7 @@ class Mirror:
             return None
         config = yaml.safe_load((self.directory / "config.yaml").read_text())
         model = config["model"].get("hub_id") or config["model"].get("path") or config["model"]["name"]
-        code = next(reversed(environment.history(self.directory)), {}).get("code", {})  # of the run's last process
+        code = {key: value for process in environment.history(self.directory) for key, value in process["code"].items()}
         run = wandb.init(
             project=config["tracker"]["project"],
             entity=config["tracker"]["entity"],
