@@ -18,7 +18,7 @@ from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
 from pspo.compare.comparison import Comparison, choose, compare
 from pspo.compare.published import PAPER_SEEDS, beside, cost
-from pspo.compare.tables import TABLES, interval, tables
+from pspo.compare.tables import COLUMNS, tables
 from pspo.results import load
 
 
@@ -28,8 +28,7 @@ def show(console: Console, comparison: Comparison) -> None:
         for place, sentence in enumerate(sentences):
             lead = "" if place else f"{title}\n"
             console.print(Text.assemble((lead, "bold yellow"), f"- {sentence}"))
-    for title, whole, rows in tables(comparison):
-        texts = whole.loc[:, (whole != "").any()]
+    for title, texts, rows in tables(comparison):
         table = Table(title=Text(f"\n{title}", style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0))
         for place, name in enumerate(texts.columns):
             justify: Literal["left", "right"] = "right" if place else "left"
@@ -47,34 +46,27 @@ def show(console: Console, comparison: Comparison) -> None:
 def show_published(console: Console, comparison: Comparison, step_s: float | None) -> None:
     """Print each published number with the arms that it may be held to, and the cost of the published table."""
     console.print(Text("\nPublished, and ours", style="bold"))
-    rows = beside(comparison)
-    for row in rows.to_dict("records"):
-        value = " to ".join(f"{100 * x:.1f}" for x in dict.fromkeys((row["published"], row["published_high"])))
-        remark = f"; {row['remark']}" if row["remark"] else ""
-        ours = "no arm here"
-        if row["arm"] is not None:
-            ours = (
-                f"ours {100 * row['mean']:.1f} {interval(row)}, {row['arm']}, {row['selection']}, {row['seeds']} seeds"
-            )
-            ours += f"; differs from the recipe in {row['differs']}" if row["differs"] else "; the recipe's settings"
+    for row in beside(comparison).to_dict("records"):
         head = f"{row['model']} {row['published_arm']}, {row['set']}: "
-        console.print(Text.assemble((head, "bold"), f"published {value} % ({row['source']}{remark}); {ours}"))
+        text = "published {published} % ({source}); ".format(**row)
+        if row["arm"] is None:
+            text += "no arm here"
+        else:
+            text += f"ours {100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}], "
+            text += "{arm}, {selection}, seeds: {seeds}; differs in {differs}".format(**row)
+        console.print(Text.assemble((head, "bold"), text))
     costs = cost(comparison.group, step_s)
-    known = costs.dropna()
     console.print(Text(f"\nTraining the published table, {PAPER_SEEDS} seeds, evaluation aside", style="bold"))
-    for row in known.to_dict("records"):
-        line = f"{row['experiment']}: {row['steps']} steps of {row['step_s']:.2f} s, {row['gpu_hours']:.1f} GPU-hours"
-        console.print(Text(line))
-    if len(known) < len(costs):
-        missing = ", ".join(costs.loc[costs["step_s"].isna(), "experiment"])
-        console.print(Text(f"no run here has measured a step of {missing}; give --step-s"))
-    if len(known):
-        console.print(Text(f"together {known['gpu_hours'].sum():.0f} GPU-hours", style="bold"))
+    for row in costs.dropna().to_dict("records"):
+        console.print(Text("{experiment}: {steps} steps of {step_s:.2f} s, {gpu_hours:.1f} GPU-hours".format(**row)))
+    if missing := costs.loc[costs["step_s"].isna(), "experiment"].to_list():
+        console.print(Text(f"no run here has measured a step of {', '.join(missing)}; give --step-s"))
+    console.print(Text(f"together {costs['gpu_hours'].sum():.0f} GPU-hours", style="bold"))
 
 
 def write_csv(path: Path, comparison: Comparison) -> None:
     """All numbers in one table, whose column ``table`` says arms, differences or pass_at_k."""
-    frames = [getattr(comparison, name).assign(table=name) for name in TABLES]
+    frames = [getattr(comparison, name).assign(table=name) for name in COLUMNS]
     pd.concat([frame for frame in frames if len(frame)]).to_csv(path, index=False)
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -128,15 +128,8 @@ def estimate(values_SP: Floats) -> Estimate:
     return Estimate(float(values_SP.mean()), tuple(parts))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference of two arms' means, and what it is paired over.
-
-    Attributes:
-        estimate: the difference a − b.
-        draws_B: bootstrap draws of the difference.
-        paired: over "seeds and problems", "problems" or "nothing".
-    """
+class Difference(NamedTuple):
+    """The difference of two arms' means with its bootstrap draws, paired over "seeds and problems", …, "nothing"."""
 
     estimate: Estimate
     draws_B: Floats
@@ -146,45 +139,38 @@ class Difference:
 def difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
     """The difference of the means of two arms' scores, seeds × problems, paired over all that they share.
 
-    Arms that answered different problems are not paired. Two arms of the same problems and of fewer than two shared
-    seeds are paired over the problems alone; an arm of one seed stands as one model against each seed of the other.
+    Arms of different problems are not paired. Arms of the same problems with fewer than two shared seeds are paired
+    over problems: seeds in their order, which are independent, or the single model of one arm with all of the other.
     """
     if set(a.columns) != set(b.columns):
         one, other = estimate(a.to_numpy()), estimate(b.to_numpy())
-        draws_B = bootstrap(a.to_numpy(), 1).mean(1) - bootstrap(b.to_numpy(), 2).mean(1)
+        draws_B = bootstrap(a.to_numpy()).mean(1) - bootstrap(b.to_numpy(), stream=1).mean(1)
         return Difference(Estimate(one.mean - other.mean, one.parts + other.parts), draws_B, "nothing")
     b, shared = b[a.columns], a.index.intersection(b.index)
-    if 1 in (len(a), len(b)):
-        differences_SP = a.to_numpy() - b.to_numpy()
-        return Difference(estimate(differences_SP), bootstrap(differences_SP).mean(1), "problems")
+    paired, fewest = "problems", min(len(a), len(b))
     if len(shared) > 1:
-        differences_SP = a.loc[shared].to_numpy() - b.loc[shared].to_numpy()
-        return Difference(estimate(differences_SP), bootstrap(differences_SP).mean(1), "seeds and problems")
-    of_seeds, rest = [], 0.0
-    for arm in (a, b):
-        seeds, _, residual = (square / arm.size for square in mean_squares(arm.to_numpy()))
-        of_seeds.append(Part(seeds, len(arm), "seeds"))
-        rest += residual
-    means_P = a.to_numpy().mean(0) - b.to_numpy().mean(0)
-    problems = Part(max(float(means_P.var(ddof=1)) / means_P.size - rest, 0.0), means_P.size, "problems")
-    draws_B = bootstrap(a.to_numpy(), 1).mean(1) - bootstrap(b.to_numpy(), 2).mean(1)
-    return Difference(Estimate(float(means_P.mean()), (*of_seeds, problems)), draws_B, "problems")
+        a, b, paired = a.loc[shared], b.loc[shared], "seeds and problems"
+    elif fewest > 1:
+        a, b = a.iloc[:fewest], b.iloc[:fewest]
+    differences_SP = a.to_numpy() - b.to_numpy()
+    return Difference(estimate(differences_SP), bootstrap(differences_SP).mean(1), paired)
 
 
-def bootstrap(values_SP: Floats, stream: int = 0) -> Floats:
+def bootstrap(values_SP: Floats, *, stream: int = 0) -> Floats:
     """``BOOTSTRAP_DRAWS`` resamples of seeds and of problems: each draw's mean of each resampled seed, B × S.
 
-    Tables of as many problems share the resampled problems; ``stream`` keeps their resampled seeds apart.
+    Tables of one ``stream`` of random numbers are resampled alike.
     """
-    means_BS = _resampled_problems(values_SP.shape[1]) @ values_SP.T
+    means_BS = _resampled_problems(values_SP.shape[1], stream) @ values_SP.T
     chosen_BS = np.random.default_rng(stream).integers(len(values_SP), size=means_BS.shape)
     return np.take_along_axis(means_BS, chosen_BS, axis=1)
 
 
 @lru_cache(maxsize=4)
-def _resampled_problems(count: int) -> Floats:
+def _resampled_problems(count: int, stream: int) -> Floats:
     """Each draw's weights of ``count`` problems: how often each was drawn, over their number."""
-    return np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) / count
+    generator = np.random.default_rng([stream, count])
+    return generator.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) / count
 
 
 def percentiles(draws_B: Floats) -> tuple[float, float]:
