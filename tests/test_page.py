@@ -11,25 +11,27 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from benchmarks.comparison import ATTACK, arms, make_group
-from pspo.compare import figures, page
+from pspo.compare import figures
 from pspo.compare.arms import group, selections
 from pspo.compare.comparison import choose, compare
 from pspo.compare.figures import Style
+from pspo.compare.page import write_page
 from pspo.report.panels import SECTIONS
 from pspo.results import load
 
 
-def write_page(directory):
+def page_of(directory):
+    """The page as ``python -m pspo.compare`` writes it."""
     runs = group(load(directory, texts=False))
     chosen = choose(runs, [], None, [], "after", "correct")
-    return page.write(runs, compare(runs, chosen), directory / "comparison.html")
+    return write_page(runs, compare(runs, chosen), directory / "comparison.html")
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Five arms of three seeds, with their page."""
     made = make_group(tmp_path_factory.mktemp("outputs") / "made", list(arms(5)), seeds=3, steps=12, problems=40)
-    write_page(made)
+    page_of(made)
     return made
 
 
@@ -86,7 +88,7 @@ def test_page_escapes_what_a_model_wrote(tmp_path):
     (answers,) = made.glob("*/evaluation/after/greedy/*.jsonl")
     row = json.loads(answers.read_text())
     answers.write_text("".join(json.dumps(row | {"problem": name}) + "\n" for name in ("<b>one", "two")))
-    text = write_page(made).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
+    text = page_of(made).read_text(encoding="utf-8").replace(get_plotlyjs(), "")
     assert ATTACK not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "\x1b" not in text
@@ -96,7 +98,7 @@ def test_page_escapes_what_a_model_wrote(tmp_path):
 
 def test_the_same_runs_have_the_same_page(directory, text, tmp_path):
     again = shutil.copytree(directory, tmp_path / "made")
-    assert write_page(again).read_text(encoding="utf-8").replace(get_plotlyjs(), "") == text
+    assert page_of(again).read_text(encoding="utf-8").replace(get_plotlyjs(), "") == text
 
 
 def test_tables_are_files_too(text, directory):
@@ -134,7 +136,7 @@ def test_equal_completions_stand_once_with_all_their_arms(tmp_path):
         same = {"completion": "the same", "correct": True, "tokens": 2}
         other = {"completion": "another", "correct": False, "tokens": 3} if "arm00" in run.name else same
         answers.write_text(json.dumps(rows[0] | same) + "\n" + json.dumps(rows[1] | other) + "\n")
-    text = write_page(made).read_text(encoding="utf-8")
+    text = page_of(made).read_text(encoding="utf-8")
     cards = dict(re.findall(r"<article><h3>(.*?)</h3>\n<pre>(.*?)</pre>", text))
     assert sorted(cards.values()) == ["another", "the same"]
     assert "embedded/test/1" in text
@@ -149,7 +151,7 @@ def test_a_group_with_little_in_it_has_a_page(tmp_path):
     (run / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "budget/prompts": 1, "budget/completion_tokens": 1}) + "\n"
     )
-    titles = drawn(write_page(made).read_text(encoding="utf-8"))
+    titles = drawn(page_of(made).read_text(encoding="utf-8"))
     assert not any("step" in title or "Difference" in title for title in titles)
     assert any("Accuracy" in title for title in titles)
 

@@ -17,6 +17,7 @@ from pspo.base.command import answering
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
 from pspo.compare.comparison import Comparison, choose, compare
+from pspo.compare.page import write_page
 from pspo.compare.published import PAPER_SEEDS, beside, cost
 from pspo.compare.tables import COLUMNS, tables
 from pspo.results import load
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--score", default="correct", choices=["correct", "strict"], help="strict: in the asked format")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all numbers as CSV")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="write the tables as LaTeX")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="default: comparison.html in the first run's group")
     parser.add_argument("--published", action="store_true", help="published numbers beside ours, and the table's cost")
     parser.add_argument("--step-s", type=float, help="seconds a step for the cost; default: measured by these runs")
     arguments = parser.parse_args()
@@ -110,6 +112,8 @@ def main() -> None:
             if path is not None:
                 write(path, comparison)
                 console.print(Text(f"wrote {path}"))
+        path = arguments.page or Path(next(iter(runs.arm_of))).parent / "comparison.html"
+        console.print(Text(f"wrote {write_page(runs, comparison, path)}"))
 
 
 if __name__ == "__main__":

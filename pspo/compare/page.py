@@ -20,7 +20,7 @@ MAX_ARMS_SHOWN = 8
 MAX_COMPLETION_CHARACTERS = 4000
 
 
-def write(group: Group, comparison: Comparison, path: Path) -> Path:
+def write_page(group: Group, comparison: Comparison, path: Path) -> Path:
     """Write the page of a group; ``comparison`` has the numbers that stand first."""
     arms, sections = list(group.arms), sections_of(group, comparison)
     drawn = [figure for section in sections for figure in section.figures]
