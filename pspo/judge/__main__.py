@@ -1,0 +1,202 @@
+"""Has a language model judge the answers of each arm, by the paper's five metrics, alone and in blinded pairs.
+
+python -m pspo.judge outputs/<group> --base-url http://localhost:8000/v1 --model NAME
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from pspo.base.command import answering
+from pspo.base.console import log, log_to_console
+from pspo.base.files import write_json, write_text
+from pspo.base.schema import ConfigError
+from pspo.compare.arms import Group, group
+from pspo.judge.measures import summarize
+from pspo.judge.questions import METRICS
+from pspo.judge.verdicts import choose, questions_about, verdicts
+from pspo.results import load
+
+FAMILY = re.compile(r"qwen|llama|gemma|mi[sx]tral|deepseek|smollm|olmo|granite|falcon|gpt|(?<![a-z])phi")
+"""Families of models by words in their names; a judge prefers its own family (Panickssery et al. 2024, 2404.13076)."""
+
+
+class Label(BaseModel):
+    """A person's verdict on what a verdict of the judge is about."""
+
+    metric: str
+    set: str
+    problem: str
+    run: str
+    against_run: str | None = None
+    verdict: float
+
+
+AT_LEAST = {"limit": 1, "concurrency": 1, "retries": 0, "timeout_s": 0.001}
+
+
+def parse() -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add(
+        "paths", nargs="+", type=Path, help="outputs/<group>, or several; verdicts go into the first one's judge/<NAME>"
+    )
+    add("--base-url", required=True, help="address of the OpenAI protocol; OPENAI_API_KEY holds the key, if any")
+    add("--model", required=True, metavar="NAME", help="the judge's name at that address")
+    add("--pairs", nargs=2, action="append", metavar="ARM", help="compare two arms (default: each arm with noclip)")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all five")
+    add("--limit", type=int, default=100, help="answers of each arm to judge, over problems and seeds (default 100)")
+    for name, default in (("set", None), ("evaluation", "greedy"), ("when", "after")):
+        add(f"--{name}", default=default, help=f"judge answers of this {name} (default {default or 'all'})")
+    add("--temperature", type=float, default=0.0, help="judge answers of this temperature (default 0)")
+    add("--human", type=Path, help="lines of verdicts.jsonl with a person's verdict in each, for Cohen's κ")
+    add("--concurrency", type=int, default=8, help="requests at a time (default 8)")
+    add("--timeout-s", type=float, default=120.0, help="seconds to wait for a reply (default 120)")
+    add("--retries", type=int, default=5, help="retries of a request, with growing pauses (default 5)")
+    add("--prices", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million tokens")
+    add("--request", default="{}", metavar="JSON", help="fields to change in every request; null removes one")
+    add("--dry-run", action="store_true", help="count the requests and send none")
+    return parser.parse_args()
+
+
+def judge(arguments: argparse.Namespace) -> None:
+    """Ask what the cache does not answer; write and show every verdict there is, also where the judge gives out."""
+    from pspo.judge.ask import Judge  # needs openai
+
+    changes, people = _check(arguments), _labels(arguments.human)
+    compared = group(load(arguments.paths))
+    reference = "noclip" if "noclip" in compared.arms else next(iter(compared.arms))
+    pairs = [(compared.arm(one), compared.arm(other)) for one, other in arguments.pairs or ()]
+    pairs = pairs or [(arm, reference) for arm in compared.arms if arm != reference]
+    arms = list(dict.fromkeys(arm for pair in pairs for arm in pair)) or [reference]
+    chosen = {name: getattr(arguments, name) for name in ("evaluation", "when", "temperature", "set")}
+    wanted = {name: value for name, value in chosen.items() if value is not None}
+    items = choose(compared, arms, wanted, arguments.limit)
+    questions = questions_about(items, pairs, arguments.metrics, arguments.base_url, arguments.model, changes)
+    requests = {name: request for question in questions for name, request in question.requests.items()}
+    folder = arguments.paths[0].expanduser() / "judge" / re.sub(r"[^\w.+-]+", "-", arguments.model).lstrip(".")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"concurrency": arguments.concurrency, "timeout_s": arguments.timeout_s}
+    server = Judge(arguments.base_url, folder / "replies.jsonl", num_retries=arguments.retries, **settings)
+    warnings = compared.left_out + _one_family(compared, arms, arguments.model)
+    for sentence in warnings:
+        log.warning("%s", sentence)
+    log.info("%d requests, %d of them in the cache", len(requests), len(requests.keys() & server.replies.keys()))
+    try:
+        server.ask(requests)
+    finally:
+        rows = verdicts(questions, server.replies)
+        replies = [reply for name in requests if "text" in (reply := server.replies.get(name, {}))]
+        tokens = {kind: sum(reply[f"{kind}_tokens"] for reply in replies) for kind in ("prompt", "completion")}
+        summary = {
+            "judge": arguments.model,
+            "base_url": arguments.base_url,
+            "models": sorted({reply["model"] for reply in replies}),
+            "answers": wanted | {"items": len(items)},
+            "warnings": warnings,
+            "questions": len(questions),
+            "answered": len(rows),
+            "requests_sent": server.num_sent,
+            "tokens": tokens,
+            "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
+        } | summarize(rows, people)
+        write_text(folder / "verdicts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(folder / "summary.json", summary)
+        show(summary, folder)
+
+
+def show(summary: Mapping[str, Any], folder: Path) -> None:
+    """Print the summary: a table of scores, a table for each pair, then what is known of the judge."""
+    console = Console(highlight=False, markup=False)
+    console.print(_table("scores, 1 to 5", summary["scores"]))
+    for pair in dict.fromkeys((row["arm"], row["against"]) for row in summary["pairs"]):
+        rows = [row for row in summary["pairs"] if (row["arm"], row["against"]) == pair]
+        console.print(_table(f"{pair[0]} against {pair[1]}", [dict(list(row.items())[2:]) for row in rows]))
+    again, sent, tokens = summary["self_agreement"], summary["requests_sent"], summary["tokens"]
+    failures = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items()) or "none"
+    console.print(f"{summary['answered']} of {summary['questions']} questions answered; failures: {failures}")
+    console.print(f"share of {again['n']} scores that came again when asked again: {_cell(again['equal_rate'])}")
+    for kind, human in summary["human"].items():
+        console.print(f"Cohen's κ with people over {human['n']} verdicts of kind {kind}: {_cell(human['kappa'])}")
+    console.print(
+        f"{tokens['prompt']} + {tokens['completion']} tokens, cost {summary['cost']:.2f}; {sent} requests now"
+    )
+    console.print(f"intervals: 95 %, clustered by problem; verdicts: {folder}")
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(*(name.replace("_", " ") for name in rows[0]) if rows else (), title=title, box=None)
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "–".join(f"{end:.2f}" for end in value)
+    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value).replace("_", " ")
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The changes to requests. Raises ConfigError for arguments out of range."""
+    for name, least in AT_LEAST.items():
+        if not getattr(arguments, name) >= least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    try:
+        changes = json.loads(arguments.request)
+    except ValueError:
+        changes = None
+    if not isinstance(changes, dict) or {"model", "messages", "stream"} & changes.keys():
+        rule = "a JSON object of fields other than model, messages and stream"
+        raise ConfigError(f"--request must be {rule}, such as '{{\"temperature\": null}}', got {arguments.request}")
+    return changes
+
+
+def _labels(path: Path | None) -> list[dict[str, Any]]:
+    """People's verdicts. Raises ConfigError for a file that cannot be read, or a line that is no verdict."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--human={path} cannot be read: {error}") from None
+    labels = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                labels.append(Label.model_validate_json(line).model_dump())
+            except ValueError:
+                rule = f"a line of verdicts.jsonl ({', '.join(Label.model_fields)}) with a person's verdict, a number"
+                raise ConfigError(f"--human={path}, line {number} must be {rule}, got {line[:80]!r}") from None
+    return labels
+
+
+def _one_family(compared: Group, arms: Sequence[str], judge: str) -> list[str]:
+    """A warning where the judge and a policy are of one family of models, by their names."""
+    runs = compared.results.runs.set_index("run").loc[[run for arm in arms for run in compared.arms[arm]]]
+    names = {Path(str(name)).name for key in ("name", "hub_id", "path") for name in runs[f"model.{key}"]}
+    both = set(FAMILY.findall(judge.lower())) & set(FAMILY.findall(" ".join(names).lower()))
+    return [f"judge and policy are of one family, {name}: a judge prefers its own family" for name in sorted(both)]
+
+
+def main() -> None:
+    """``python -m pspo.judge``."""
+    arguments = parse()
+    log_to_console()
+    with answering(ConfigError):
+        if importlib.util.find_spec("openai") is None:
+            raise ConfigError("pspo.judge needs the package openai; run pip install 'pspo[judge]'")
+        from pspo.judge.ask import JudgeError
+    with answering(ConfigError, JudgeError, stopped="stopped; the same command asks for the rest"):
+        judge(arguments)
+
+
+if __name__ == "__main__":
+    main()

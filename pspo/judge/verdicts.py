@@ -1,0 +1,133 @@
+"""Which answers are judged, the questions about them, and the verdicts in the replies."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from pspo.base.schema import ConfigError
+from pspo.compare.arms import Group, selections
+from pspo.judge.questions import Pair, ReplyError, Score, body, digest, read
+
+Row = dict[str, Any]
+NUM_REPEATED_QUESTIONS = 50
+"""Questions for a score that are asked a second time, for the judge's agreement with itself."""
+POINTS = ({"1": 1.0, "2": 0.0, "tie": 0.5}, {"1": 0.0, "2": 1.0, "tie": 0.5})
+"""What a winner is worth to a pair's arm: in the order where its answer comes first, and where its answer is second."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One problem with one answer of each arm, of one seed in all arms that have more than one run.
+
+    Attributes:
+        answers: by arm, the answer as a row of ``Results.answers``, and the ``task`` under which the arm answered.
+    """
+
+    set: str
+    problem: str
+    answers: Mapping[str, Row]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A verdict to be had: ``row`` says on what; ``requests`` are bodies by digest, for a pair one in each order."""
+
+    row: Row
+    requests: Mapping[str, Row]
+
+
+def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: int) -> list[Item]:
+    """The first ``limit`` items with answers (of several samples the first) that fit ``wanted``, a value by column.
+
+    Problems come in an order by digest, and each time round every problem comes with its next seed: a higher limit adds
+    items and changes none. Raises ConfigError where no problem was answered by all arms, in a seed that they share.
+    """
+    runs, answers = group.results.runs.set_index("run"), group.results.answers
+    run_of = {arm: {runs.loc[run, "seed"]: run for run in reversed(group.arms[arm])} for arm in arms}
+    several = [set(by_seed) for by_seed in run_of.values() if len(by_seed) > 1]
+    seeds = sorted(set.intersection(*several)) if several else [None]
+    rows: dict[tuple[str, str], dict[str, Row]] = {}
+    if not answers.empty:
+        fits = answers["run"].isin([run for arm in arms for run in group.arms[arm]]) & (answers["sample"] == 0)
+        for column, value in wanted.items():
+            fits &= answers[column] == value
+        for row in answers[fits].to_dict("records"):
+            row["task"] = str(runs.loc[row["run"], "dataset.system_prompt"])
+            rows.setdefault((row["set"], row["problem"]), {})[row["run"]] = row
+    problems = sorted(rows, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
+
+    def items() -> Iterator[Item]:
+        for turn in range(len(seeds)):
+            for place, name in enumerate(problems):
+                seed = seeds[(place + turn) % len(seeds)]
+                run = {arm: by_seed.get(seed, next(iter(by_seed.values()))) for arm, by_seed in run_of.items()}
+                if set(run.values()) <= rows[name].keys():
+                    yield Item(*name, {arm: rows[name][run[arm]] for arm in arms})
+
+    if chosen := list(islice(items(), limit)):
+        return chosen
+    asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
+    known = "; ".join(map(str, selections(group))) or "none"
+    raise ConfigError(f"no problem has answers with {asked} of one seed in every arm; there are answers of: {known}")
+
+
+def questions_about(
+    items: Sequence[Item], pairs: Sequence[tuple[str, str]], metrics: Sequence[str], base_url: str, model: str,
+    changes: Mapping[str, Any],
+) -> list[Question]:  # fmt: skip
+    """Every question: the score of each answer, some scores again, the pairs in both orders, one metric at a time.
+
+    Two equal answers are a tie without a request.
+    """
+    scores, repeats, comparisons = [], {}, []
+    for item in items:
+        gold = next(iter(item.answers.values()))
+        shared = {"problem": gold["question"], "reference": gold["answer"]}
+        for metric in metrics:
+            about = {"metric": metric, "set": item.set, "problem": item.problem}
+            for arm, answer in item.answers.items():
+                request = body(model, metric, {**shared, **_quoted(answer)}, changes)
+                row = {**about, "arm": arm, "run": answer["run"]}
+                scores.append(Question({"kind": "score", **row}, {digest(base_url, request): request}))
+                again = digest(base_url, request, repeat=1)  # equal answers make equal requests
+                repeats[again] = Question({"kind": "repeat", **row}, {again: request})
+            for names in pairs:
+                one, other = (item.answers[name] for name in names)
+                row = {"kind": "pair", **about, "arm": names[0], "run": one["run"], "tokens": int(one["tokens"])}
+                row |= {"against": names[1], "against_run": other["run"], "against_tokens": int(other["tokens"])}
+                orders = [(one, other), (other, one)] if one["completion"] != other["completion"] else []
+                requests = [body(model, metric, {**shared, **_quoted(*order)}, changes) for order in orders]
+                comparisons.append(Question(row, {digest(base_url, request): request for request in requests}))
+    return scores + [repeats[name] for name in sorted(repeats)[:NUM_REPEATED_QUESTIONS]] + comparisons
+
+
+def _quoted(*answers: Row) -> dict[str, str]:
+    """The texts that a request quotes of one answer, or of two."""
+    tasks = [answer["task"] for answer in answers]
+    task = tasks[0] if len(set(tasks)) == 1 else "\n".join(f"of answer_{n}: {task}" for n, task in enumerate(tasks, 1))
+    names = ["answer_1", "answer_2"] if len(answers) == 2 else ["answer"]
+    return {"task": task} | {name: str(x["completion"]) for name, x in zip(names, answers, strict=True)}
+
+
+def verdicts(questions: Sequence[Question], replies: Mapping[str, Row]) -> list[Row]:
+    """The verdict on each question whose replies are there, or None with an ``error`` where a reply holds none.
+
+    A pair's verdict is 1 where its arm wins in both orders, 0 where it loses in both, else 0.5: a tie.
+    """
+    rows = []
+    for asked in questions:
+        if asked.requests.keys() <= replies.keys():
+            row = asked.row | {"requests": list(asked.requests), "verdict": None, "error": None}
+            try:
+                if row["kind"] == "pair":
+                    winners = [read(replies[name], Pair) for name in asked.requests]
+                    row["orders"] = [points[str(winner)] for points, winner in zip(POINTS, winners, strict=False)]
+                    row["verdict"] = row["orders"][0] if len(set(row["orders"])) == 1 else 0.5
+                else:
+                    (row["verdict"],) = (read(replies[name], Score) for name in asked.requests)
+            except ReplyError as error:
+                row["error"] = str(error)
+            rows.append(row)
+    return rows
