@@ -43,7 +43,7 @@ class Label(BaseModel):
 AT_LEAST = {"limit": 1, "concurrency": 1, "retries": 0, "timeout_s": 0.001}
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
@@ -53,7 +53,14 @@ def parse() -> argparse.Namespace:
     add("--base-url", required=True, help="address of the OpenAI protocol; OPENAI_API_KEY holds the key, if any")
     add("--model", required=True, metavar="NAME", help="the judge's name at that address")
     add("--pairs", nargs=2, action="append", metavar="ARM", help="compare two arms (default: each arm with noclip)")
-    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="default: all five")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=list(METRICS),
+        metavar="METRIC",
+        help=f"of {', '.join(METRICS)} (default all)",
+    )
     add("--limit", type=int, default=100, help="answers of each arm to judge, over problems and seeds (default 100)")
     for name, default in (("set", None), ("evaluation", "greedy"), ("when", "after")):
         add(f"--{name}", default=default, help=f"judge answers of this {name} (default {default or 'all'})")
@@ -64,15 +71,14 @@ def parse() -> argparse.Namespace:
     add("--retries", type=int, default=5, help="retries of a request, with growing pauses (default 5)")
     add("--prices", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million tokens")
     add("--request", default="{}", metavar="JSON", help="fields to change in every request; null removes one")
-    add("--dry-run", action="store_true", help="count the requests and send none")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def judge(arguments: argparse.Namespace) -> None:
     """Ask what the cache does not answer; write and show every verdict there is, also where the judge gives out."""
     from pspo.judge.ask import Judge  # needs openai
 
-    changes, people = _check(arguments), _labels(arguments.human)
+    changes, people = _check(arguments), _labels(arguments.human) if arguments.human else []
     compared = group(load(arguments.paths))
     reference = "noclip" if "noclip" in compared.arms else next(iter(compared.arms))
     pairs = [(compared.arm(one), compared.arm(other)) for one, other in arguments.pairs or ()]
@@ -116,34 +122,32 @@ def judge(arguments: argparse.Namespace) -> None:
 
 def show(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the summary: a table of scores, a table for each pair, then what is known of the judge."""
-    console = Console(highlight=False, markup=False)
-    console.print(_table("scores, 1 to 5", summary["scores"]))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    scores = Table("arm", "metric", "score, 1 to 5", "answers", box=None)
+    for row in summary["scores"]:
+        scores.add_row(row["arm"], row["metric"], _cell(row["mean"], row["ci95"]), str(row["n"]))
+    console.print(scores)
     for pair in dict.fromkeys((row["arm"], row["against"]) for row in summary["pairs"]):
-        rows = [row for row in summary["pairs"] if (row["arm"], row["against"]) == pair]
-        console.print(_table(f"{pair[0]} against {pair[1]}", [dict(list(row.items())[2:]) for row in rows]))
-    again, sent, tokens = summary["self_agreement"], summary["requests_sent"], summary["tokens"]
+        table = Table("metric", "win rate", "at equal length", "ties", "orders agree", box=None)
+        for row in summary["pairs"]:
+            if (row["arm"], row["against"]) == pair:
+                controlled = _cell(row["length_controlled"], row["length_controlled_ci95"])
+                judged = [_cell(row[name]) for name in ("tie_rate", "position_consistency")]
+                table.add_row(row["metric"], _cell(row["win_rate"], row["ci95"]), controlled, *judged)
+        console.print(f"\n{pair[0]} over {pair[1]}", table, sep="\n")
+    again, tokens = summary["self_agreement"], summary["tokens"]
     failures = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items()) or "none"
-    console.print(f"{summary['answered']} of {summary['questions']} questions answered; failures: {failures}")
-    console.print(f"share of {again['n']} scores that came again when asked again: {_cell(again['equal_rate'])}")
+    console.print(f"\n{summary['answered']} of {summary['questions']} questions answered; failures: {failures}")
+    console.print(f"{again['n']} scores asked for twice: {_cell(again['equal_rate'])} of them the same")
     for kind, human in summary["human"].items():
-        console.print(f"Cohen's κ with people over {human['n']} verdicts of kind {kind}: {_cell(human['kappa'])}")
-    console.print(
-        f"{tokens['prompt']} + {tokens['completion']} tokens, cost {summary['cost']:.2f}; {sent} requests now"
-    )
-    console.print(f"intervals: 95 %, clustered by problem; verdicts: {folder}")
+        console.print(f"Cohen's κ with people on {human['n']} verdicts of kind {kind}: {_cell(human['kappa'])}")
+    console.print(f"{tokens['prompt']} prompt + {tokens['completion']} completion tokens, cost {summary['cost']:.2f}")
+    console.print(f"intervals: 95 %, clustered by problem, for these seeds; verdicts: {folder}")
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(*(name.replace("_", " ") for name in rows[0]) if rows else (), title=title, box=None)
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return "–".join(f"{end:.2f}" for end in value)
-    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value).replace("_", " ")
+def _cell(value: float | None, interval: Sequence[float] | None = None) -> str:
+    ends = "" if interval is None else " [{:.2f}, {:.2f}]".format(*interval)
+    return "–" if value is None else f"{value:.2f}{ends}"
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -161,21 +165,14 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def _labels(path: Path | None) -> list[dict[str, Any]]:
-    """People's verdicts. Raises ConfigError for a file that cannot be read, or a line that is no verdict."""
+def _labels(path: Path) -> list[dict[str, Any]]:
+    """People's verdicts, one a line. Raises ConfigError."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n") if path else []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [Label.model_validate_json(line).model_dump() for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--human={path} cannot be read: {error}") from None
-    labels = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                labels.append(Label.model_validate_json(line).model_dump())
-            except ValueError:
-                rule = f"a line of verdicts.jsonl ({', '.join(Label.model_fields)}) with a person's verdict, a number"
-                raise ConfigError(f"--human={path}, line {number} must be {rule}, got {line[:80]!r}") from None
-    return labels
+        rule = "lines of verdicts.jsonl with a person's verdict, a number, in each"
+        raise ConfigError(f"--human={path} must hold {rule}: {error}") from None
 
 
 def _one_family(compared: Group, arms: Sequence[str], judge: str) -> list[str]:

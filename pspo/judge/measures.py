@@ -1,19 +1,16 @@
 """What verdicts say of the arms, with intervals clustered by problem, and what they say of the judge."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from scipy import special, stats
 
 LENGTH_PENALTY = 1.0
 """Ridge on φ, the effect of length in log-odds: a normal prior of variance 1, as no length explains every verdict."""
 NEWTON_STEPS = 30
-NAMES = ["metric", "set", "problem", "run", "against_run"]
-"""What a verdict is about: the fields that a person's verdict shares with the judge's."""
-
+Row = dict[str, Any]
 Estimate = tuple[float, list[float] | None]
 
 
@@ -32,8 +29,8 @@ def estimate(
     an instruction, which takes many models to estimate; φ has a ridge.
 
     θ has the sandwich variance over G clusters, times G / (G − 1) (Liang and Zeger 1986, Biometrika 73:13), and
-    Student's t with G − 1 degrees of freedom. The interval is None for one cluster, or where all values are equal. It is
-    about these runs' answers to other problems, not about other seeds.
+    Student's t with G − 1 degrees of freedom. The interval is None for one cluster, or where all values are equal. It
+    tells of these runs on other problems, not of other seeds.
     """
     y, x = np.asarray(values, float), np.ones((len(values), 1))
     if np.ptp(y) == 0:
@@ -46,11 +43,11 @@ def estimate(
         slope = fitted * (1 - fitted) if share else np.ones(len(y))
         bread = np.linalg.inv(x.T @ (slope[:, None] * x) + ridge)
         b += bread @ (x.T @ (y - fitted) - ridge @ b)
-    cluster, names = pd.factorize(pd.Series(list(clusters), dtype=object))
-    sums, free, half = np.zeros((len(names), len(b))), len(names) - 1, 0.0
-    np.add.at(sums, cluster, x * (y - fitted)[:, None])
+    number = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters))}
+    sums, free, half = np.zeros((len(number), len(b))), len(number) - 1, 0.0
+    np.add.at(sums, [number[cluster] for cluster in clusters], x * (y - fitted)[:, None])
     if free:
-        half = stats.t.ppf(0.975, free) * np.sqrt((bread @ sums.T @ sums @ bread)[0, 0] * len(names) / free)
+        half = stats.t.ppf(0.975, free) * np.sqrt((bread @ sums.T @ sums @ bread)[0, 0] * len(number) / free)
     value, low, high = (float(special.expit(at) if share else at) for at in (b[0], b[0] - half, b[0] + half))
     return value, [low, high] if free else None
 
@@ -67,62 +64,72 @@ def kappa(first: Sequence[float], second: Sequence[float], *, quadratic: bool = 
     return float(1 - np.diag(weight).mean() / expected) if expected else None
 
 
-def summarize(rows: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], labels: Sequence[Row] = ()) -> Row:
     """The numbers of summary.json: by arm and metric, by pair and metric, and of the judge itself.
 
     Ties of equal answers count in the win rates and in ``equal_answers``, not in the judge's own rates.
     """
-    table = pd.DataFrame(rows, columns=["kind", *NAMES, "arm", "against", "tokens", "against_tokens", "requests", "verdict", "orders", "error"])  # fmt: skip
-    asked = table[table["requests"].map(len) > 0]
-    valid = table[table["error"].isna()]
-    score, pair, repeat = (valid[valid["kind"] == kind] for kind in ("score", "pair", "repeat"))
-    people = pd.DataFrame(labels, columns=[*NAMES, "verdict"])
-    twice = score.merge(repeat, on=NAMES, suffixes=("", "_2"))
+    asked = [row for row in rows if row["requests"]]
+    failures = Counter(row["error"].partition(":")[0] for row in asked if row["error"])
+    valid = [row for row in rows if row["error"] is None]
+    judged = {_about(row): row["verdict"] for row in valid if row["kind"] != "repeat"}
+    again = [(judged.get(_about(row)), row["verdict"]) for row in valid if row["kind"] == "repeat"]
+    people = [
+        (judged[_about(label)], label["verdict"], label["against_run"]) for label in labels if _about(label) in judged
+    ]
     human = {
-        name: part.merge(people, on=NAMES, suffixes=("", "_2")) for name, part in (("score", score), ("pair", pair))
+        kind: [two for *two, other in people if (other is None) == (kind == "score")] for kind in ("score", "pair")
     }
     return {
-        "scores": [_score(part) for _, part in score.groupby(["arm", "metric"], sort=False)],
-        "pairs": [_pair(part) for _, part in pair.groupby(["arm", "against", "metric"], sort=False)],
-        "failures": dict(Counter(asked["error"].dropna().str.partition(":")[0])) if len(asked) else {},
-        "failure_rate": _share(asked["error"].notna()),
-        "self_agreement": {"n": len(twice), "equal_rate": _share(twice["verdict"] == twice["verdict_2"])},
+        "scores": [_score(part) for part in _groups(valid, "score")],
+        "pairs": [_pair(part) for part in _groups(valid, "pair")],
+        "failures": dict(failures),
+        "failure_rate": failures.total() / len(asked) if asked else None,
+        "self_agreement": {"n": len(again), "equal_rate": _rate(first == second for first, second in again)},
         "human": {
-            name: {"n": len(both), "kappa": kappa(both["verdict"], both["verdict_2"], quadratic=name == "score")}
-            for name, both in human.items()
-            if len(both)
+            kind: {"n": len(both), "kappa": kappa(*zip(*both, strict=True), quadratic=kind == "score")}
+            for kind, both in human.items()
+            if both
         },
     }
 
 
-def _score(part: pd.DataFrame) -> dict[str, Any]:
-    mean, interval = estimate(part["verdict"], _problems(part))
-    return {
-        "arm": part["arm"].iloc[0],
-        "metric": part["metric"].iloc[0],
-        "n": len(part),
-        "mean": mean,
-        "ci95": interval,
-    }
+def _about(row: Row) -> tuple[Any, ...]:
+    """What a verdict is about: the fields that a person's verdict shares with the judge's."""
+    return tuple(row.get(name) for name in ("metric", "set", "problem", "run", "against_run"))
 
 
-def _pair(part: pd.DataFrame) -> dict[str, Any]:
-    asked = part[part["requests"].map(len) > 0]
-    rate, interval = estimate(part["verdict"], _problems(part), share=True)
-    lengths = part["tokens"] - part["against_tokens"]
-    equal, equal_interval = estimate(part["verdict"], _problems(part), share=True, lengths=lengths)
+def _groups(rows: Sequence[Row], kind: str) -> list[list[Row]]:
+    """The verdicts of a kind, by arm or pair and metric."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            groups.setdefault((row["arm"], row.get("against"), row["metric"]), []).append(row)
+    return list(groups.values())
+
+
+def _score(part: Sequence[Row]) -> Row:
+    mean, interval = estimate([row["verdict"] for row in part], _problems(part))
+    return {"arm": part[0]["arm"], "metric": part[0]["metric"], "n": len(part), "mean": mean, "ci95": interval}
+
+
+def _pair(part: Sequence[Row]) -> Row:
+    outcomes, orders = [row["verdict"] for row in part], [row["orders"] for row in part if row["orders"]]
+    lengths = [row["tokens"] - row["against_tokens"] for row in part]
+    rate, interval = estimate(outcomes, _problems(part), share=True)
+    equal, equal_interval = estimate(outcomes, _problems(part), share=True, lengths=lengths)
     return {
-        **{name: part[name].iloc[0] for name in ("arm", "against", "metric")},
-        **{"n": len(part), "equal_answers": len(part) - len(asked), "win_rate": rate, "ci95": interval},
+        **{name: part[0][name] for name in ("arm", "against", "metric")},
+        **{"n": len(part), "equal_answers": len(part) - len(orders), "win_rate": rate, "ci95": interval},
         **{"length_controlled": equal, "length_controlled_ci95": equal_interval},
-        "tie_rate": _share(asked["verdict"] == 0.5),
-        "position_consistency": _share(asked["orders"].map(lambda points: points[0] == points[1])),
+        "tie_rate": _rate(first != second or first == 0.5 for first, second in orders),
+        "position_consistency": _rate(first == second for first, second in orders),
     }
 
 
-def _problems(part: pd.DataFrame) -> list[tuple[str, str]]:
-    return list(zip(part["set"], part["problem"], strict=True))
+def _problems(part: Sequence[Row]) -> list[tuple[str, str]]:
+    return [(row["set"], row["problem"]) for row in part]
 
 
-def _share(flags: "pd.Series[bool]") -> float | None:
-    return float(flags.mean()) if len(flags) else None
+def _rate(flags: Iterable[bool]) -> float | None:
+    return float(np.mean(known)) if (known := list(flags)) else None

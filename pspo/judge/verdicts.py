@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from pspo.base.schema import ConfigError
@@ -18,19 +18,6 @@ POINTS = ({"1": 1.0, "2": 0.0, "tie": 0.5}, {"1": 0.0, "2": 1.0, "tie": 0.5})
 
 
 @dataclass(frozen=True)
-class Item:
-    """One problem with one answer of each arm, of one seed in all arms that have more than one run.
-
-    Attributes:
-        answers: by arm, the answer as a row of ``Results.answers``, and the ``task`` under which the arm answered.
-    """
-
-    set: str
-    problem: str
-    answers: Mapping[str, Row]
-
-
-@dataclass(frozen=True)
 class Question:
     """A verdict to be had: ``row`` says on what; ``requests`` are bodies by digest, for a pair one in each order."""
 
@@ -38,11 +25,12 @@ class Question:
     requests: Mapping[str, Row]
 
 
-def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: int) -> list[Item]:
-    """The first ``limit`` items with answers (of several samples the first) that fit ``wanted``, a value by column.
+def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: int) -> list[dict[str, Row]]:
+    """At most ``limit`` items: one problem with its answer by arm, as rows of ``Results.answers`` with their ``task``.
 
-    Problems come in an order by digest, and each time round every problem comes with its next seed: a higher limit adds
-    items and changes none. Raises ConfigError where no problem was answered by all arms, in a seed that they share.
+    Answers fit ``wanted``, a value by column; of several samples the first is taken. An item's answers are of one seed,
+    except where an arm has a single run. Problems come in an order by digest, and each time round every problem comes
+    with its next seed: a higher limit adds items and changes none. Raises ConfigError where there is no item.
     """
     runs, answers = group.results.runs.set_index("run"), group.results.answers
     run_of = {arm: {runs.loc[run, "seed"]: run for run in reversed(group.arms[arm])} for arm in arms}
@@ -58,13 +46,13 @@ def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: 
             rows.setdefault((row["set"], row["problem"]), {})[row["run"]] = row
     problems = sorted(rows, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[dict[str, Row]]:
         for turn in range(len(seeds)):
             for place, name in enumerate(problems):
                 seed = seeds[(place + turn) % len(seeds)]
                 run = {arm: by_seed.get(seed, next(iter(by_seed.values()))) for arm, by_seed in run_of.items()}
                 if set(run.values()) <= rows[name].keys():
-                    yield Item(*name, {arm: rows[name][run[arm]] for arm in arms})
+                    yield {arm: rows[name][run[arm]] for arm in arms}
 
     if chosen := list(islice(items(), limit)):
         return chosen
@@ -74,41 +62,43 @@ def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: 
 
 
 def questions_about(
-    items: Sequence[Item], pairs: Sequence[tuple[str, str]], metrics: Sequence[str], base_url: str, model: str,
-    changes: Mapping[str, Any],
+    items: Sequence[Mapping[str, Row]], pairs: Sequence[tuple[str, str]], metrics: Sequence[str], base_url: str,
+    model: str, changes: Mapping[str, Any],
 ) -> list[Question]:  # fmt: skip
     """Every question: the score of each answer, some scores again, the pairs in both orders, one metric at a time.
 
     Two equal answers are a tie without a request.
     """
+
+    def requests(metric: str, *orders: Sequence[Row], repeat: int = 0) -> dict[str, Row]:
+        bodies = [body(model, metric, _quoted(answers), changes) for answers in orders]
+        return {digest(base_url, request, repeat): request for request in bodies}
+
     scores, repeats, comparisons = [], {}, []
-    for item in items:
-        gold = next(iter(item.answers.values()))
-        shared = {"problem": gold["question"], "reference": gold["answer"]}
-        for metric in metrics:
-            about = {"metric": metric, "set": item.set, "problem": item.problem}
-            for arm, answer in item.answers.items():
-                request = body(model, metric, {**shared, **_quoted(answer)}, changes)
-                row = {**about, "arm": arm, "run": answer["run"]}
-                scores.append(Question({"kind": "score", **row}, {digest(base_url, request): request}))
-                again = digest(base_url, request, repeat=1)  # equal answers make equal requests
-                repeats[again] = Question({"kind": "repeat", **row}, {again: request})
-            for names in pairs:
-                one, other = (item.answers[name] for name in names)
-                row = {"kind": "pair", **about, "arm": names[0], "run": one["run"], "tokens": int(one["tokens"])}
-                row |= {"against": names[1], "against_run": other["run"], "against_tokens": int(other["tokens"])}
-                orders = [(one, other), (other, one)] if one["completion"] != other["completion"] else []
-                requests = [body(model, metric, {**shared, **_quoted(*order)}, changes) for order in orders]
-                comparisons.append(Question(row, {digest(base_url, request): request for request in requests}))
+    for item, metric in product(items, metrics):
+        for arm, answer in item.items():
+            row = {"metric": metric, "arm": arm, **{name: answer[name] for name in ("set", "problem", "run")}}
+            scores.append(Question({"kind": "score", **row}, requests(metric, [answer])))
+            again = requests(metric, [answer], repeat=1)  # equal answers make equal requests
+            repeats[min(again)] = Question({"kind": "repeat", **row}, again)
+        for arm, against in pairs:
+            one, other = item[arm], item[against]
+            row = {"kind": "pair", "metric": metric, "arm": arm, "against": against}
+            row |= {name: one[name] for name in ("set", "problem", "run", "tokens")}
+            row |= {f"against_{name}": other[name] for name in ("run", "tokens")}
+            orders = [(one, other), (other, one)] if one["completion"] != other["completion"] else []
+            comparisons.append(Question(row, requests(metric, *orders)))
     return scores + [repeats[name] for name in sorted(repeats)[:NUM_REPEATED_QUESTIONS]] + comparisons
 
 
-def _quoted(*answers: Row) -> dict[str, str]:
-    """The texts that a request quotes of one answer, or of two."""
-    tasks = [answer["task"] for answer in answers]
-    task = tasks[0] if len(set(tasks)) == 1 else "\n".join(f"of answer_{n}: {task}" for n, task in enumerate(tasks, 1))
+def _quoted(answers: Sequence[Row]) -> dict[str, str]:
+    """The texts that a request quotes about one answer, or about two answers to one problem."""
     names = ["answer_1", "answer_2"] if len(answers) == 2 else ["answer"]
-    return {"task": task} | {name: str(x["completion"]) for name, x in zip(names, answers, strict=True)}
+    tasks = {name: answer["task"] for name, answer in zip(names, answers, strict=True)}
+    one_task = len(set(tasks.values())) == 1
+    task = answers[0]["task"] if one_task else "\n".join(f"of {name}: {task}" for name, task in tasks.items())
+    texts = {name: str(answer["completion"]) for name, answer in zip(names, answers, strict=True)}
+    return {"task": task, "problem": answers[0]["question"], "reference": answers[0]["answer"], **texts}
 
 
 def verdicts(questions: Sequence[Question], replies: Mapping[str, Row]) -> list[Row]:
