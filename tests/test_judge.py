@@ -1,6 +1,9 @@
+import contextlib
 import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,10 +21,11 @@ from pspo.base.schema import ConfigError, as_dict
 from pspo.compare.arms import group
 from pspo.config import compose
 from pspo.judge.__main__ import judge, parse
-from pspo.judge.ask import MAX_FAILED_REQUESTS_IN_A_ROW, JudgeError
+from pspo.judge.ask import MAX_FAILED_REQUESTS_IN_A_ROW, Judge, JudgeError
 from pspo.judge.measures import estimate, kappa
 from pspo.judge.questions import METRICS, Pair, ReplyError, Score, quote, read
-from pspo.judge.verdicts import choose
+from pspo.judge.questions import body as request_body
+from pspo.judge.verdicts import choose, fitting
 from pspo.results import load
 
 INJECTION = (
@@ -157,7 +161,7 @@ def test_one_metric_a_call_and_arms_without_names(arms):
 
 
 def test_a_judge_that_goes_by_position_alone_ties_everything(arms):
-    with serving(lambda body: score(3) if "answer" in texts(body) else winner("1")) as server:
+    with serving(lambda request: score(3) if "answer" in texts(request) else winner("1")) as server:
         _, summary = run(arms, server)
     (pair,) = summary["pairs"]
     assert (pair["win_rate"], pair["tie_rate"], pair["position_consistency"]) == (0.5, 1, 0)
@@ -343,7 +347,7 @@ def test_the_pause_that_a_busy_server_asks_for_is_kept(tmp_path):
 
 def test_a_server_error_is_retried(tmp_path):
     make_run(tmp_path / "a", {"a": "good"})
-    with serving(lambda body: fair(body) if len(server.requests) > 1 else (503, {})) as server:
+    with serving(lambda request: fair(request) if len(server.requests) > 1 else (503, {})) as server:
         _, summary = run(tmp_path, server, "--concurrency", 1, "--retries", 1)
     assert len(server.requests) == 3
     assert summary["failures"] == {}
@@ -351,7 +355,7 @@ def test_a_server_error_is_retried(tmp_path):
 
 def test_a_server_that_keeps_silent_is_a_failure(arms):
     released = threading.Event()
-    with serving(lambda body: released.wait(60) and None) as server:
+    with serving(lambda request: released.wait(60) and None) as server:
         try:
             _, summary = run(arms, server, "--limit", 2, "--timeout-s", 0.3, "--retries", 0)
         finally:
@@ -368,7 +372,7 @@ def test_a_server_that_sends_byte_after_byte_is_a_failure(tmp_path):
         while not stopped.wait(0.02):
             yield b" "
 
-    with serving(lambda body: (200, drops())) as server:
+    with serving(lambda request: (200, drops())) as server:
         try:
             _, summary = run(tmp_path, server, "--timeout-s", 0.5, "--retries", 0)
         finally:
@@ -377,7 +381,7 @@ def test_a_server_that_sends_byte_after_byte_is_a_failure(tmp_path):
 
 
 def test_a_server_that_fails_at_everything_is_given_up(arms):
-    with serving(lambda body: (500, {"error": {"message": "broken"}})) as server:
+    with serving(lambda request: (500, {"error": {"message": "broken"}})) as server:
         with pytest.raises(JudgeError, match=r"failed 20 times in a row, the last: HTTP 500.*kept"):
             run(arms, server, "--limit", 8, "--retries", 0, "--concurrency", 1)
         assert len(server.requests) == MAX_FAILED_REQUESTS_IN_A_ROW
@@ -446,7 +450,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(arms, monkeypatch, capsys, 
 def test_a_refused_key_ends_the_command_with_one_sentence(arms):
     words = [sys.executable, "-m", "pspo.judge", str(arms), "--model", "m", "--limit", "1", "--metrics", "clarity"]
     environment = os.environ | {"OPENAI_API_KEY": "sk-very-secret", "OPENAI_LOG": "debug"}
-    with serving(lambda body: (401, {"error": {"message": f"wrong key {server.keys[-1]}"}})) as server:
+    with serving(lambda request: (401, {"error": {"message": f"wrong key {server.keys[-1]}"}})) as server:
         words += ["--base-url", server.url]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -525,8 +529,8 @@ def test_kappa():
 
 def test_a_higher_limit_adds_items_and_changes_none(arms):
     compared = group(load(arms))
-    wanted = {"evaluation": "greedy", "when": "after", "temperature": 0.0}
-    items = [choose(compared, ["clip", "noclip"], wanted, limit) for limit in (1, 3, 8, 100)]
+    answers = fitting(compared, {"evaluation": "greedy", "when": "after", "temperature": 0.0})
+    items = [choose(compared, answers, ["clip", "noclip"], limit) for limit in (1, 3, 8, 100)]
     assert [len(some) for some in items] == [1, 3, 8, 8]
     assert all(some == items[-1][: len(some)] for some in items)
     assert {item["clip"]["problem"] for item in items[2][:4]} == set(
@@ -543,7 +547,8 @@ def test_only_problems_that_all_arms_answered_in_seeds_that_they_share(tmp_path)
     make_run(tmp_path / "c1", {"a": "1", "b": "2"}, objective="clip", seed=1)
     make_run(tmp_path / "n1", {"b": "3", "c": "4"}, seed=1)
     make_run(tmp_path / "n2", {"b": "3", "c": "4"}, seed=2)
-    items = choose(group(load(tmp_path)), ["clip", "noclip"], {"when": "after"}, 10)
+    compared = group(load(tmp_path))
+    items = choose(compared, fitting(compared, {}), ["clip", "noclip"], 10)
     assert [(item["clip"]["problem"], item["clip"]["run"][-2:], item["noclip"]["run"][-2:]) for item in items] == [
         ("b", "c1", "n1")
     ]
@@ -618,3 +623,130 @@ def test_intervals_over_correlated_answers_cover_the_truth():
 def test_without_spread_or_with_one_problem_there_is_no_interval():
     assert estimate([1, 1, 1], range(3), share=True) == (1.0, None)
     assert estimate([1, 2, 3], [0, 0, 0]) == (2.0, None)
+
+
+def test_an_arm_with_one_run_or_without_answers_takes_part_as_far_as_it_can(arms):
+    make_run(arms / "sapo0", {name: f"sapo {name} good" for name in "abcd"}, objective="sapo")
+    make_run(arms / "cispo0", {}, objective="cispo")
+    with serving(fair) as server:
+        rows, summary = run(arms, server, "--limit", 8)
+    assert [sentence for sentence in summary["warnings"] if "cispo" in sentence] == [
+        "cispo has no such answers and is not judged"
+    ]
+    against = {(row["arm"], row["against"]): row["win_rate"] for row in summary["pairs"]}
+    assert against == {("clip", "noclip"): pytest.approx(0.625), ("sapo", "noclip"): pytest.approx(0.875)}
+    assert {row["run"][-5:] for row in kinds(rows, "score") if row["arm"] == "sapo"} == {"sapo0"}
+    with serving(fair) as server, pytest.raises(ConfigError, match="no problem has answers of one seed in each"):
+        run(arms, server, "--pairs", "sapo", "cispo")
+
+
+def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
+    released = threading.Event()
+
+    def script(request):
+        if len(server.requests) > 8:
+            signal.raise_signal(signal.SIGINT)
+            released.wait(60)
+        return fair(request)
+
+    with serving(script) as server:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run(arms, server, "--limit", 8, "--concurrency", 1)
+        finally:
+            released.set()
+    rows, summary = files(arms)
+    assert summary["answered"] == len(rows) == 8
+    assert all(row["error"] is None for row in rows)
+
+
+def test_one_command_at_a_time(arms):
+    def script(request):
+        with pytest.raises(ConfigError, match=r"another pspo.judge writes"):
+            Judge(server.url, arms / "judge" / "m" / "replies.jsonl", concurrency=1, timeout_s=1, num_retries=0)
+        return fair(request)
+
+    with serving(script) as server:
+        run(arms, server, "--limit", 1)
+        run(arms, server, "--limit", 1)
+
+
+@hypothesis.given(st.lists(st.tuples(st.sampled_from([0, 0.5, 1]), st.integers(-99, 99)), min_size=2))
+def test_any_verdicts_have_a_win_rate_and_an_interval_around_it(verdicts):
+    wins, lengths = map(list, zip(*verdicts, strict=True))
+    hypothesis.assume(len(set(wins)) > 1)
+    raw, (low, high) = estimate(wins, range(len(wins)), share=True)
+    assert raw == pytest.approx(np.mean(wins))
+    assert 0 <= low <= raw <= high <= 1
+    controlled, (low, high) = estimate(wins, range(len(wins)), share=True, lengths=lengths)
+    assert 0 <= low <= controlled <= high <= 1
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """The folder of a language model that has learned one reply, a score of 4, and gives it to every question.
+
+    It is no Qwen2, from whose text the server would cut what Qwen's chat template marks.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pspo.model import tiny
+
+    said = '{"reason": "so", "score": 4}'
+    quoted = {"task": "", "problem": "What is a?", "reference": "4"}
+    answers = [f"{arm} {n} {name} bad" for n in range(10) for arm in ("clip", "noclip") for name in "abcd"]
+    questions = [request_body("m", "clarity", quoted | {"answer": text}, {})["messages"] for text in answers]
+    tokenizer = tiny.train_tokenizer([m["content"] for pair in questions for m in pair] + [said] * 50, 400)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **special))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    reply = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    for question in questions:
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        labels = torch.tensor([[-100] * len(prompt) + reply])
+        model(input_ids=torch.tensor([prompt + reply]), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_real_server_of_the_protocol(arms, language_model, tmp_path):
+    """Scores are read; a pair has no winner in the one reply that this judge knows, and counts as failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", str(language_model), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    program = [sys.executable, "-c", "import sys; from transformers.cli.transformers import main; sys.exit(main())"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    printed = tmp_path / "printed"
+    with (
+        printed.open("w") as file,
+        subprocess.Popen([*program, *words], env=environment, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+            assert process.poll() is None, printed.read_text()
+            common = ["--base-url", f"http://127.0.0.1:{port}/v1", "--model", str(language_model), "--limit", "1"]
+            judge(parse([str(arms), *common, "--metrics", "clarity", "--request", '{"max_tokens": 24}']))
+        finally:
+            process.terminate()
+    (folder,) = (arms / "judge").iterdir()
+    rows, summary = files(arms, folder.name)
+    assert {row["kind"]: (row["verdict"], row["error"] is None) for row in rows} == {
+        "score": (4, True),
+        "repeat": (4, True),
+        "pair": (None, False),
+    }
+    assert summary["answered"] == summary["questions"] == 5
+    assert sum(summary["failures"].values()) == 1
+    assert summary["models"] == [f"{language_model}@main"]
+    assert min(summary["tokens"].values()) > 0

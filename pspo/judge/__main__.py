@@ -22,15 +22,18 @@ from pspo.base.schema import ConfigError
 from pspo.compare.arms import Group, group
 from pspo.judge.measures import summarize
 from pspo.judge.questions import METRICS
-from pspo.judge.verdicts import choose, questions_about, verdicts
+from pspo.judge.verdicts import choose, fitting, questions_about, verdicts
 from pspo.results import load
 
 FAMILY = re.compile(r"qwen|llama|gemma|mi[sx]tral|deepseek|smollm|olmo|granite|falcon|gpt|(?<![a-z])phi")
 """Families of models by words in their names; a judge prefers its own family (Panickssery et al. 2024, 2404.13076)."""
 
 
+AT_LEAST = {"limit": 1, "concurrency": 1, "retries": 0, "timeout_s": 0.001}
+
+
 class Label(BaseModel):
-    """A person's verdict on what a verdict of the judge is about."""
+    """A person's verdict on what a verdict of the judge is about: the same line with another number."""
 
     metric: str
     set: str
@@ -40,27 +43,15 @@ class Label(BaseModel):
     verdict: float
 
 
-AT_LEAST = {"limit": 1, "concurrency": 1, "retries": 0, "timeout_s": 0.001}
-
-
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add(
-        "paths", nargs="+", type=Path, help="outputs/<group>, or several; verdicts go into the first one's judge/<NAME>"
-    )
+    add("paths", nargs="+", type=Path, help="outputs/<group>, or several; the verdicts go into the first")
     add("--base-url", required=True, help="address of the OpenAI protocol; OPENAI_API_KEY holds the key, if any")
     add("--model", required=True, metavar="NAME", help="the judge's name at that address")
     add("--pairs", nargs=2, action="append", metavar="ARM", help="compare two arms (default: each arm with noclip)")
-    add(
-        "--metrics",
-        nargs="+",
-        choices=METRICS,
-        default=list(METRICS),
-        metavar="METRIC",
-        help=f"of {', '.join(METRICS)} (default all)",
-    )
+    add("--metrics", nargs="+", default=list(METRICS), choices=METRICS, help="default: all")
     add("--limit", type=int, default=100, help="answers of each arm to judge, over problems and seeds (default 100)")
     for name, default in (("set", None), ("evaluation", "greedy"), ("when", "after")):
         add(f"--{name}", default=default, help=f"judge answers of this {name} (default {default or 'all'})")
@@ -80,21 +71,24 @@ def judge(arguments: argparse.Namespace) -> None:
 
     changes, people = _check(arguments), _labels(arguments.human) if arguments.human else []
     compared = group(load(arguments.paths))
-    reference = "noclip" if "noclip" in compared.arms else next(iter(compared.arms))
-    pairs = [(compared.arm(one), compared.arm(other)) for one, other in arguments.pairs or ()]
-    pairs = pairs or [(arm, reference) for arm in compared.arms if arm != reference]
-    arms = list(dict.fromkeys(arm for pair in pairs for arm in pair)) or [reference]
     chosen = {name: getattr(arguments, name) for name in ("evaluation", "when", "temperature", "set")}
     wanted = {name: value for name, value in chosen.items() if value is not None}
-    items = choose(compared, arms, wanted, arguments.limit)
-    questions = questions_about(items, pairs, arguments.metrics, arguments.base_url, arguments.model, changes)
+    answers = fitting(compared, wanted)
+    known = {arm: bool(answers["run"].isin(runs).any()) for arm, runs in compared.arms.items()}
+    reference = "noclip" if known.get("noclip") else next(arm for arm in known if known[arm])
+    pairs = [(compared.arm(one), compared.arm(other)) for one, other in arguments.pairs or ()]
+    pairs = pairs or [(arm, reference) for arm in known if known[arm] and arm != reference]
+    arms = list(dict.fromkeys(arm for pair in pairs for arm in pair)) or [reference]
+    items = choose(compared, answers, arms, arguments.limit)
+    address = arguments.base_url.rstrip("/")
+    questions = questions_about(items, pairs, arguments.metrics, address, arguments.model, changes)
     requests = {name: request for question in questions for name, request in question.requests.items()}
     folder = arguments.paths[0].expanduser() / "judge" / re.sub(r"[^\w.+-]+", "-", arguments.model).lstrip(".")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"concurrency": arguments.concurrency, "timeout_s": arguments.timeout_s}
-    server = Judge(arguments.base_url, folder / "replies.jsonl", num_retries=arguments.retries, **settings)
-    warnings = compared.left_out + _one_family(compared, arms, arguments.model)
-    for sentence in warnings:
+    server = Judge(address, folder / "replies.jsonl", num_retries=arguments.retries, **settings)
+    warnings = compared.left_out + [f"{arm} has no such answers and is not judged" for arm in known if not known[arm]]
+    for sentence in (warnings := warnings + _one_family(compared, arms, arguments.model)):
         log.warning("%s", sentence)
     log.info("%d requests, %d of them in the cache", len(requests), len(requests.keys() & server.replies.keys()))
     try:
@@ -105,7 +99,7 @@ def judge(arguments: argparse.Namespace) -> None:
         tokens = {kind: sum(reply[f"{kind}_tokens"] for reply in replies) for kind in ("prompt", "completion")}
         summary = {
             "judge": arguments.model,
-            "base_url": arguments.base_url,
+            "base_url": address,
             "models": sorted({reply["model"] for reply in replies}),
             "answers": wanted | {"items": len(items)},
             "warnings": warnings,

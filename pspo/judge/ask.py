@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import filelock
 import openai
 
 from pspo.base.console import Phase
@@ -49,6 +50,11 @@ class Judge:
             num_retries,
         )
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # the client wants one, a local server does not
+        self.lock = filelock.FileLock(f"{cache}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ConfigError(f"another pspo.judge writes {cache}; wait for its end") from None
         self.cache = JsonLines(cache)
         self.cache.cut(self.cache.num_rows())  # drops the half of a line that a killed process left
         self.replies = {row.pop("request"): row for row in self.cache.rows()}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
+import pandas as pd
+
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import Group, selections
 from pspo.judge.questions import Pair, ReplyError, Score, body, digest, read
@@ -25,25 +27,39 @@ class Question:
     requests: Mapping[str, Row]
 
 
-def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: int) -> list[dict[str, Row]]:
-    """At most ``limit`` items: one problem with its answer by arm, as rows of ``Results.answers`` with their ``task``.
+def fitting(group: Group, wanted: Mapping[str, Any]) -> pd.DataFrame:
+    """The arms' answers, of several samples the first, that have the values ``wanted`` in their columns.
 
-    Answers fit ``wanted``, a value by column; of several samples the first is taken. An item's answers are of one seed,
-    except where an arm has a single run. Problems come in an order by digest, and each time round every problem comes
-    with its next seed: a higher limit adds items and changes none. Raises ConfigError where there is no item.
+    Raises ConfigError where there is none.
     """
-    runs, answers = group.results.runs.set_index("run"), group.results.answers
+    answers = group.results.answers
+    if not answers.empty:
+        fits = answers["run"].isin(group.arm_of.keys()) & (answers["sample"] == 0)
+        for column, value in wanted.items():
+            fits &= answers[column] == value
+        answers = answers[fits]
+    if answers.empty:
+        asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
+        known = "; ".join(map(str, selections(group))) or "none; run python -m pspo.evaluate"
+        raise ConfigError(f"there are no answers with {asked}; there are answers of: {known}")
+    return answers
+
+
+def choose(group: Group, answers: pd.DataFrame, arms: Sequence[str], limit: int) -> list[dict[str, Row]]:
+    """At most ``limit`` items: one problem with its answer by arm, as rows of ``answers`` with the ``task`` they met.
+
+    An item's answers are of one seed, except where an arm has a single run. Problems come in an order by digest, and
+    each time round every problem comes with its next seed: a higher limit adds items and changes none. Raises
+    ConfigError where there is no item.
+    """
+    runs = group.results.runs.set_index("run")
     run_of = {arm: {runs.loc[run, "seed"]: run for run in reversed(group.arms[arm])} for arm in arms}
     several = [set(by_seed) for by_seed in run_of.values() if len(by_seed) > 1]
     seeds = sorted(set.intersection(*several)) if several else [None]
     rows: dict[tuple[str, str], dict[str, Row]] = {}
-    if not answers.empty:
-        fits = answers["run"].isin([run for arm in arms for run in group.arms[arm]]) & (answers["sample"] == 0)
-        for column, value in wanted.items():
-            fits &= answers[column] == value
-        for row in answers[fits].to_dict("records"):
-            row["task"] = str(runs.loc[row["run"], "dataset.system_prompt"])
-            rows.setdefault((row["set"], row["problem"]), {})[row["run"]] = row
+    for row in answers.to_dict("records"):
+        row["task"] = str(runs.loc[row["run"], "dataset.system_prompt"])
+        rows.setdefault((row["set"], row["problem"]), {})[row["run"]] = row
     problems = sorted(rows, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
 
     def items() -> Iterator[dict[str, Row]]:
@@ -56,9 +72,9 @@ def choose(group: Group, arms: Sequence[str], wanted: Mapping[str, Any], limit: 
 
     if chosen := list(islice(items(), limit)):
         return chosen
-    asked = ", ".join(f"{name}={value}" for name, value in wanted.items())
-    known = "; ".join(map(str, selections(group))) or "none"
-    raise ConfigError(f"no problem has answers with {asked} of one seed in every arm; there are answers of: {known}")
+    raise ConfigError(
+        f"no problem has answers of one seed in each of the arms {', '.join(arms)}; judge others by --pairs"
+    )
 
 
 def questions_about(
