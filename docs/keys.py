@@ -9,8 +9,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from pspo.base.files import CONF
 from pspo.base.schema import describe, keys_of
-from pspo.config import CONF, Config, groups
+from pspo.config import Config, groups
 from pspo.launcher.local import Local
 from pspo.launcher.slurm import Slurm
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from training import composed
 
-from pspo import evaluate
+from pspo.base.schema import ConfigError
 from pspo.dataset import Problem, Prompt
+from pspo.evaluate import HeldOut, answer_sets, answers
 
-ROLLOUT = composed("rollout.max_rows=3").rollout
+CONFIG = composed("rollout.max_rows=3")
 PROMPTS = [Prompt(Problem(str(i), f"question {i}\u2028", str(i), ""), [i]) for i in range(8)]
 
 
@@ -23,20 +24,26 @@ def answered(monkeypatch):
     """The problems answered so far, batch by batch; a reward that draws from every global generator."""
     batches = []
 
-    def answer(policy, prompts, reward, rollout, *, seed, greedy):
-        assert greedy
+    def answer(policy, prompts, reward, *, samples, seed, greedy):
+        assert greedy == (samples == 1)
         batches.append([prompt.problem.id for prompt in prompts])
         drawn = random.random() + np.random.rand() + torch.rand(()).item()
-        yield [
-            evaluate.asked_of(p.problem) | {"completion": f"{policy} {p.problem.id}", "reward": drawn} for p in prompts
+        about = {"correct": True, "tokens": 1, "truncated": False, "parsed": True, "reward": drawn}
+        return [
+            answers.asked_of(p.problem) | about | {"completion": f"{policy} {p.problem.id}", "sample": sample}
+            for p in prompts
+            for sample in range(samples)
         ]
 
-    monkeypatch.setattr(evaluate, "answer", answer)
+    monkeypatch.setattr(answers, "answer", answer)
     return batches
 
 
-def into(path, prompts=PROMPTS, *, policy="policy", check_owner=lambda: None):
-    return evaluate.answer_into(path, policy, prompts, None, ROLLOUT, seed=5, title="test", check_owner=check_owner)
+def into(path, prompts=PROMPTS, *, policy="policy", samples=1, check_owner=lambda: None):
+    return answers.answer_into(
+        path, policy, prompts, None, samples=samples, greedy=samples == 1, max_rows=3, seed=5, title="test",
+        check_owner=check_owner,
+    )  # fmt: skip
 
 
 def killed_at(call):
@@ -88,6 +95,54 @@ def test_answers_to_other_problems_are_not_kept(tmp_path, answered):
     assert answered == [["3", "4", "5"], ["6", "7"]]
     assert len(into(tmp_path / "answers", edited[:4])) == 4
     assert len(into(tmp_path / "answers", edited)) == 8
+    assert len(answered) == 2
+
+
+def test_more_answers_are_added_and_no_answer_is_given_twice(tmp_path, answered):
+    few = into(tmp_path / "answers", samples=2)
+    assert [(row["problem"], row["sample"]) for row in few] == [(str(i), s) for i in range(8) for s in range(2)]
+    many = into(tmp_path / "answers", samples=3)
+    assert [row for row in many if row["sample"] < 2] == few
+    assert len(answers.read_lines(tmp_path / "answers")) == len(many) == 24
+    answered.clear()
+    assert into(tmp_path / "answers", samples=2) == few
+    assert into(tmp_path / "answers", PROMPTS[:3], samples=2) == few[:6]
+    assert answered == []
+
+
+def evaluated(directory, *overrides, **settings):
+    config = composed("rollout.max_rows=3", *overrides).evaluate
+    sets = [HeldOut("a", PROMPTS, Gradable()), HeldOut("b", PROMPTS[:2], Gradable())]
+    return answer_sets(
+        directory, sets, lambda rollout: rollout.temperature, config, CONFIG.rollout,
+        temperatures=config.temperatures, settings=settings, seed=5, title="test", check_owner=lambda: None,
+    )  # fmt: skip
+
+
+class Gradable:
+    def ungradable(self, problems):
+        return problems[:1]
+
+
+def test_every_set_is_answered_at_every_temperature(tmp_path, answered):
+    rows = evaluated(tmp_path / "new", "evaluate.temperatures=[0,0.5]", "evaluate.samples=2", prompt=None)
+    assert [(row["set"], row["temperature"], row["n"], row["samples"]) for row in rows] == [
+        ("a", 0, 8, 1), ("a", 0.5, 8, 2), ("b", 0, 2, 1), ("b", 0.5, 2, 2),
+    ]  # fmt: skip
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"a_t0.jsonl", "a_t0.5.jsonl", "b_t0.jsonl", "b_t0.5.jsonl", "settings.json"}
+    first = answers.read_lines(tmp_path / "new" / "b_t0.5.jsonl")[0]
+    assert first["completion"] == "0.5 0"  # the sampler's temperature
+    assert answers.read_json(tmp_path / "new" / "settings.json") == {
+        "top_p": 1.0, "max_new_tokens": 40, "prompt": None, "samples": 2, "ungradable": {"a": 1, "b": 1},
+    }  # fmt: skip
+
+
+def test_answers_with_other_settings_are_not_mixed(tmp_path, answered):
+    evaluated(tmp_path, prompt=None)
+    evaluated(tmp_path, "evaluate.samples=7", "evaluate.temperatures=[0,1]", prompt=None)
+    with pytest.raises(ConfigError, match=r"evaluate.name='greedy': .* holds answers with another top_p, prompt; give"):
+        evaluated(tmp_path, "evaluate.top_p=0.9", prompt="{question}")
 
 
 def test_whoever_was_taken_over_from_writes_no_answer(tmp_path, answered):

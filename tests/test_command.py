@@ -4,6 +4,7 @@ import sys
 import pytest
 from forked import TINY, command, make, output_of
 
+import pspo.evaluate.__main__
 import pspo.objective.__main__
 import pspo.run.__main__
 import pspo.status.__main__
@@ -12,6 +13,7 @@ from pspo.base.command import overview
 from pspo.objective import picture
 
 MAINS = {
+    "pspo.evaluate": (pspo.evaluate.__main__.cli, (pspo.evaluate.__main__, "main")),
     "pspo.objective": (pspo.objective.__main__.main, (picture, "draw_weights")),
     "pspo.prefetch": (prefetch.main, (prefetch, "prefetch")),
     "pspo.run": (pspo.run.__main__.cli, (pspo.run.__main__, "main")),
@@ -36,7 +38,7 @@ def test_python_m_pspo_lists_every_command_with_what_it_does():
 
 
 @pytest.mark.parametrize(
-    "words", ["pspo.loss", "pspo.evaluate --help", "pspo.report", "pspo.nothing", "pspo.base.schema"]
+    "words", ["pspo.loss", "pspo.rollout --help", "pspo.report", "pspo.nothing", "pspo.base.schema"]
 )
 def test_a_module_that_is_no_command_says_so_and_lists_the_commands(words):
     name = words.split()[0]

@@ -569,3 +569,53 @@ def test_the_columns_of_a_source_are_those_that_its_rows_are_read_by(name):
             with contextlib.suppress(ConfigError):
                 source.parse(Row(Seen(fields), "line 1"))
         assert seen == set(source.columns.split())
+
+
+# --- test sets of an evaluation, and examples
+
+
+@real
+def test_the_papers_four_test_sets_stand_in_one_folder():
+    made = config("gsm8k", test_limit=7)
+    for name, total in {"gsm8k": 1319, "svamp": 1000, "asdiv": 2305, "math500": 500}.items():
+        assert len(dataset.load_set(config("gsm8k"), name, str(DATA))) == total
+        some = dataset.load_set(made, name, str(DATA))
+        assert len({problem.id for problem in some}) == 7
+        assert all(problem.id.startswith(f"{name}/test/") for problem in some)
+        assert all(Path(file).is_relative_to(DATA / name) for file in dataset.set_digests(name, str(DATA)))
+
+
+def test_a_test_set_may_be_a_file_of_ones_own(tmp_path):
+    write(tmp_path / "mine.jsonl", {"question": "1 + 1?", "answer": 2}, {"question": "2 + 2?", "answer": 4})
+    assert [p.answer for p in dataset.load_set(config("embedded"), str(tmp_path / "mine.jsonl"), None)] == ["2", "4"]
+    write(tmp_path / "both" / "train.jsonl", {"question": "1 + 1?", "answer": 2})
+    write(tmp_path / "both" / "test.jsonl", {"question": "3 + 3?", "answer": 6})
+    assert [p.answer for p in dataset.load_set(config("embedded"), str(tmp_path / "both"), None)] == ["6"]
+    assert len(dataset.load_set(config("gsm8k", test_limit=5), "embedded", None)) == 5
+
+
+def test_an_unknown_test_set_lists_the_known_ones(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"evaluate.sets gsm80k \(did you mean gsm8k\?\); known: gsm8k, svamp, asdiv, "
+    ):
+        dataset.check_set("gsm80k", None)
+    with pytest.raises(ConfigError, match="svamp' does not exist"):
+        dataset.check_set("svamp", str(tmp_path))
+    write(tmp_path / "gsm8k" / "train.jsonl", GSM8K)
+    with pytest.raises(ConfigError, match="no test"):
+        dataset.load_set(config("gsm8k"), "gsm8k", str(tmp_path))
+
+
+def test_examples_are_held_out_of_training_and_equal_for_every_seed():
+    zero = dataset.load(config("embedded", num_train=50), seed=0)
+    shown = [dataset.load(config("embedded", num_train=50, shots=3), seed=seed) for seed in (0, 1)]
+    assert shown[0].shots == shown[1].shots
+    assert len(shown[0].shots) == 3
+    assert all(shot.solution.endswith(f"#### {shot.answer}") for shot in shown[0].shots)
+    assert {p.id for p in zero.train} == {p.id for p in [*shown[0].train, *shown[0].shots]}
+
+
+@real
+def test_examples_need_solutions():
+    with pytest.raises(ConfigError, match=r"dataset\.shots=2: there are only 0 training problems with a solution"):
+        dataset.load(config("asdiv", path=str(DATA / "asdiv"), shots=2), seed=0)

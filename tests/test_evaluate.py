@@ -8,7 +8,9 @@ import torch
 from training import batched, problems, rollout_config
 
 from pspo.base.stream import Stream
-from pspo.evaluate import answer, summarize, validate
+from pspo.evaluate import summarize, validate
+from pspo.evaluate.answers import answer
+from pspo.evaluate.summary import effective_sample_size, majority
 from pspo.reward import Score
 from pspo.rollout import Completion, OwnSampler
 
@@ -49,10 +51,7 @@ def test_validation_by_hand():
 
 
 def test_rows_and_their_summary():
-    config = rollout_config(max_rows=4)
-    rows = [
-        row for part in answer(Recording(), problems(4), batched(graded), config, seed=[1], greedy=True) for row in part
-    ]
+    rows = answer(Recording(), problems(4), batched(graded), samples=1, seed=[1], greedy=True)
     assert [row["problem"] for row in rows] == ["0", "1", "2", "3"]
     assert (rows[0]["reward"], rows[0]["correct"], rows[0]["components"]) == (1.5, True, {"answer": 1.0})
     assert rows[1] == {
@@ -61,9 +60,49 @@ def test_rows_and_their_summary():
     }  # fmt: skip
     summary = summarize([*rows, rows[0] | {"truncated": True}])
     assert 0 <= summary.pop("ci95_low") < 0.6 < summary.pop("ci95_high") <= 1
-    assert summary == pytest.approx(
-        {"accuracy": 0.6, "n": 5, "reward_mean": 0.9, "length_mean": 2.2, "truncated_rate": 0.2, "unparsed_rate": 0.4}
-    )
+    expected = {"accuracy": 0.6, "n": 4, "reward_mean": 0.9, "length_mean": 2.2, "truncated_rate": 0.2, "samples": 1}
+    assert summary == pytest.approx(expected | {"unparsed_rate": 0.4, "timed_out": 0})
+
+
+def sampled(problem, *answers):
+    """Rows of the answers to a problem whose gold answer is 1."""
+    return [
+        {
+            "problem": problem, "completion": text, "sample": i, "correct": text.endswith("#### 1"), "reward": 0.0,
+            "parsed": True, "tokens": 1, "truncated": False, "strict": text == "#### 1",
+        }
+        for i, text in enumerate(answers)
+    ]  # fmt: skip
+
+
+def test_several_answers_to_each_problem_by_hand():
+    """Two of four and none of four are correct: pass@2 = (1 − C(2,2)/C(4,2) + 0) / 2 = 5/12, pass@4 = 1/2."""
+    summary = summarize([*sampled("a", "#### 1", "so #### 1", "#### 1.0", "#### 2"), *sampled("b", *["#### 7"] * 4)])
+    assert summary["n"] == 2
+    assert summary["samples"] == 4
+    assert summary["accuracy"] == summary["pass@1"] == 0.25
+    assert summary["strict_accuracy"] == 0.125
+    assert summary["pass@2"] == pytest.approx(5 / 12)
+    assert summary["pass@4"] == 0.5
+    assert summary["maj@4"] == 0.5
+
+
+def test_a_majority_shares_its_vote_where_answers_tie():
+    assert majority(sampled("a", "#### 1", "#### 2", "#### 1.0", "#### 2")) == 0.5
+    assert majority(sampled("a", "#### 1", "#### 2", "#### 3", "#### 2")) == 0.0
+    assert majority(sampled("a", "no idea", "no idea", "no idea", "#### 1")) == 1.0
+    assert majority(sampled("a", "no idea")) == 0.0
+
+
+def test_the_interval_is_over_problems_not_answers():
+    """Sixteen equal answers to a problem are no more than one; independent ones are sixteen."""
+    assert effective_sample_size([0.0] * 30 + [1.0] * 70) == 100
+    assert effective_sample_size([0.5] * 100) == 100
+    random_means = np.random.default_rng(0).binomial(16, 0.5, size=4000) / 16
+    assert effective_sample_size(random_means.tolist()) == pytest.approx(16 * 4000, rel=0.1)
+    rows = {k: [row for i in range(50) for row in sampled(str(i), *[f"#### {1 + i % 2}"] * k)] for k in (1, 8)}
+    one, many = map(summarize, rows.values())
+    assert (one["ci95_low"], one["ci95_high"]) == (many["ci95_low"], many["ci95_high"])
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(tiny_policy):
@@ -73,8 +112,8 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(tiny_policy):
     def answers(asked, step, *, greedy=False, **changes):
         config = rollout_config(max_new_tokens=8, **changes)
         seed = [7, Stream.VALIDATION, step]
-        parts = answer(OwnSampler(policy, config), asked, batched(graded), config, seed=seed, greedy=greedy)
-        return {row["problem"]: row["completion"] for part in parts for row in part}
+        rows = answer(OwnSampler(policy, config), asked, batched(graded), samples=2, seed=seed, greedy=greedy)
+        return {(row["problem"], row["sample"]): row["completion"] for row in rows}
 
     reference = answers(prompts, 1)
     assert answers(prompts[4:1:-1], 1, max_rows=2).items() <= reference.items()

@@ -126,7 +126,6 @@ def sharded(directory):
         (pickled, r"has no \*.safetensors weights \(pickles are not loaded\)"),
         (sharded, "has no model-00002-of-00002.safetensors"),
         (remove("tokenizer.json"), "has no tokenizer"),
-        (without_template, "has no chat template; set tokenizer.chat_template"),
         (configuring(quantization_config={"quant_method": "gptq"}), "holds quantized weights, which cannot be trained"),
         (
             configuring(model_type="unheard_of"),
@@ -157,13 +156,15 @@ def test_weights_that_do_not_fit_are_refused_and_not_drawn_at_random(saved, chan
     assert_one_sentence(str(caught.value))
 
 
-def test_a_chat_template_may_stand_in_either_file(saved):
+def test_a_chat_template_may_stand_in_either_file_or_in_none(saved):
     directory, _ = saved
     template = (directory / "chat_template.jinja").read_text()
     without_template(directory)
+    model.check(configured(directory))
+    assert not model.tokenizer(configured(directory)).chat_template
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-    model.check(configured(directory))
+    assert model.tokenizer(configured(directory)).chat_template == template
 
 
 def test_a_file_is_not_a_directory(tmp_path):
@@ -574,7 +575,6 @@ def test_quantized_weights_are_another_policy_with_a_folder_of_its_own(own_cache
     ("changes", "reason"),
     [
         ({"architecture": "rwkv6"}, "cannot be read by transformers"),
-        ({"template": None}, "has no chat template"),
         ({"lacks": "model.layers.1.mlp.up_proj.weight"}, "the weight model.layers.1.mlp.up_proj.weight is missing"),
         ({"cut": 20}, "cannot be read by transformers"),
         ({"cut": 8000}, "cannot be read by transformers"),

@@ -38,9 +38,35 @@ def test_render_sends_a_system_message_only_if_there_is_one():
     assert made.decode(dataset.render(made, "", ["How many ?"])[0]) == "user : How many ? ; assistant :"
 
 
-def test_render_without_a_chat_template():
-    with pytest.raises(ConfigError, match="has no chat template"):
-        dataset.render(tokenizer(None), "", ["How many ?"])[0]
+SHOTS = [Problem("s", "How many eggs ?", "2", "Be eggs .")]
+
+
+def text(made, system_prompt="", **options):
+    """What the model sees, with one space between its tokens."""
+    return made.decode(dataset.render(made, system_prompt, ["How many ?"], **options)[0])
+
+
+def test_a_model_without_a_chat_template_sees_plain_text():
+    plain = tokenizer(None)
+    ids = dataset.render(plain, "Be brief .", ["How many ?"], shots=SHOTS)[0]
+    whole = "Be brief .\n\nQuestion: How many eggs ?\nAnswer: Be eggs .\n\nQuestion: How many ?\nAnswer:"
+    assert ids == plain.encode(whole)
+    assert dataset.prompt_date(plain, None) is None
+
+
+def test_a_prompt_of_the_users_own_replaces_the_chat_template():
+    made = tokenizer()
+    assert dataset.render(made, "", ["{how} many ?"], prompt="user : {question}")[0] == made.encode(
+        "user : {how} many ?"
+    )
+    with pytest.raises(ConfigError, match=r"dataset.prompt='Q:': must hold \{question\}"):
+        config("gsm8k", prompt="Q:")
+
+
+def test_examples_are_turns_of_a_conversation():
+    assert text(tokenizer(), "Be brief .", shots=SHOTS) == (
+        "system : Be brief . ; user : How many eggs ? ; assistant : Be eggs . ; user : How many ? ; assistant :"
+    )
 
 
 def test_long_prompts_are_dropped_and_counted():
@@ -223,7 +249,7 @@ def test_all_runs_of_a_group_print_the_day_of_the_first(folder, tmp_path, cache)
 
         def encode(tokenizer, *arguments):
             prompts, dropped = kept(tokenizer, *arguments)
-            if len(arguments) == 3:  # not the trial before the run has a directory
+            if len(arguments) == 4:  # not the trial before the run has a directory
                 print("prompt:", tokenizer.decode(prompts[0].token_ids)[-10:])
             return prompts, dropped
 

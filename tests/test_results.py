@@ -1,44 +1,78 @@
 import json
+import os
 
 import pandas as pd
 import pytest
 
 from pspo.base.schema import ConfigError
-from pspo.results import load, load_group
+from pspo.results import load
 
 
-def make_run(directory, steps=3):
+def make_run(directory, steps=3, correct=(False, True)):
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text("seed: 4\nobjective:\n  name: clip\n")
-    rows = [{"step": n, "reward/mean": None if n == 0 else n / 4} for n in range(steps)]
+    (directory / "config.yaml").write_text("seed: 4\nobjective:\n  name: clip\n  eps_low: 0.2\n")
+    rows = [{"step": n, "reward/mean": None if n == 0 else n / 4, "budget/prompts": 8 * n} for n in range(steps)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "rew')
-    (directory / "evaluation").mkdir()
-    for when, correct in (("before", False), ("after", True)):
-        line = json.dumps({"problem": "p1", "correct": correct})
-        (directory / "evaluation" / f"my_set_{when}.jsonl").write_text(line + "\n")
+    for when, is_correct in zip(("before", "after"), correct, strict=True):
+        folder = directory / "evaluation" / when / "greedy"
+        folder.mkdir(parents=True)
+        line = json.dumps({"problem": "p1", "completion": "#### 4", "correct": is_correct})
+        (folder / "my_set_t0.jsonl").write_text(line + "\n")
     return directory
 
 
 def test_a_run_becomes_data_frames(tmp_path):
-    run = load(make_run(tmp_path / "a"))
-    assert run.config["objective"] == {"name": "clip"}
-    assert run.summary == {}
-    assert run.metrics["step"].tolist() == [0, 1, 2]  # the row still being written is left out
-    assert pd.isna(run.metrics["reward/mean"][0])
-    assert run.metrics["reward/mean"][2] == 0.5
-    assert run.diagnostics.empty
-    assert run.answers.set_index("when")["correct"].to_dict() == {"before": False, "after": True}
-    assert set(run.answers["set"]) == {"my_set"}
+    results = load(make_run(tmp_path / "group" / "a"))
+    run = results.runs.iloc[0]
+    assert run[["group", "seed", "state", "objective.name", "objective.eps_low"]].tolist() == [
+        "group", 4, "unfinished", "clip", 0.2,
+    ]  # fmt: skip
+    assert run["spent.prompts"] == 16
+    assert results.config(run["run"])["objective"] == {"name": "clip", "eps_low": 0.2}
+    assert results.summary(run["run"]) == {}
+    assert results.steps["step"].tolist() == [0, 1, 2]  # the row still being written is left out
+    assert pd.isna(results.steps["reward/mean"][0])
+    assert results.steps["reward/mean"][2] == 0.5
+    assert results.inner_steps.empty
+    assert results.answers.set_index("when")["correct"].to_dict() == {"before": False, "after": True}
+    assert set(results.answers["set"]) == {"my_set"}
+    assert set(results.answers["evaluation"]) == {"greedy"}
+    assert set(results.answers["temperature"]) == {0.0}
+    assert "completion" not in load(tmp_path / "group" / "a", texts=False).answers
 
 
 def test_a_group_is_all_its_runs_by_name(tmp_path):
     for name in ("b", "a", ".replaced/a.1"):
         make_run(tmp_path / name)
-    assert [run.directory.name for run in load_group(tmp_path)] == ["a", "b"]
+    assert load(tmp_path).runs["run"].tolist() == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert load([tmp_path / "b", tmp_path / "a"]).runs["run"].tolist() == [str(tmp_path / "b"), str(tmp_path / "a")]
+    assert load(tmp_path).answers.groupby("run").size().tolist() == [2, 2]
 
 
-def test_what_is_no_run_is_told(tmp_path):
-    with pytest.raises(ConfigError, match=r"no run directory: it has no config\.yaml"):
+def test_the_state_of_a_run(tmp_path):
+    run = make_run(tmp_path / "a")
+    (run / "FAILED").write_text("{}")
+    assert load(run).runs["state"].tolist() == ["failed"]
+    (run / "DONE").touch()
+    assert load(run).runs["state"].tolist() == ["done"]
+
+
+def test_a_directory_that_cannot_be_read_is_left_out_with_its_reason(tmp_path):
+    make_run(tmp_path / "whole")
+    (make_run(tmp_path / "half") / "config.yaml").write_text("seed: 4\nobjec")
+    (make_run(tmp_path / "torn") / "metrics.jsonl").write_text("{\n{}\n")
+    (make_run(tmp_path / "old") / "evaluation" / "my_set_after.jsonl").touch()
+    results = load([tmp_path, tmp_path / "missing"])
+    assert results.runs["run"].tolist() == [str(tmp_path / "whole")]
+    reasons = {sentence.split(" is left out: ")[0]: sentence for sentence in results.left_out}
+    assert set(reasons) == {str(tmp_path / name) for name in ("half", "torn", "old", "missing")}
+    assert "another version" in reasons[str(tmp_path / "old")]
+    assert "no config.yaml" in reasons[str(tmp_path / "missing")]
+    assert os.path.isdir(tmp_path / "half")  # and nothing is changed
+
+
+def test_no_run_at_all_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"it has no config\.yaml"):
         load(tmp_path)
-    with pytest.raises(ConfigError, match="holds no runs"):
-        load_group(tmp_path)
+    with pytest.raises(ConfigError, match="no directory"):
+        load([])

@@ -14,7 +14,8 @@ from forked import REWARD, SMALL, TINY, at, command, fingerprint, fork, log_of, 
 from training import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pspo import checkpoint, evaluate, report, trainer
+from pspo import checkpoint, report, trainer
+from pspo.evaluate import answers
 from pspo.report import meaning
 from pspo.run.name import run_directory
 from pspo.sync import Outcome, sync
@@ -102,8 +103,8 @@ def test_two_runs_of_one_configuration_have_the_same_bytes(commanded, cache, tmp
 
 
 INSTANTS = {
-    "in the test before": (evaluate, "answer", 1),
-    "in the test after": (evaluate, "answer", 10),  # after the test before and two for each of four validations
+    "in the test before": (answers, "answer", 1),
+    "in the test after": (answers, "answer", 10),  # after the test before and two for each of four validations
     "before the first row": (Tracker, "log", 1),
     "between a row and its checkpoint": (checkpoint, "save", 2),
     "before old checkpoints go": (checkpoint, "prune", 4),
@@ -132,7 +133,7 @@ def test_a_run_that_was_told_to_stop_was_not_killed(cache, tmp_path):
 
 def test_lost_answers_of_the_initial_weights_are_given_again_by_those(unbroken, cache, tmp_path):
     assert make(tmp_path, cache, hook=at(checkpoint, "prune", 4, signal.SIGKILL)) == -signal.SIGKILL
-    answers = only_run(tmp_path) / "evaluation" / "embedded_before.jsonl"
+    answers = only_run(tmp_path) / "evaluation" / "before" / "greedy" / "embedded_t0.jsonl"
     whole = answers.read_bytes()
     answers.write_bytes(whole[: len(whole) // 2])
     assert make(tmp_path, cache) == 0, output_of(tmp_path)
@@ -145,7 +146,7 @@ def test_answers_of_weights_that_were_lost_are_given_again(unbroken, cache, tmp_
     assert make(tmp_path, cache, hook=at(report, "write_report", 1, signal.SIGKILL)) == -signal.SIGKILL
     directory = only_run(tmp_path)
     (directory / "checkpoints" / "step_000005" / "state.pt").write_bytes(b"torn")
-    answers = directory / "evaluation" / "embedded_after.jsonl"
+    answers = directory / "evaluation" / "after" / "greedy" / "embedded_t0.jsonl"
     answers.write_text(answers.read_text().replace('"reward": ', '"reward": 1'))
     assert make(tmp_path, cache) == 0, output_of(tmp_path)
     assert fingerprint(directory) == fingerprint(unbroken)
@@ -207,7 +208,7 @@ def test_selection_best_keeps_the_weights_of_the_best_validation(cache, tmp_path
 def test_zero_steps_evaluate_only(cache, tmp_path):
     assert make(tmp_path, cache, ["budget.steps=0"], drawn=True) == 0, output_of(tmp_path)
     assert list(summary_of(only_run(tmp_path))["evaluation"]["embedded"]) == ["after"]
-    assert [path.name for path in (only_run(tmp_path) / "evaluation").iterdir()] == ["embedded_after.jsonl"]
+    assert [path.name for path in (only_run(tmp_path) / "evaluation").iterdir()] == ["after"]
     assert "accuracy [95 %]" in output_of(tmp_path)
     assert "points" not in output_of(tmp_path)
     assert "→" not in (only_run(tmp_path) / "report.html").read_text()

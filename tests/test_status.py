@@ -13,7 +13,8 @@ from pspo import report
 from pspo.base.schema import ConfigError
 from pspo.config import read as config_of
 from pspo.host import slurm
-from pspo.status import collect, held
+from pspo.run.lock import is_held
+from pspo.status import collect
 from pspo.status.__main__ import cancel, retry, table
 from pspo.status.state import STATES
 
@@ -97,10 +98,10 @@ def test_a_running_run_is_known_by_its_lock_alone(tmp_path, no_slurm):
     directory = make(tmp_path / "g", "a", steps=4, owner=OWNER | {"job_id": None, "restart": 2})
     with filelock.FileLock(directory / ".lock", timeout=0):
         row = only_row(tmp_path / "g")
-        assert held(directory)
+        assert is_held(directory)
     assert (row.state, row.done, row.restarts, row.phase, row.eta_s) == ("running", 4, 2, "importing", None)
     assert only_row(tmp_path / "g").state == "cut off"
-    assert not held(directory)
+    assert not is_held(directory)
 
 
 def test_the_phase_of_a_running_run_is_told_with_the_time_that_it_has_left(tmp_path, no_slurm):

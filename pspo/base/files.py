@@ -36,6 +36,14 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
 @contextlib.contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """An empty directory to fill, which takes the place of ``directory`` when the block ends, flushed to the disk.

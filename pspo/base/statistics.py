@@ -1,4 +1,4 @@
-"""Means and maxima over all tokens of a step, and the Wilson interval of a proportion."""
+"""Means and maxima over all tokens of a step, the Wilson interval of a proportion, and pass@k."""
 
 import math
 
@@ -38,7 +38,7 @@ class Statistics:
         return means | {name: largest.item() for name, largest in self._maxima.items()}
 
 
-def wilson_interval(num_correct: int, num_total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(num_correct: float, num_total: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """The Wilson score interval of a proportion, 95 % by default (Wilson 1927, JASA 22:209).
 
     (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) with p = num_correct / n. Raises ValueError for n = 0.
@@ -51,3 +51,13 @@ def wilson_interval(num_correct: int, num_total: int, z: float = 1.9599639845400
     low = 0.0 if num_correct == 0 else (centre - spread) / scale
     high = 1.0 if num_correct == num_total else (centre + spread) / scale
     return low, high
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of the probability that one of k answers is correct, from c correct of n answers.
+
+    1 − C(n − c, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374, eq. 1). Raises ValueError for k above n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"need 0 <= c <= n and 1 <= k <= n, got n = {n}, c = {c}, k = {k}")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)

@@ -3,13 +3,17 @@
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pspo.base.files import digest
-from pspo.base.schema import ConfigError, Schema, key
+from pspo.base.schema import ConfigError, Schema, key, unknown
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
@@ -20,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
-    "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "digests", "encode", "load", "order",
-    "prompt_date", "render",
+    "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "check_set", "digests", "encode", "load",
+    "load_set", "order", "prompt_date", "render", "set_digests",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -34,9 +38,19 @@ class DatasetConfig(Schema, block="dataset"):
     name: Literal["embedded", "gsm8k", "svamp", "asdiv", "math500", "math", "jsonl"] = key("the data set")
     path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null", path=True)
     system_prompt: str = key("the system message before each question; empty for none")
+    prompt: str | None = key(
+        "plain text with {question} in it, used instead of the model's chat template; null: the chat template, or "
+        "where there is none 'Question: {question}', a new line and 'Answer:'"
+    )
+    shots: int = key("training problems shown with their solutions before each question", within="[0, inf)")
     num_validation: int = key("training problems held out for validation", within="[0, inf)")
     test_limit: int | None = key("test problems to evaluate, a fixed random choice; null for all", within="[1, inf)")
     max_prompt_tokens: int = key("problems with a longer prompt are dropped", within="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise self.refuse("prompt", "must hold {question}, which each problem's question replaces")
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -107,7 +121,8 @@ def load(config: DatasetConfig, seed: int) -> Splits:
     As in the paper's protocol (arXiv 2509.21282) the training problems are shuffled by the run's seed and the last
     ``num_validation`` held out: 7000 and 473 for GSM8K. Of a source with a validation file, and of the embedded task,
     whose splits are fixed, the first ``num_validation`` validation problems are taken. Training problems with the
-    question of a held-out problem, word for word, are left out; a test set has none. Raises ConfigError.
+    question of a held-out problem, word for word, are left out; a test set has none. The same ``shots`` of them, with
+    every seed, are held out as examples. Raises ConfigError.
     """
     check(config)
     if isinstance(config, EmbeddedConfig):
@@ -119,6 +134,10 @@ def load(config: DatasetConfig, seed: int) -> Splits:
     pool = {split: rows for (_, split), rows in problems.items()}
     test = {name: rows for (name, split), rows in problems.items() if split == "test"}
     train = _without(pool.get("train", []), itertools.chain(*test.values()))
+    shots = _limit([problem for problem in train if problem.solution], config.shots)
+    if len(shots) < config.shots:
+        raise config.refuse("shots", f"there are only {len(shots)} training problems with a solution")
+    train = [problem for problem in train if problem not in shots] if shots else train
     num, validation = config.num_validation, pool.get("validation", [])
     if train and "validation" not in pool:
         if len(train) <= num:
@@ -129,20 +148,66 @@ def load(config: DatasetConfig, seed: int) -> Splits:
         raise config.refuse("num_validation", f"there are only {len(validation)} validation problems")
     validation = validation[:num]
     limited = {name: _limit(rows, config.test_limit) for name, rows in test.items()}
-    return Splits(_without(train, validation), validation, limited)
+    return Splits(_without(train, validation), validation, limited, shots)
+
+
+def load_set(config: DatasetConfig, name: str, folder: str | None) -> list[Problem]:
+    """The problems of one test set by a data set's name, or by a path as dataset=jsonl has it.
+
+    Read from ``folder/name``, or without a folder from the hub; of a user's own files the test problems, or the only
+    file. Raises ConfigError.
+    """
+    if name == "embedded":
+        return _limit(embedded.load("test", len(embedded.tales()["test"])), config.test_limit)
+    located = sources.locate(*_place(name, folder))
+    tests = [found for found in located if found[1] == "test"] or located[: int(name not in sources.SETS)]
+    if not tests:
+        raise ConfigError(
+            f"evaluate.sets: {name} in {folder} has no test problems; give a folder that holds test files"
+        )
+    return _limit([problem for found in tests for problem in sources.read(*found)], config.test_limit)
+
+
+def check_set(name: str, folder: str | None) -> None:
+    """Refuse an unknown test set, or a path that holds none, without network. Raises ConfigError."""
+    known, path = (name, None) if name == "embedded" else _place(name, folder)
+    if path is not None:
+        sources.locate(known, path)
+
+
+def set_digests(name: str, folder: str | None) -> dict[str, str]:
+    """As ``digests``, for a test set of ``load_set``; known names and existing paths alone. Raises ConfigError."""
+    if name == "embedded":
+        return {}
+    known, path = _place(name, folder)
+    if path is None:
+        return {source.repo: hub.commit(source.repo, "dataset", f"dataset={name}") for source in sources.SETS[known]}
+    return {str(file): digest(file) for *_, files in sources.locate(known, path) for file in files}
+
+
+def _place(name: str, folder: str | None) -> tuple[str, str | None]:
+    """The data set and the path, None for the hub, that the name of a test set means. Raises ConfigError."""
+    if name in sources.SETS and name != "jsonl":
+        return name, None if folder is None else str(Path(folder, name))
+    if re.search(r"[/.]", name):
+        return "jsonl", os.path.expanduser(name)
+    known = [*(known for known in sources.SETS if known != "jsonl"), "embedded", "validation"]
+    raise ConfigError(f"{unknown(name, known, 'evaluate.sets')}, or the path of a file of your own")
 
 
 def encode(
-    tokenizer: "Tokenizer", config: DatasetConfig, problems: list[Problem], today: date | None = None
-) -> tuple[list[Prompt], int]:
+    tokenizer: "Tokenizer", config: DatasetConfig, problems: list[Problem], today: date | None = None,
+    shots: Sequence[Problem] = (),
+) -> tuple[list[Prompt], int]:  # fmt: skip
     """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
 
     ``today`` is what ``prompt_date`` returned. Raises ConfigError where the chat template refuses a prompt, or leaves
     the system prompt out.
     """
     questions = [problem.question for problem in problems]
-    rendered = render(tokenizer, config.system_prompt, questions, today)
-    if config.system_prompt and rendered[:1] == render(tokenizer, "", questions[:1], today) != []:
+    form = partial(render, tokenizer, today=today, prompt=config.prompt, shots=shots)
+    rendered = form(config.system_prompt, questions)
+    if config.system_prompt and rendered[:1] == form("", questions[:1]) != []:
         raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
     prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
     short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]

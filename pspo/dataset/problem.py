@@ -26,6 +26,7 @@ class Splits:
     train: list[Problem]
     validation: list[Problem]
     test: dict[str, list[Problem]]
+    shots: list[Problem] = field(default_factory=list)  # training problems shown, solved, in every prompt
 
 
 def worked(answer: str, working: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Prompts from chat templates: one date for all runs of a group, and one sentence where a template refuses."""
+"""Prompts from chat templates or plain text: worked examples, one date for all runs of a group, refusals."""
 
 import contextlib
 import string
@@ -12,28 +12,47 @@ from jinja2 import TemplateError
 
 from pspo.base.files import write_text
 from pspo.base.schema import ConfigError
+from pspo.dataset.problem import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+PLAIN = "Question: {question}\nAnswer:"
+"""The prompt of a model without a chat template, such as many a base model."""
+
+ROLES = ("user", "assistant")
 
 CLOCK = "strftime_now"
 """The one function by which transformers lets a chat template see the clock, as Llama 3.2's does."""
 
 
 def render(
-    tokenizer: "Tokenizer", system_prompt: str, questions: Sequence[str], today: date | None = None
-) -> list[list[int]]:
-    """The chat template's token ids of each question, up to where the assistant begins to write.
+    tokenizer: "Tokenizer", system_prompt: str, questions: Sequence[str], today: date | None = None, *,
+    prompt: str | None = None, shots: Sequence[Problem] = (),
+) -> list[list[int]]:  # fmt: skip
+    """The token ids of each question's prompt, up to where the model begins to write.
+
+    By the tokenizer's chat template, in which each of ``shots`` is a turn of the user and one of the assistant. With
+    ``prompt``, and where the tokenizer has no chat template, as plain text: ``prompt`` or else ``PLAIN`` with the
+    question in the place of {question}, behind the system prompt and the examples, parted by empty lines.
 
     An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does. A
     template that prints the date prints ``today``, by default the day of the call. Raises ConfigError where the
-    tokenizer has no template, and where the template refuses.
+    template refuses.
     """
+    if prompt is not None or not tokenizer.chat_template:
+        form = prompt or PLAIN
+        examples = [f"{form.replace('{question}', shot.question)} {shot.solution}" for shot in shots]
+        before = [part for part in (system_prompt, *examples) if part]
+        texts = ["\n\n".join([*before, form.replace("{question}", question)]) for question in questions]
+        return [tokenizer.encode(text) for text in texts]
     template = (_clock(today) if today else "") + _template(tokenizer)
     if not questions:
         return []
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages = [[*system, {"role": "user", "content": question}] for question in questions]
+    turns = [(shot.question, shot.solution) for shot in shots]
+    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+    messages = [[*system, *talk, {"role": "user", "content": question}] for question in questions]
     try:
         ids = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -54,7 +73,7 @@ def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
     The group's first run writes the file ``prompt_date`` into the group's directory. A run that is resumed on another
     day, and an arm that begins on another day, so see the same prompts. Raises ConfigError.
     """
-    if CLOCK not in _template(tokenizer):
+    if not tokenizer.chat_template or CLOCK not in _template(tokenizer):
         return None
     path = group_directory / "prompt_date"
     try:
@@ -70,12 +89,10 @@ def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
 def _template(tokenizer: "Tokenizer") -> str:
     try:
         return tokenizer.get_chat_template()
-    except ValueError:  # none, or several with names
-        several = f"the chat templates {', '.join(sorted(tokenizer.chat_template or {}))} and none named default"
-        raise ConfigError(
-            f"the tokenizer of {_name(tokenizer)} has {several if tokenizer.chat_template else 'no chat template'}; "
-            "choose a model that has one, or put a chat_template.jinja into the model's folder"
-        ) from None
+    except ValueError:  # several with names
+        several = f"the chat templates {', '.join(sorted(tokenizer.chat_template))} and none named default"
+        remedy = "put a chat_template.jinja into the model's folder, or set dataset.prompt"
+        raise ConfigError(f"the tokenizer of {_name(tokenizer)} has {several}; {remedy}") from None
 
 
 def _clock(today: date) -> str:

@@ -18,15 +18,27 @@ from pspo.run.outcome import failure, result
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One run of a sweep.
+    """One run of a sweep, or the evaluation of one.
 
     ``state`` is that of ``earlier.History``, or queued where SLURM has the run; ``arm`` names the run's arm by factor.
+    ``command`` is run or evaluate; the directory of an evaluation is that of its answers.
     """
 
     overrides: list[str]
     directory: Path
     state: str
     arm: Mapping[str, str] = field(default_factory=dict)
+    command: str = "run"
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return (self.directory if self.command == "run" else self.directory.parents[2]).name
+
+    @property
+    def group(self) -> Path:
+        """Where the launcher keeps its records and logs: the group, or a folder of evaluations in it."""
+        return self.directory.parent if self.command == "run" else self.directory.parents[3] / ".evaluate"
 
 
 def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
@@ -34,7 +46,11 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
     overrides = [[override.lstrip("+") for override in job] for job in jobs]
     checked, runs, seen = set(), [], dict[tuple[str, str, str], Planned]()
     for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
-        parts = [config.output_dir, config.group, *map(as_dict, (config.dataset, config.model, config.reward))]
+        parts = [
+            config.output_dir,
+            config.group,
+            *map(as_dict, (config.dataset, config.model, config.reward, config.evaluate)),
+        ]
         looked_at = json.dumps([*parts, config.budget.total > 0])
         if looked_at not in checked:
             check(config)
@@ -160,11 +176,12 @@ def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path,
 def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
     """Write ``.submitit/<job id>/runs.json`` in the group of every run: which task is which run."""
     about = {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "launcher": as_dict(launcher)}
-    for parent in {run.directory.parent for run in runs}:
+    about["command"] = runs[0].command
+    for parent in {run.group for run in runs}:
         rows = [
             {"task": task, "directory": str(run.directory), "overrides": run.overrides}
             for task, run in zip(tasks, runs, strict=True)
-            if run.directory.parent == parent
+            if run.group == parent
         ]
         place = parent / ".submitit" / folder.name
         place.mkdir(parents=True, exist_ok=True)

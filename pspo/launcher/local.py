@@ -1,4 +1,4 @@
-"""Slots on this machine: one run per slot at a time, each a ``python -m pspo.run`` of its own."""
+"""Slots on this machine: one run per slot at a time, each a process of its own."""
 
 import os
 import signal
@@ -29,8 +29,6 @@ class Local(Launcher):
 
     slots: int | None = key("runs at one time; null takes as many as there are GPUs for, or one", within="[1, inf)")
     gpus: int | None = key("GPUs of one run; null takes one where there are any", within="[0, inf)")
-
-    command = (sys.executable, "-m", "pspo.run")  # a slot adds the overrides of its run
 
     def check(self) -> None:
         """Raise ConfigError where there are not enough GPUs or processors for the slots."""
@@ -69,7 +67,7 @@ class Local(Launcher):
     def _fill_slots(self, todo: list[Planned]) -> None:
         """Start a run whenever a slot is free, until all have ended. Ctrl-C or SIGTERM stops the runs, which save."""
         name = f"local_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
-        folder = todo[0].directory.parent.absolute() / ".submitit" / name
+        folder = todo[0].group.absolute() / ".submitit" / name
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -89,7 +87,7 @@ class Local(Launcher):
                         process = self._start(slot, todo[number], folder / f"{number}_0_log")
                         busy[slot], tasks[number] = (number, time.monotonic(), process), str(number)
                         record_runs(self, "local", folder, todo, tasks)
-                        log.info("started  %d of %d: %s", number + 1, len(todo), todo[number].directory.name)
+                        log.info("started  %d of %d: %s", number + 1, len(todo), todo[number].name)
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             _stop([process for *_, process in busy.values()])
@@ -109,7 +107,7 @@ class Local(Launcher):
         _pin(processors[slot * each : (slot + 1) * each])  # the process started next inherits them
         try:
             with logs.with_suffix(".out").open("wb") as out, logs.with_suffix(".err").open("wb") as err:
-                command = [*self.command, *run.overrides]
+                command = [sys.executable, "-m", f"pspo.{run.command}", *run.overrides]
                 return subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
         finally:
             _pin(processors)
@@ -117,9 +115,9 @@ class Local(Launcher):
 
 def _log_end(run: Planned, seconds: float, log_file: Path) -> None:
     if (run.directory / "DONE").is_file():
-        log.info("done     %s (%.0f s)", run.directory.name, seconds)
+        log.info("done     %s (%.0f s)", run.name, seconds)
     else:
-        log.error("failed   %s: %s", run.directory.name, failure(run.directory) or f"see {log_file}")
+        log.error("failed   %s: %s", run.name, failure(run.directory) or f"see {log_file}")
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -34,17 +34,22 @@ NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exc
 
 
 class Job:
-    """One job: compose, validate and make the run of some overrides.
+    """One job: compose, validate and make the run, or the evaluation, of some overrides.
 
     After the loss of a node SLURM starts the pickle of the submission again, so that a job holds its overrides alone;
     the directory and the newest checkpoint of its run are looked up on the disk.
     """
 
-    def __init__(self, overrides: Sequence[str]) -> None:
-        self.overrides = list(overrides)
+    def __init__(self, overrides: Sequence[str], command: str = "run") -> None:
+        self.overrides, self.command = list(overrides), command
 
     def __call__(self) -> float | None:
         """Make the run; whatever it raises is the job's failure. Returns the ``result`` of the run."""
+        if self.command == "evaluate":
+            from pspo.evaluate.__main__ import main
+
+            main(self.overrides)
+            return None
         from pspo.run.job import run
 
         return result(run(compose(self.overrides), self.overrides))
@@ -108,11 +113,13 @@ class Slurm(Launcher):
 
     def _queued(self, runs: list[Planned]) -> dict[Path, str]:
         tasks: dict[str, Path] = {}
-        for parent in {run.directory.parent for run in runs}:
+        for parent in {run.group for run in runs}:
             for path in parent.glob(".submitit/*/runs.json"):
                 record = json.loads(path.read_text())
                 if record["cluster"] == "slurm":
-                    tasks |= {row["task"]: parent / Path(row["directory"]).name for row in record["runs"]}
+                    is_run = record.get("command", "run") == "run"  # whose group may have been moved
+                    places = {row["task"]: Path(row["directory"]) for row in record["runs"]}
+                    tasks |= {task: parent / place.name if is_run else place for task, place in places.items()}
         wanted = {run.directory for run in runs}
         states = slurm.job_states(task for task, directory in tasks.items() if directory in wanted)
         return {tasks[task]: task for task, state in states.items() if state.alive}
@@ -131,7 +138,7 @@ class Slurm(Launcher):
             tasks |= {run.directory: job.job_id for run, job in zip(array, jobs, strict=True)}
             num_submitted += len(array)
             lines += [f"jobs   {jobs[0].paths.folder.name}, {len(array)} in all", f"logs   {jobs[0].paths.folder}"]
-        groups = sorted({str(run.directory.parent) for run in runs})
+        groups = sorted({str(run.directory.parent) for run in runs if run.command == "run"})
         sys.stdout.write("\n".join([*lines, *(f"watch  python -m pspo.status {group}" for group in groups)]) + "\n")
         sys.stdout.flush()
         if not self.wait:
@@ -139,7 +146,7 @@ class Slurm(Launcher):
         try:
             return outcomes(runs, _wait(tasks))
         except KeyboardInterrupt:
-            log.warning("the jobs go on; python -m pspo.status --cancel %s ends them", groups[0])
+            log.warning("the jobs go on; scancel, or python -m pspo.status --cancel outputs/<group>, ends them")
             raise
 
     def _submit(self, array: list[Planned], folder: Path, parameters: dict[str, Any]) -> list[submitit.Job[Any]]:
@@ -148,7 +155,7 @@ class Slurm(Launcher):
             with _outside_of_jobs():
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
                 executor.update_parameters(**parameters)
-                jobs = executor.submit_array([Job(run.overrides) for run in array])
+                jobs = executor.submit_array([Job(run.overrides, run.command) for run in array])
         except submitit.core.utils.FailedJobError as error:
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Try ")]
             raise ConfigError(f"sbatch refuses: {lines[-1] if lines else 'it does not say why'}") from error
@@ -185,7 +192,7 @@ class Slurm(Launcher):
         }
         parameters, arrays = {name: value for name, value in values.items() if value is not None}, []
         for first, last in itertools.pairwise(bounds):
-            array, group = todo[first:last], todo[first].directory.parent.absolute()
+            array, group = todo[first:last], todo[first].group.absolute()
             folder = group / ".submitit" / ("%A" if len(array) > 1 else "%j")
             arrays.append((array, folder, {"job_name": f"pspo-{group.name}"} | parameters))
         return arrays

@@ -62,8 +62,8 @@ class ModelConfig(Schema, block="model"):
     name: str = key("name of the model in reports")
     hub_id: str | None = key("repository on the Hugging Face hub, owner/name")
     path: str | None = key(
-        "used instead of hub_id: a local folder with safetensors weights, tokenizer and chat template, or a .gguf "
-        "file; package:NAME/FILE is a file inside an installed Python package",
+        "used instead of hub_id: a local folder with safetensors weights and tokenizer, or a .gguf file; "
+        "package:NAME/FILE is a file inside an installed Python package",
         path=True,
     )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")

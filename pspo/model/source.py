@@ -64,25 +64,23 @@ def digests(config: ModelConfig) -> dict[str, str]:
 
 
 def check_directory(directory: Path, setting: str) -> None:
-    """Refuse a folder without the configuration, safetensors weights, tokenizer or chat template of a causal model.
+    """Refuse a folder without the configuration, safetensors weights or tokenizer of a causal model.
 
     ``setting`` is the key and its value, with which the sentence of the ConfigError begins.
     """
-    index, template = directory / "model.safetensors.index.json", directory / "chat_template.jinja"
+    index = directory / "model.safetensors.index.json"
     shards = sorted(set(_read(index).get("weight_map", {}).values()))
     absent = next((shard for shard in shards if not (directory / shard).is_file()), None)
     tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-    templated = template.is_file() or _read(directory / "tokenizer_config.json").get("chat_template")
     settings = _read(directory / "config.json")
     kind, is_quantized = settings.get("model_type"), "quantization_config" in settings
-    need = "give a Hugging Face directory with config.json, *.safetensors, a tokenizer and its chat template"
+    need = "give a Hugging Face directory with config.json, *.safetensors and a tokenizer"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
         (not (directory / "config.json").is_file(), f"has no config.json; {need}"),
         (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
         (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
         (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
-        (not templated, "has no chat template; set tokenizer.chat_template and save the tokenizer again"),
         (kind not in KNOWN, f"is of type {kind}, no causal language model that transformers knows; choose another"),
         (is_quantized, "holds quantized weights, which cannot be trained; choose the unquantized model"),
     ):

@@ -12,7 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from pspo.base.figure import GREEN, GREY, name_curves, png, styled, write_png
-from pspo.report.metrics import read_metrics, read_summary
+from pspo.base.files import read_json
+from pspo.report.metrics import read_metrics
 
 LABEL_SPACING = 0.13
 """Share of a panel's height between two curves' names, of two lines each."""
@@ -68,7 +69,7 @@ PANELS = (
 @styled
 def write_curves(directory: Path) -> Path:
     """Draw ``curves.png`` from metrics.jsonl and summary.json; panels without a metric are left out."""
-    rows, summary = read_metrics(directory), read_summary(directory)
+    rows, summary = read_metrics(directory), read_json(directory / "summary.json")
     panels = panels_of(rows)
     columns = max(1, min(3, len(panels)))
     lines = max(1, math.ceil(len(panels) / columns))

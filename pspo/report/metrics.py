@@ -1,6 +1,5 @@
-"""The files that a report reads, ``metrics.jsonl`` and ``summary.json``, and the meaning of every metric."""
+"""The rows of ``metrics.jsonl``, and the meaning of every metric."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -88,9 +87,3 @@ def meaning(key: str) -> str | None:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The rows of ``metrics.jsonl``, one per step; numbers that were not finite are None."""
     return read_lines(directory / "metrics.jsonl")
-
-
-def read_summary(directory: Path) -> dict[str, Any]:
-    """``summary.json``, or {} while the run is not done."""
-    path = directory / "summary.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

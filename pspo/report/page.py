@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pspo.base.files import read_lines, write_text
+from pspo.base.files import read_json, read_lines, write_text
 from pspo.base.schema import dotted
 from pspo.host import environment
 from pspo.report.curves import panel_images
-from pspo.report.metrics import METRICS, meaning, read_metrics, read_summary
+from pspo.report.metrics import METRICS, meaning, read_metrics
 from pspo.report.table import objective, percent, points
 
 EXAMPLES_PER_STEP = 4
@@ -45,7 +45,7 @@ _TEMPLATES.globals |= {"meaning": meaning, "objective": objective, "points": poi
 
 def write_report(directory: Path) -> Path:
     """Write ``report.html`` from a run directory's files; numbers of the clock and the memory have their own lines."""
-    rows, summary = read_metrics(directory), read_summary(directory)
+    rows, summary = read_metrics(directory), read_json(directory / "summary.json")
     completions = read_lines(directory / "completions.jsonl")
     steps = [row["step"] for row in completions[:1] + completions[-1:]]
     config = directory / "config.yaml"

@@ -57,11 +57,14 @@ class Reward(Schema, ABC, block="reward"):
 
     def check_gold(self, problems: Sequence[Problem]) -> None:
         """Grade every gold answer against itself: a reward that fails it would train on noise. Raises ConfigError."""
+        for problem in self.ungradable(problems):
+            reason = f"the gold answer {problem.answer!r}, written as '#### <answer>', is not correct under reward="
+            raise ConfigError(f"problem {problem.id}: {reason}{self.name}; mend the data or set reward=custom")
+
+    def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems whose gold answer is not correct when it is graded against itself."""
         scores = self([Attempt(f"#### {problem.answer}", problem) for problem in problems])
-        for problem, score in zip(problems, scores, strict=True):
-            if not score.correct:
-                reason = f"the gold answer {problem.answer!r}, written as '#### <answer>', is not correct under reward="
-                raise ConfigError(f"problem {problem.id}: {reason}{self.name}; mend the data or set reward=custom")
+        return [problem for problem, score in zip(problems, scores, strict=True) if not score.correct]
 
     def source_files(self) -> list[Path]:
         """The user's own files that decide rewards, for the digest in a run's identity."""

@@ -149,9 +149,10 @@ def carry_over(config: Config, directory: Path) -> None:
         validated = ("validation/", "time/validation_s")
         rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    (directory / "evaluation").mkdir(exist_ok=True)
+    if (source / "evaluation" / "before").is_dir():
+        shutil.copytree(source / "evaluation" / "before", directory / "evaluation" / "before", dirs_exist_ok=True)
     names = [source / name for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD)]
-    for file in [*filter(Path.is_file, names), *source.glob("evaluation/*_before.jsonl")]:
+    for file in filter(Path.is_file, names):
         shutil.copyfile(file, directory / file.relative_to(source))
     for best in (source / "checkpoints").glob("best_*"):
         with new_directory(directory / "checkpoints" / best.name) as beside:

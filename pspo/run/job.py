@@ -1,5 +1,6 @@
 """One run: validate, load, evaluate, train, evaluate, report."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ from pspo.base.files import write_json, write_text
 from pspo.base.schema import as_dict
 from pspo.config import Config, check
 from pspo.dataset import Problem, Prompt
-from pspo.evaluate import answer_into, summarize
 from pspo.host import environment, interrupt
-from pspo.run import earlier, lock, outcome
+from pspo.run import earlier, held_out, lock, outcome
 from pspo.run.advice import advice
 from pspo.run.name import run_directory
 from pspo.tracker import Tracker
@@ -36,6 +36,7 @@ class Prepared:
     history: earlier.History
     problems: dict[str, list[Problem]]  # by split: train, validation, and the test sets by name
     tests: list[str]  # names of the test sets
+    shots: list[Problem]  # shown with their solutions in every prompt
 
 
 def prepare(config: Config, directory: Path) -> Prepared:
@@ -45,10 +46,11 @@ def prepare(config: Config, directory: Path) -> Prepared:
     history = earlier.look(config, directory)
     splits = dataset.load(config.dataset, config.seed)
     _check_enough(config, len(splits.train))
-    one = next(split for split in (splits.train, *splits.test.values()) if split)[:1]
+    tests = held_out.problems(config, splits)
+    one = next(split for split in (splits.train, *tests.values()) if split)[:1]
     dataset.encode(model.tokenizer(config.model), config.dataset, one)  # refuses a chat template that fails
-    problems = {"train": splits.train, "validation": splits.validation} | splits.test
-    return Prepared(config, directory, history, problems, list(splits.test))
+    problems = {"train": splits.train, "validation": splits.validation} | tests
+    return Prepared(config, directory, history, problems, list(tests), splits.shots)
 
 
 def run(config: Config, overrides: Sequence[str] = ()) -> Path:
@@ -128,19 +130,24 @@ def _train_and_evaluate(
     run: Prepared, trainer: Trainer, prompts: dict[str, list[Prompt]], notes: list[str], owner: lock.Owner
 ) -> dict[str, Any]:
     """Test, train from the newest checkpoint, test again; returns the content of ``summary.json``."""
-    config = run.config
-    tests: dict[str, dict[str, Any]] = {name: {} for name in run.tests}
-    for name, results in tests.items() if config.budget.total else ():  # initial weights: nothing is resumed yet
-        results["before"] = _test(trainer, name, prompts[name], "before")
+    config, first = run.config, run.config.evaluate.temperatures[:1]
+    sets = held_out.sets(config, {name: prompts[name] for name in run.tests})
+    test = partial(
+        held_out.answered, run.directory, sets, trainer.policy, config, run.shots, check_owner=trainer.check_owner
+    )
+    # Before training nothing is resumed yet, so that the weights are the initial ones.
+    numbers = test(when="before", temperatures=first) if config.budget.total else []
     trainer.resume()
     if owner.restart:
         log.info("restart %d: %s, resumed from step %d", owner.restart, owner, trainer.state.progress.steps)
     if not config.budget.spent(trainer.state.progress):  # a lost checkpoint's answers are of other weights
-        for answers in run.directory.glob("evaluation/*_after.jsonl"):
-            answers.unlink()
+        shutil.rmtree(run.directory / "evaluation" / "after", ignore_errors=True)
     state = trainer.run()
-    for name, results in tests.items():
-        results["after"] = _test(trainer, name, prompts[name], "after")
+    numbers += test(when="after", temperatures=config.evaluate.temperatures)
+    tests: dict[str, dict[str, Any]] = {name: {} for name in run.tests}
+    for row in numbers:
+        if [row["temperature"]] == first:
+            tests[row["set"]][row["when"]] = row
     return {
         "status": "done",
         "run": run.directory.name,
@@ -151,6 +158,7 @@ def _train_and_evaluate(
         "selected_step": state.best_step if config.selection == "best" else state.progress.steps,
         "notes": notes + state.notes,
         "evaluation": tests,
+        "answers": numbers,
         "time/wall_s": trainer.earlier_s + time.perf_counter() - trainer.started,
     }
 
@@ -169,33 +177,11 @@ def _record_settings(run: Prepared, overrides: list[str], device: torch.device, 
 
 def _encode(run: Prepared, notes: list[str]) -> dict[str, list[Prompt]]:
     """The prompts of every split; adds to ``notes`` which date they have, and which splits lost too long prompts."""
-    prompts, config, tokenizer = {}, run.config.dataset, model.tokenizer(run.config.model)
-    date = dataset.prompt_date(tokenizer, Path(run.config.continue_from or run.directory).parent)
-    if date is not None:
-        notes.append(f"the model's chat template prints a date, {date} in all runs of this group")
-        log.info(notes[-1])
-    for name, problems in run.problems.items():
-        prompts[name], dropped = dataset.encode(tokenizer, config, problems, date)
-        if dropped:
-            limit = f"prompts over {config.max_prompt_tokens} tokens"
-            notes.append(f"{dropped} of {len(problems)} {name} problems were dropped: {limit}")
-            log.warning(notes[-1])
-        if dropped and not prompts[name]:
-            raise config.refuse("max_prompt_tokens", f"all {dropped} {name} prompts are longer")
+    group = Path(run.config.continue_from or run.directory).parent
+    prompts, about = held_out.encoded(run.config, run.problems, run.shots, group)
+    notes += about
     _check_enough(run.config, len(prompts["train"]))
     return prompts
-
-
-def _test(trainer: Trainer, name: str, prompts: list[Prompt], when: str) -> dict[str, float]:
-    """Greedy accuracy on a test set, whose answers are kept in ``evaluation/`` and read again after a resume."""
-    path = trainer.directory / "evaluation" / f"{name}_{when}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    title, config = f"test on {name}, {when}", trainer.config
-    rows = answer_into(
-        path, trainer.sampler, prompts, config.reward, config.rollout,
-        seed=config.seed, title=title, check_owner=trainer.check_owner,
-    )  # fmt: skip
-    return summarize(rows)
 
 
 def _check_enough(config: Config, num_problems: int) -> None:

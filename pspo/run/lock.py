@@ -5,6 +5,7 @@ is gone; should its process live on, cut off from SLURM, it finds the record cha
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import time
@@ -71,6 +72,16 @@ def hold(directory: Path) -> Iterator[Owner]:
             if owner(directory) == mine:
                 with contextlib.suppress(OSError):  # a full disk must not hide why the block failed
                     write_json(directory / ".owner", asdict(replace(mine, ended=True)))
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process holds the run's lock, by this machine's kernel; False on a file system without locks."""
+    with contextlib.suppress(OSError), (directory / ".lock").open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def check(directory: Path, mine: Owner) -> None:

@@ -26,12 +26,18 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
 
     An option is written without its group, and a key by its last part, where no other group or key has the same word.
     """
-    short = short_names(dotted.removeprefix("objective.") for dotted, _, _ in keys_of(Config, as_dict(config)))
+    keys = [dotted.removeprefix("objective.") for dotted, _, _ in keys_of(Config, as_dict(config))]
+    short = short_names(key for key in keys if not key.startswith("evaluate."))  # no key of evaluate names a run
     options = Counter(option for names in groups().values() for option in names)
     words: dict[str, str] = {}
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        if name.startswith("objective.") or name.partition(".")[0] not in (*NOT_SCIENCE, "objective", "seed"):
+        if name.startswith("objective.") or name.partition(".")[0] not in (
+            *NOT_SCIENCE,
+            "evaluate",
+            "objective",
+            "seed",
+        ):
             value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
             key_word = short.get(name.removeprefix("objective."), name)
             words[name] = value if name in groups() and options[value] == 1 else f"{key_word}={value}"

@@ -1,7 +1,6 @@
 """The state of each run of a group, from its directory, its lock and, where there is one, SLURM."""
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Mapping
@@ -11,8 +10,10 @@ from typing import Any
 
 import yaml
 
+from pspo.base.files import read_json
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
+from pspo.run.lock import is_held
 
 STATES = {
     "done": "green",
@@ -114,7 +115,7 @@ def collect(directory: Path) -> Group:
             task = Task(record["cluster"], run["task"], path, Path(record["folder"]), run["overrides"])
             tasks.setdefault(Path(run["directory"]).name, []).append(task)
     begun = {path.name for path in directory.iterdir() if (path / "config.yaml").is_file() or (path / ".lock").exists()}
-    owners = {run: _read_json(directory / run / ".owner") for run in begun}
+    owners = {run: read_json(directory / run / ".owner") for run in begun}
     ids = {task.job_id for known in tasks.values() for task in known if task.job_id and task.cluster == "slurm"}
     ids |= {str(owner["job_id"]) for owner in owners.values() if owner.get("job_id")}
     group = Group(directory, tasks, slurm.job_states(ids), [])
@@ -128,12 +129,12 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     job = group.jobs.get(row.job_id or "")
     row.restarts = max(job.restarts if job else 0, int(owner.get("restart") or 0))
     _progress(row, directory)
-    failure = _read_json(directory / "FAILED") if _is_newer(directory / "FAILED", task) else {}
+    failure = read_json(directory / "FAILED") if _is_newer(directory / "FAILED", task) else {}
     if (directory / "DONE").is_file():
         row.state = "done"
-        tests = _read_json(directory / "summary.json").get("evaluation", {})
+        tests = read_json(directory / "summary.json").get("evaluation", {})
         row.accuracy = {name: result["after"]["accuracy"] for name, result in tests.items()}
-    elif held(directory):
+    elif is_held(directory):
         row.state, row.job_id = "running", owner.get("job_id") or row.job_id
         row.phase, row.eta_s = _phase(directory)
         job = group.jobs.get(row.job_id or "")
@@ -159,7 +160,7 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
 
 def _phase(directory: Path) -> tuple[str, float | None]:
     """The phase in a running run's ``.phase`` with its counts, and the seconds left in it."""
-    phase = _read_json(directory / ".phase")
+    phase = read_json(directory / ".phase")
     if not phase:
         return IMPORTING, None
     counts = "" if phase.get("total") is None else f" {phase['done']:.0f}/{phase['total']:.0f}"
@@ -232,21 +233,3 @@ def _tail(path: Path) -> bytes:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))  # 0 in /proc, whose files have no size
         return file.read()
     return b""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    return {}
-
-
-def held(directory: Path) -> bool:
-    """Whether a process holds the run's lock, by this machine's kernel; False on a file system without locks."""
-    with contextlib.suppress(OSError), (directory / ".lock").open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
