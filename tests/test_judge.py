@@ -38,7 +38,7 @@ def configuration(objective):
     return compose([f"objective={objective}"])
 
 
-def make_run(directory, answers, *, objective="noclip", seed=0, model="tiny"):
+def make_run(directory, answers, *, objective="noclip", seed=0, model="tiny", task="Be brief."):
     """A finished run directory with greedy answers to problems of one set, by name."""
     directory.mkdir(parents=True)
     config = as_dict(configuration(objective)) | {"seed": seed}
@@ -64,6 +64,7 @@ def make_run(directory, answers, *, objective="noclip", seed=0, model="tiny"):
         }
         for name, text in answers.items()
     ]
+    (folder / "settings.json").write_text(json.dumps({"system_prompt": task}))
     (folder / "sums_t0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -166,6 +167,20 @@ def test_a_judge_that_goes_by_position_alone_ties_everything(arms):
     (pair,) = summary["pairs"]
     assert (pair["win_rate"], pair["tie_rate"], pair["position_consistency"]) == (0.5, 1, 0)
     assert pair["ci95"] is None
+
+
+def test_the_task_is_the_one_that_each_arm_was_given(tmp_path):
+    make_run(tmp_path / "n", {"a": "no"}, task="Be brief.")
+    make_run(tmp_path / "c", {"a": "clip"}, objective="clip", task="Be exact.")
+    with serving(fair) as server:
+        run(tmp_path, server)
+    task = {quoted.get("answer"): quoted["task"] for quoted in map(texts, server.requests)}
+    assert (task["no"], task["clip"]) == ("Be brief.", "Be exact.")
+    pairs = [quoted for quoted in map(texts, server.requests) if "answer_1" in quoted]
+    assert {quoted["answer_1"]: quoted["task"] for quoted in pairs} == {
+        "clip": "of answer_1: Be exact.\nof answer_2: Be brief.",
+        "no": "of answer_1: Be brief.\nof answer_2: Be exact.",
+    }
 
 
 def test_equal_answers_are_a_tie_for_which_no_judge_is_asked(tmp_path):
@@ -694,7 +709,7 @@ def language_model(tmp_path_factory):
     from pspo.model import tiny
 
     said = '{"reason": "so", "score": 4}'
-    quoted = {"task": "", "problem": "What is a?", "reference": "4"}
+    quoted = {"task": "Be brief.", "problem": "What is a?", "reference": "4"}
     answers = [f"{arm} {n} {name} bad" for n in range(10) for arm in ("clip", "noclip") for name in "abcd"]
     questions = [request_body("m", "clarity", quoted | {"answer": text}, {})["messages"] for text in answers]
     tokenizer = tiny.train_tokenizer([m["content"] for pair in questions for m in pair] + [said] * 50, 400)

@@ -1,15 +1,19 @@
 """Which answers are judged, the questions about them, and the verdicts in the replies."""
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from pspo.base.files import read_json
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import Group, selections
+from pspo.evaluate.answers import SETTINGS
 from pspo.judge.questions import Pair, ReplyError, Score, body, digest, read
 
 Row = dict[str, Any]
@@ -52,13 +56,16 @@ def choose(group: Group, answers: pd.DataFrame, arms: Sequence[str], limit: int)
     each time round every problem comes with its next seed: a higher limit adds items and changes none. Raises
     ConfigError where there is no item.
     """
-    runs = group.results.runs.set_index("run")
-    run_of = {arm: {runs.loc[run, "seed"]: run for run in reversed(group.arms[arm])} for arm in arms}
+    seed_of = group.results.runs.set_index("run")["seed"]
+    task = functools.cache(
+        lambda *place: read_json(Path(place[0], "evaluation", *place[1:], SETTINGS))["system_prompt"]
+    )
+    run_of = {arm: {seed_of[run]: run for run in reversed(group.arms[arm])} for arm in arms}
     several = [set(by_seed) for by_seed in run_of.values() if len(by_seed) > 1]
     seeds = sorted(set.intersection(*several)) if several else [None]
     rows: dict[tuple[str, str], dict[str, Row]] = {}
     for row in answers.to_dict("records"):
-        row["task"] = str(runs.loc[row["run"], "dataset.system_prompt"])
+        row["task"] = task(row["run"], row["when"], row["evaluation"])
         rows.setdefault((row["set"], row["problem"]), {})[row["run"]] = row
     problems = sorted(rows, key=lambda name: hashlib.sha256(repr(name).encode()).digest())
 
