@@ -119,7 +119,7 @@ def test_vacuous_trust_regions_are_named(tmp_path):
 
 def test_what_cannot_be_read_is_named_and_left_out(outputs):
     (outputs / "broken").mkdir()
-    (outputs / "broken" / "config.yaml").write_text("objec")
+    (outputs / "broken" / "config.yaml").write_text("obj")
     failed = write_run(outputs, CLIP, 0, answers(0), state="FAILED")
     found = group(load([outputs, outputs / "missing"]))
     assert list(found.arms) == ["noclip", "pspo_geometric alpha=0.1", "pspo_geometric alpha=0.5"]
