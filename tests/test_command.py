@@ -9,7 +9,7 @@ import pspo.judge.__main__
 import pspo.objective.__main__
 import pspo.run.__main__
 import pspo.status.__main__
-from pspo import prefetch, sweep, sync
+from pspo import prefetch, supervise, sweep, sync
 from pspo.base.command import overview
 from pspo.objective import picture
 
@@ -20,6 +20,7 @@ MAINS = {
     "pspo.prefetch": (prefetch.main, (prefetch, "prefetch")),
     "pspo.run": (pspo.run.__main__.cli, (pspo.run.__main__, "main")),
     "pspo.status": (pspo.status.__main__.main, (pspo.status.__main__, "collect")),
+    "pspo.supervise": (supervise.cli, (supervise, "supervise")),
     "pspo.sweep": (sweep.cli, (pspo.run.__main__, "main")),
     "pspo.sync": (sync.main, (sync, "sync")),
 }
@@ -74,7 +75,7 @@ def test_ctrl_c_is_one_sentence_and_status_130(name, tmp_path, monkeypatch, caps
 
     main, place = MAINS[name]
     monkeypatch.chdir(tmp_path)
-    words = {"pspo.run": [], "pspo.sweep": ["alpha"], "pspo.prefetch": ["model=tiny"]}
+    words = {"pspo.run": [], "pspo.supervise": [], "pspo.sweep": ["alpha"], "pspo.prefetch": ["model=tiny"]}
     words["pspo.judge"] = ["here", "--base-url", "http://localhost", "--model", "m"]
     monkeypatch.setattr(sys, "argv", [name, *words.get(name, ["here"])])
     monkeypatch.setattr(*place, stopped)

@@ -69,11 +69,9 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
     Runs of no steps are arms of untrained models. Raises ConfigError for an unknown key, or without a finished run.
     """
     table = results.runs.sort_values(["seed", "run"], kind="stable")
-    rows = {row["run"]: _science(row) for row in table.to_dict("records")}
-    done = dict(zip(table["run"], table["state"] == "done", strict=True))
-    left_out = [
-        f"{run} is {state}, not done" for run, state in zip(table["run"], table["state"], strict=True) if not done[run]
-    ]
+    rows = {row["run"]: science_of(row) for row in table.to_dict("records")}
+    state = dict(zip(table["run"], table["state"], strict=True))
+    left_out = results.left_out + [f"{run} is left out: {state[run]}, not done" for run in rows if state[run] != "done"]
     untrained = {run: row for run, row in rows.items() if row.get("budget.steps") == 0}
     trained = {run: row for run, row in rows.items() if run not in untrained}
     differing = differing_keys(trained.values())
@@ -89,38 +87,44 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
     labels |= {run: f"{UNTRAINED} {label}".strip() for run, label in _labels(untrained, asked).items()}
     arms: dict[str, list[str]] = {}
     for run in sorted(rows, key=lambda run: (run in untrained, _order(rows[run], chosen))):
-        if done[run]:
+        if state[run] == "done":
             arms.setdefault(labels[run], []).append(run)
     if not arms:
-        raise ConfigError(f"no finished run to compare: {'; '.join(results.left_out + left_out)}")
-    warnings = caveats(results, arms, labels, rows, chosen if by else differing, differing)
-    return Group(results, arms, chosen, warnings, results.left_out + left_out)
+        raise ConfigError(f"no finished run to compare: {'; '.join(left_out)}")
+    subject = chosen if by else [key for key in chosen if key.startswith("objective.")] or chosen[:1]
+    confounds = {key: {run: row.get(key) for run, row in trained.items()} for key in differing if key not in subject}
+    return Group(results, arms, chosen, caveats(results, arms, labels, confounds), left_out)
 
 
 def scores(group: Group, selection: Selection) -> dict[str, pd.DataFrame]:
-    """Each arm's mean score over samples: a row for each seed, a column for each problem that all its runs answered.
+    """Each arm's mean score over samples: a row for each seed, a column for each problem that all its seeds answered.
 
-    Arms without such answers are missing. Runs of one arm and one seed are averaged: the seed is what is independent.
+    Arms without such answers are missing.
     """
-    return {label: means for label, (means, _) in samples(group, selection).items()}
+    return {label: totals / counts for label, (totals, counts) in samples(group, selection).items()}
 
 
 def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """Each arm's mean score over samples, seeds × problems, and the number of samples behind each mean."""
-    rows = _answers(group, selection)
-    if rows.empty:
+    """Each arm's sum of scores over samples and their number, seeds × problems.
+
+    Runs of one arm and one seed count as one run with the samples of all: what is independent is the seed.
+    """
+    answers = group.results.answers
+    if answers.empty:
         return {}
+    wanted = answers["run"].isin(group.arm_of.keys())
+    for name in ("set", "evaluation", "temperature", "when"):
+        wanted &= answers[name] == getattr(selection, name)
+    rows = answers.loc[wanted, ["run", "problem", selection.score]]
     seeds = dict(zip(group.results.runs["run"], group.results.runs["seed"], strict=True))
-    cells = rows.groupby(["run", "problem"], sort=True)[selection.score].agg(["mean", "size"]).astype(float)
-    answered = set(rows["run"])
-    pairs = {}
+    cells = rows.astype({selection.score: float}).groupby(["run", "problem"])[selection.score].agg(["sum", "size"])
+    tables = {}
     for label, runs in group.arms.items():
-        if present := [run for run in runs if run in answered]:
-            wide = cells.loc[present].unstack("problem")
-            by_seed = wide.groupby(wide.index.map(seeds).rename("seed")).mean().dropna(axis=1)
-            if not by_seed.empty:
-                pairs[label] = (by_seed["mean"], by_seed["size"])
-    return pairs
+        wide = cells[cells.index.get_level_values("run").isin(runs)].unstack("problem")
+        by_seed = wide.groupby(wide.index.map(seeds).rename("seed")).sum(min_count=1).dropna(axis=1)
+        if not by_seed.empty:
+            tables[label] = (by_seed["sum"], by_seed["size"])
+    return tables
 
 
 def selections(group: Group) -> list[Selection]:
@@ -132,17 +136,7 @@ def selections(group: Group) -> list[Selection]:
     return [Selection(**row) for row in rows.to_dict("records")]
 
 
-def _answers(group: Group, selection: Selection) -> pd.DataFrame:
-    answers = group.results.answers
-    if answers.empty:
-        return answers
-    wanted = answers["run"].isin(group.arm_of.keys())
-    for name in ("set", "evaluation", "temperature", "when"):
-        wanted &= answers[name] == getattr(selection, name)
-    return answers[wanted]
-
-
-def _science(row: dict[str, Any]) -> dict[str, Any]:
+def science_of(row: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that could set an arm apart, by dotted key."""
     memory = {f"{block}.{name}" for block, names in ONLY_MEMORY.items() for name in names}
     blocks = {field.name for field in fields(Config)} - {*NOT_SCIENCE, "evaluate", "seed"}
@@ -159,29 +153,29 @@ def _plain(value: Any) -> Any:
 
 
 def _labels(rows: dict[str, dict[str, Any]], by: Sequence[str]) -> dict[str, str]:
-    """A label for each run out of the fewest keys of ``by`` that tell the arms apart; "" where nothing does."""
+    """A label for each run from its options and the fewest keys in ``by`` that tell arms apart: ``pspo alpha=0.1``.
+
+    Options stand alone, other values after the short names of their keys; "" where nothing sets arms apart.
+    """
+
+    def num_arms(keys: Sequence[str]) -> int:
+        return len({tuple(row.get(key) for key in keys) for row in rows.values()})
+
+    def words(row: dict[str, Any], whole_paths: bool) -> str:
+        values = {key.removeprefix("objective."): str(row[key]) for key in needed if row.get(key) is not None}
+        texts = {name: value if whole_paths else Path(value).name for name, value in values.items()}
+        return " ".join(v if k.endswith("name") else f"{short.get(k, k)}={v}" for k, v in texts.items())
+
     needed = list(by)
     for key in reversed(by):
         rest = [name for name in needed if name != key]
-        if rest and _num_arms(rows, rest) == _num_arms(rows, by):
+        if rest and not key.endswith(".name") and num_arms(rest) == num_arms(by):
             needed = rest
     short = short_names({key.removeprefix("objective.") for row in rows.values() for key in row})
-    return {run: _words({key: row.get(key) for key in needed}, short) for run, row in rows.items()}
-
-
-def _num_arms(rows: dict[str, dict[str, Any]], keys: Sequence[str]) -> int:
-    return len({tuple(row.get(key) for key in keys) for row in rows.values()})
-
-
-def _words(values: dict[str, Any], short: dict[str, str]) -> str:
-    """``pspo alpha=0.1``: options as they are, other values after the short names of their keys."""
-    words = []
-    for key, value in values.items():
-        name = key.removeprefix("objective.")
-        text = f"{value:g}" if isinstance(value, float) else Path(str(value)).name
-        if value is not None:
-            words.append(text if name.endswith("name") else f"{short.get(name, name)}={text}")
-    return " ".join(words)
+    labels = {run: words(row, whole_paths=False) for run, row in rows.items()}
+    if len(set(labels.values())) < num_arms(by):  # files of one name
+        labels = {run: words(row, whole_paths=True) for run, row in rows.items()}
+    return labels
 
 
 def _order(row: dict[str, Any], by: Sequence[str]) -> list[tuple[bool, float, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from pspo.base.files import read_json
 from pspo.base.schema import ConfigError
 from pspo.config import read
 from pspo.results import Results
@@ -20,58 +21,44 @@ MAX_SPENT_RATIO = {"prompts": 1.01, "completion_tokens": 1.1}
 """Largest over smallest mean budget spent by an arm, above which the budgets count as unequal."""
 
 Arms = Mapping[str, Sequence[str]]
-Rows = Mapping[str, Mapping[str, Any]]
 
 
 def differing_keys(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys that do not have one value in all rows: the objective's first, and in each block its ``name`` first."""
     rows = list(rows)
     keys = dict.fromkeys(key for row in rows for key in row)
-    differing = [key for key in keys if len({row.get(key) for row in rows}) > 1]
+    differing = [key for key in keys if any(row.get(key) != rows[0].get(key) for row in rows)]
     return sorted(differing, key=lambda key: (not key.startswith("objective."), not key.endswith(".name")))
 
 
 def caveats(
-    results: Results,
-    arms: Arms,
-    labels: Mapping[str, str],
-    rows: Rows,
-    compared: Sequence[str],
-    differing: Sequence[str],
+    results: Results, arms: Arms, labels: Mapping[str, str], confounds: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """One sentence for each thing that makes arms differ in more than what is compared, or less than their names say.
 
-    ``labels`` has the arm of every run, unfinished ones too, ``rows`` its settings, ``compared`` the keys that set arms
-    apart and ``differing`` all keys that differ.
+    ``labels`` has the arm of every run, unfinished ones too; ``confounds`` the values, by run, of each key that differs
+    and is not what is compared.
     """
     trained = {label: runs for label, runs in arms.items() if not label.startswith(UNTRAINED)}
     runs = results.runs.set_index("run")
     return [
-        *_confounds(trained, rows, compared, differing),
-        *_code(arms, runs["code"]),
+        *(
+            f"arms differ in more than what is compared: {key} is {_listed(trained, confounds[key])}"
+            for key in confounds
+        ),
+        *_code(arms, runs["code"].to_dict()),
         *_budgets(trained, runs),
         *_seeds(trained, labels, runs),
         *_inert(trained),
         *_truncation(results, arms),
+        *_settings(arms),
         *_problems(results.answers, arms),
     ]
 
 
-def _confounds(arms: Arms, rows: Rows, compared: Sequence[str], differing: Sequence[str]) -> Iterable[str]:
-    """Keys that differ beside the subject: the keys asked for, else the objective's, else the first that differs."""
-    objective = [key for key in compared if key.startswith("objective.")]
-    subject = compared if len(compared) < len(differing) else objective or compared[:1]
-    named = "the objective" if subject and subject == objective else ", ".join(subject)
-    for key in differing:
-        if key not in subject:
-            values = {label: [rows[run].get(key) for run in runs] for label, runs in arms.items()}
-            yield f"arms differ in more than {named}: {key} is {_listed(values)}"
-
-
-def _code(arms: Arms, code: "pd.Series[str]") -> Iterable[str]:
-    digests = {label: [str(code[run])[:8] for run in runs] for label, runs in arms.items()}
-    if len({digest for several in digests.values() for digest in several}) > 1:
-        yield f"runs were made by different code: its digest is {_listed(digests)}"
+def _code(arms: Arms, code: Mapping[str, Any]) -> Iterable[str]:
+    if len({code[run] for runs in arms.values() for run in runs}) > 1:
+        yield f"runs were made by different code: its digest is {_listed(arms, code)}"
 
 
 def _budgets(arms: Arms, runs: pd.DataFrame) -> Iterable[str]:
@@ -83,7 +70,7 @@ def _budgets(arms: Arms, runs: pd.DataFrame) -> Iterable[str]:
 
 
 def _seeds(arms: Arms, labels: Mapping[str, str], runs: pd.DataFrame) -> Iterable[str]:
-    """Seeds of other arms that an arm lacks, with the state of the run that should have been there, and repeated seeds."""
+    """Seeds of other arms that an arm lacks, with the state of the run that should be there, and repeated seeds."""
     seeds = {label: Counter(int(runs.loc[run, "seed"]) for run in of_arm) for label, of_arm in arms.items()}
     states = {(label, int(runs.loc[run, "seed"])): runs.loc[run, "state"] for run, label in labels.items()}
     every = sorted({seed for of_arm in seeds.values() for seed in of_arm} | {s for at, s in states if at in arms})
@@ -111,15 +98,30 @@ def _inert(arms: Arms) -> Iterable[str]:
 
 
 def _truncation(results: Results, arms: Arms) -> Iterable[str]:
-    """Arms with many completions that ended at the token limit, in training or among the answers after it."""
-    steps, answers = results.steps, results.answers
-    after = answers[answers["when"] == "after"] if len(answers) else answers
-    for table, column, place in ((steps, "completion/truncated_rate", "training"), (after, "truncated", "the answers")):
-        if column in table:
-            rates = {label: float(table.loc[table["run"].isin(runs), column].mean()) for label, runs in arms.items()}
-            high = [f"{label} {100 * rate:.0f} %" for label, rate in rates.items() if rate > MAX_TRUNCATED_RATE]
-            if high:
-                yield f"more than {100 * MAX_TRUNCATED_RATE:.0f} % of completions are truncated in {place}: {', '.join(high)}"
+    """Arms with many completions that ended at the token limit, in training or among the answers to a set after it."""
+    places = [("training", results.steps, "completion/truncated_rate")]
+    if len(answers := results.answers):
+        after = answers[answers["when"] == "after"].groupby(["set", "evaluation"], observed=True)
+        places += [(f"answers to {name} ({evaluation})", rows, "truncated") for (name, evaluation), rows in after]
+    for place, rows, column in places:
+        if column in rows:
+            rate = rows.groupby("run", observed=True)[column].mean()
+            rates = {label: float(rate.reindex(list(runs)).mean()) for label, runs in arms.items()}
+            if high := [f"{label} {100 * share:.0f} %" for label, share in rates.items() if share > MAX_TRUNCATED_RATE]:
+                yield f"more than {100 * MAX_TRUNCATED_RATE:.0f} % truncated completions in {place}: {', '.join(high)}"
+
+
+def _settings(arms: Arms) -> Iterable[str]:
+    """Answers that were made with other lengths, samples or prompts under the same name."""
+    by_place: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in (run for runs in arms.values() for run in runs):
+        for path in Path(run).glob("evaluation/*/*/settings.json"):
+            by_place.setdefault(f"{path.parts[-3]}/{path.parts[-2]}", {})[run] = read_json(path)
+    for place, settings in sorted(by_place.items()):
+        for key in differing_keys(settings.values()):
+            if key != "ungradable":
+                values = {run: values.get(key) for run, values in settings.items()}
+                yield f"answers {place} were made with another {key}: {_listed(arms, values)}"
 
 
 def _problems(answers: pd.DataFrame, arms: Arms) -> Iterable[str]:
@@ -130,17 +132,17 @@ def _problems(answers: pd.DataFrame, arms: Arms) -> Iterable[str]:
     after = answers[(answers["when"] == "after") & answers["run"].isin(arm_of.keys())]
     for (name, evaluation), rows in after.groupby(["set", "evaluation"], observed=True):
         problems = rows.groupby("run", observed=True)["problem"].agg(frozenset)
-        counts = {label: [len(problems[run]) for run in runs if run in problems] for label, runs in arms.items()}
         if problems.nunique() > 1:
-            yield f"{name} ({evaluation}): not all runs answered the same problems: their number is {_listed(counts)}"
-        if absent := [label for label, several in counts.items() if not several]:
+            counts = problems.map(len).to_dict()
+            yield f"{name} ({evaluation}): runs answered different problems: their number is {_listed(arms, counts)}"
+        if absent := [label for label, runs in arms.items() if not any(run in problems for run in runs)]:
             yield f"{name} ({evaluation}): no answers of {', '.join(absent)}"
 
 
-def _listed(values: Mapping[str, Iterable[Any]]) -> str:
-    """``0.1 (pspo), 0.2 (clip, cispo)``: each value, or each set of values, with the arms that have it."""
+def _listed(arms: Arms, value_of: Mapping[str, Any]) -> str:
+    """``0.1 (pspo), 0.2 (clip, cispo)``: the values of an arm's runs, with the arms that have these values."""
     arms_of: dict[str, list[str]] = {}
-    for label, several in values.items():
-        texts = dict.fromkeys("null" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in several)
-        arms_of.setdefault(" and ".join(texts) or "0", []).append(label)
+    for label, runs in arms.items():
+        if texts := dict.fromkeys(str(value_of[run])[:20] for run in runs if run in value_of):
+            arms_of.setdefault(" and ".join(texts), []).append(label)
     return ", ".join(f"{text} ({', '.join(labels)})" for text, labels in arms_of.items())
