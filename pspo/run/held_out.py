@@ -15,7 +15,6 @@ from pspo.model import Policy
 from pspo.reward import Paper, Plain, default_reward
 from pspo.rollout import OwnSampler
 
-
 LATEX_SETS = ("math", "math500")  # whose gold answers are LaTeX
 
 
