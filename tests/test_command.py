@@ -5,6 +5,7 @@ import pytest
 from forked import TINY, command, make, output_of
 
 import pspo.evaluate.__main__
+import pspo.judge.__main__
 import pspo.objective.__main__
 import pspo.run.__main__
 import pspo.status.__main__
@@ -14,6 +15,7 @@ from pspo.objective import picture
 
 MAINS = {
     "pspo.evaluate": (pspo.evaluate.__main__.cli, (pspo.evaluate.__main__, "main")),
+    "pspo.judge": (pspo.judge.__main__.main, (pspo.judge.__main__, "judge")),
     "pspo.objective": (pspo.objective.__main__.main, (picture, "draw_weights")),
     "pspo.prefetch": (prefetch.main, (prefetch, "prefetch")),
     "pspo.run": (pspo.run.__main__.cli, (pspo.run.__main__, "main")),
@@ -74,6 +76,7 @@ def test_ctrl_c_is_one_sentence_and_status_130(name, tmp_path, monkeypatch, caps
     main, place = MAINS[name]
     monkeypatch.chdir(tmp_path)
     words = {"pspo.run": [], "pspo.supervise": [], "pspo.sweep": ["alpha"], "pspo.prefetch": ["model=tiny"]}
+    words["pspo.judge"] = ["here", "--base-url", "http://localhost", "--model", "m"]
     monkeypatch.setattr(sys, "argv", [name, *words.get(name, ["here"])])
     monkeypatch.setattr(*place, stopped)
     with pytest.raises(SystemExit) as left:
