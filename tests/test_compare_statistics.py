@@ -30,8 +30,8 @@ def table(values, seeds=None, problems=None):
 def equal_arms(generator, repeats, num_seeds, num_problems, seed_std, arm_std=0.0):
     """Answers (0, 1) of pairs of arms of one true accuracy, repeats × 2 arms × seeds × problems, and that accuracy.
 
-    The log-odds of a right answer are 1 + problem + problem in this arm (``arm_std``) + shared seed + own seed + seed on
-    problem. A ``seed_std`` of 0.3 moves an arm's accuracy by about 5 points.
+    The log-odds of a right answer are 1 + problem + problem in this arm (``arm_std``) + shared seed + own seed + noise.
+    A ``seed_std`` of 0.3 moves an arm's accuracy by about 5 points.
     """
     normal = generator.standard_normal
     log_odds = 1 + 2 * normal((repeats, 1, 1, num_problems)) + arm_std * normal((repeats, 2, 1, num_problems))
