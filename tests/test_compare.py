@@ -12,6 +12,7 @@ from pspo.compare import __main__ as command
 from pspo.compare.arms import Selection, group, scores
 from pspo.compare.comparison import choose, compare
 from pspo.compare.published import PUBLISHED, beside, cost
+from pspo.compare.tables import tables
 from pspo.results import load
 
 GREEDY = Selection("gsm8k")
@@ -274,3 +275,12 @@ def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path, monkeyp
     assert cost(found, step_s=3.6)["gpu_hours"].tolist() == pytest.approx([5 * 1311 / 1000] * 6)
     run(monkeypatch, tmp_path / "pap*", "--published")
     assert "published 17.6 %" in capsys.readouterr().out
+
+
+def test_only_numbers_that_are_missing_are_left_blank(tmp_path):
+    for name in ("nano", "other"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / "demo", [*NOCLIP, "model=hf", f"model.path={tmp_path / name}"], 0, answers(0))
+    (_, texts, _), *_ = tables(compare(group(load(tmp_path / "demo")), [GREEDY]))
+    assert texts["arm"].tolist() == ["model.path=nano", "model.path=other"]
+    assert "IQM" not in texts

@@ -119,6 +119,10 @@ CASES = [
          weight=lambda r, a: 0.9 * r if clip_weight(0.9 * r + 0.1, a) else 0.0,
          loss=[-1.0, -1.1, 1.6, -2.56, 2.9, 1.09, -0.91, -0.64, 0.4, 0.0, 2.75],
          gradient=[-0.9, -0.9, 0.0, 0.0, 2.7, 0.99, -0.81, 0.0, 0.0, 0.0, 2.7]),
+    Case(make("pspo_proportional", delta=0.2, alpha_max=2.0), up=-inf,
+         weight=lambda r, a: (1 - min(max(math.copysign(5, a) * (r - 1), 0), 2)) * r,
+         loss=[-1.0, -1.0, 3.0, -1.0, 3.0, 1.1, -0.9, 1.0, 0.875, 0.0, 3.0],
+         gradient=[-1.0, -1.0, -1.0, 3.0, 3.0, 1.1, -0.9, 2.0, -0.125, 0.0, 3.0]),
     Case(make("cispo", cap=5.0), weight=lambda r, a: min(r, 5.0), up=5.0, bound=5.0,
          gradient=[-1.0, -1.0, 1.0, -3.0, 3.0, 1.1, -0.9, -2.0, 0.125, 0.0, 2.5]),
     Case(make("sapo", tau_positive=1.0, tau_negative=1.05),
@@ -169,7 +173,8 @@ WITHIN = {
         "[0, 1)": "pspo.alpha pspo_geometric.alpha pspo_clip.alpha",
         "(0, 1]": "clip.eps_low pspo_clip.eps_low",
         "(0, inf)": "clip.eps_high pspo_clip.eps_high sapo.tau_positive sapo.tau_negative gmpo.eps cfpo.eps dppo.delta "
-        "vespo.k_positive vespo.lambda_positive vespo.k_negative vespo.lambda_negative",
+        "vespo.k_positive vespo.lambda_positive vespo.k_negative vespo.lambda_negative pspo_proportional.delta "
+        "pspo_proportional.alpha_max",
         "(1, inf)": "clip.dual clip.two_sided",
         "[1, inf)": "cispo.cap dppo.cap",
         "(0, 10]": "maspo.sigma",
@@ -361,6 +366,9 @@ def test_gradient_is_the_derivative_but_of_what_is_held_constant(case):
             expected_BT = loss_BT / LOGPROB
         elif case.objective.name == "maspo":  # sg[F] r A
             expected_BT = loss_BT
+        elif case.objective.name == "pspo_proportional":  # −((1 − sg[α]) r + sg[α]) A
+            alpha_B = (math.copysign(5, a) * (log_ratio_B.exp() - 1)).clamp(0, 2)
+            expected_BT = loss_BT + a * alpha_B.reshape(loss_BT.shape)
         else:
             ahead, behind = (case.objective(inputs(log_ratio_B + step, a)).detach() for step in (1e-6, -1e-6))
             expected_BT = (ahead - behind) / 2e-6

@@ -12,7 +12,8 @@ from rich.console import Console
 from pspo.base.figure import spread
 from pspo.base.statistics import wilson_interval
 from pspo.report import METRICS, difference, final_table, meaning, read_metrics, write_curves, write_report
-from pspo.report.curves import LABEL_SPACING, PANELS, panels_of
+from pspo.report.curves import LABEL_SPACING, panels_of
+from pspo.report.panels import FIGURE, SECTIONS
 
 README = Path(__file__).parents[1] / "README.md"
 ATTACK = "18 * 5 = <script>alert(1)</script>&lt;\u2028\x1b[31m \u202e\n#### 90"
@@ -134,7 +135,7 @@ def test_page_escapes_what_others_wrote(page):
 def test_page_needs_no_network(page):
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
     assert "default-src 'none'" in page
-    assert page.count("data:image/png;base64,") == len(PANELS)
+    assert page.count("data:image/png;base64,") == len(FIGURE)
 
 
 def test_page_tells_the_result_and_what_it_cost(page):
@@ -178,7 +179,8 @@ def test_panels_without_their_metrics_are_left_out():
 
 
 def test_every_metric_of_a_panel_has_a_meaning():
-    curves = {curve for panel in PANELS for part in (panel, panel.below) if part for curve in part.curves}
+    panels = [panel for section in SECTIONS.values() for panel in section]
+    curves = {curve for panel in panels for part in panel.parts() for curve in part.curves}
     assert curves <= METRICS.keys()
     assert meaning("reward/brevity_mean") == METRICS["reward/<component>_mean"]
     assert meaning("reward/format_mean") == METRICS["reward/format_mean"]

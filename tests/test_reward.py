@@ -674,6 +674,7 @@ def test_the_rewards_by_hand(completion, gold, plain_reward, paper_reward, paper
         score = reward(completion, problem(gold))
         assert score.reward == pytest.approx(expected, abs=1e-12)
         assert score.correct == bool(paper_components["correct"])
+        assert score.strict == (score.correct and "####" in completion)
         assert score.parsed == parsed
     assert paper(completion, problem(gold)).components == paper_components
 
@@ -702,7 +703,7 @@ def test_every_configuration_file_is_a_reward(name, tmp_path):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"name": "best"}, "unknown reward best; known: plain, paper, custom"),
+        ({"name": "best"}, "unknown reward best; known: plain, paper, math, custom"),
         ({"name": "plain", "format_bonus": 2.0}, r"reward.format_bonus must be in \[0, 1\], got 2.0"),
         ({"name": "paper", "format_bonus": 0.05}, "unknown key reward.format_bonus"),
         ({"name": "plain", "format_bonus": 0.05, "function": "a:b"}, "unknown key reward.function"),
@@ -733,7 +734,9 @@ class Kept:
 def length(text, problem): return len(text) / 10
 def scored(text, problem): return Score(-3.0, text == problem.answer, {"mine": 2.0}, False)
 def flag(text, problem): return text == problem.answer
-def flags(text, problem): return Score(np.float32(1), np.bool_(True), {"a": np.int64(2)}, np.bool_(False))
+def flags(text, problem):
+    true = np.bool_(True)
+    return Score(np.float32(1), true, {"a": np.int64(2)}, np.bool_(False), true)
 def numpy32(text, problem): return np.float32(0.5)
 def numpy64(text, problem): return np.float64(0.5)
 def level(text, problem): return problem.extra["level"]
@@ -744,6 +747,7 @@ def huge(text, problem): return 10**400
 def words(text, problem): return "1"
 def undefined(text, problem): return Score(float("nan"), True, {}, True)
 def broken(text, problem): return Score(1.0, True, {"part": None}, True)
+def vague(text, problem): return Score(1.0, True, {}, True, strict="yes")
 def bare(text, problem): return Score(1.0, True, None, True)
 def unsure(text, problem): return Score(1.0, None, {}, True)
 def raising(text, problem): raise KeyError("no\\nkey")
@@ -809,7 +813,7 @@ def test_a_score_of_ones_own_is_kept_and_its_numbers_become_json(own):
     assert (score.reward, score.correct, score.components, score.parsed) == (-3.0, True, {"mine": 2.0}, False)
     score = one(own("flags"), "5", problem("5"))
     assert json.loads(json.dumps(asdict(score))) == {
-        "reward": 1.0, "correct": True, "components": {"a": 2.0}, "parsed": False,
+        "reward": 1.0, "correct": True, "components": {"a": 2.0}, "parsed": False, "strict": True, "timed_out": False,
     }  # fmt: skip
 
 
@@ -863,7 +867,7 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     assert [score.reward for score in scores] == [97, 98, 97, 98]
 
 
-RESULTS = ["nothing", "infinite", "huge", "words", "undefined", "broken", "bare", "unsure", "later", "Wrong"]
+RESULTS = ["nothing", "infinite", "huge", "words", "undefined", "broken", "bare", "unsure", "vague", "later", "Wrong"]
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -1019,14 +1023,17 @@ def test_distinct_gold_answers_of_math500_are_equal_only_where_meant(remembered)
 def test_nothing_evaluates_what_a_model_wrote():
     files = sorted((ROOT / "pspo" / "reward").glob("*.py"))
     assert files
-    called = set()
-    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
-        if isinstance(node, ast.Call):
-            called.add(getattr(node.func, "id", getattr(node.func, "attr", "")))
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            called |= {alias.name.partition(".")[0] for alias in node.names}
     evaluators = {"eval", "exec", "sympify", "parse_expr", "literal_eval", "__import__", "ast", "sympy", "pickle"}
-    assert not called & (evaluators | {"parse_latex", "system", "run", "Popen"})
+    evaluators |= {"parse_latex", "ExprExtractionConfig", "system", "run", "Popen"}
+    for file in files:
+        called = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                called.add(getattr(node.func, "id", getattr(node.func, "attr", "")))
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                called |= {alias.name.partition(".")[0] for alias in node.names}
+        # math_process is what runs in the process that verify starts, which tests/test_verify.py attacks
+        assert called & evaluators == {"verify": {"Popen"}}.get(file.stem, set()), file
 
 
 FRAGMENTS = [

@@ -354,3 +354,66 @@ def test_one_mirror_at_a_time(run, server, warnings, monkeypatch):
     assert len(warnings()) == 1
     assert "another process sends it the rows of this run" in warnings()[0]
     assert server.told == {}
+
+
+def add_completions(run, *steps):
+    """Three completions of each step, as a trainer leaves them; text of any kind."""
+    lines = [
+        {"step": step, "problem": "p", "question": "<b>?", "answer": "7", "sample": sample, "reward": 0.5 * sample}
+        | {
+            "completion": f"{step}.{sample} \ud800\x1b" + "x" * 5000,
+            "correct": sample == 1,
+            "tokens": 9,
+            "truncated": False,
+        }
+        for step in steps
+        for sample in range(3)
+    ]
+    with (run / "completions.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_completions_go_along_as_increments_of_a_small_table(run, server, warnings):
+    add_completions(run, 1, 2, 3)
+    tracker = open_tracker(run, WANDB)
+    for step in range(3):
+        tracker.log({"reward/mean": step / 7}, step)
+    tracker.commit(1)
+    tracker.commit(2)
+    tracker.close()
+    add_completions(run, 4)
+    record(run, 4, state=tracker.state())
+    assert warnings() == []
+    assert server.steps(run) == [0, 1, 2, 4]
+    assert [row.get("completions", {}).get("_type") for row in server.history(run)] == [
+        None, *["incremental-table-file"] * 3,
+    ]  # fmt: skip
+    (id,) = server.files
+    tables = [
+        json.loads(body) for name, body in server.files[id].items() if name.startswith("media/table/completions_")
+    ]
+    rows_sent = [dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["data"]]
+    assert sorted((row["step"], row["completion"][:3]) for row in rows_sent) == [
+        (step, f"{step}.{sample}") for step in (1, 2, 4) for sample in (0, 1)
+    ]
+    assert all(len(row["completion"]) == 4000 and row["question"] == "<b>?" for row in rows_sent)
+
+
+def test_a_run_at_wandb_can_be_found_by_what_it_is_and_by_its_code(tmp_path, server):
+    run = make_run(tmp_path / "outputs" / "smoke" / "pspo_alpha=0.2_seed0_1a2b3c4d")
+    code = {"sha256": "0123456789abcdef", "commit": "f" * 40, "uncommitted_changes": False}
+    (run / "environment.json").write_text(json.dumps([{"code": {}}, {"code": code}]))
+    (run / "curves.png").write_bytes((ROOT / "docs" / "alpha.png").read_bytes())
+    tracker = open_tracker(run, WANDB)
+    tracker.log({"reward/mean": 1.0}, 1)
+    tracker.commit(1)
+    tracker.summarize({"evaluation": {"gsm8k": {"after": {"accuracy": 0.5}}}})
+    tracker.close()
+    (id,) = server.told
+    assert server.told[id]["displayName"] == "pspo_alpha=0.2_seed0"
+    assert server.told[id]["tags"] == ["pspo", "Qwen2.5-0.5B", "gsm8k"]
+    assert json.loads(server.told[id]["config"])["code"]["value"] == code
+    (figure,) = (body for name, body in server.files[id].items() if name.startswith("media/images/figures/curves_"))
+    assert figure == (run / "curves.png").read_bytes()
+    assert server.summary[id]["evaluation/gsm8k/after/accuracy"] == 0.5
+    assert server.steps(run) == [1]

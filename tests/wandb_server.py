@@ -4,8 +4,10 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 
@@ -15,6 +17,8 @@ CONFIG = {
     "tracker": {"name": "wandb", "project": "pspo-test", "entity": None},
     "group": "smoke",
     "objective": {"name": "pspo", "alpha": 0.1},
+    "model": {"name": "hf", "hub_id": "Qwen/Qwen2.5-0.5B", "path": None},
+    "dataset": {"name": "gsm8k"},
 }
 
 
@@ -34,12 +38,15 @@ class Server:
         lines: by run id, its history.
         told: by run id, the variables of the last request that described the run.
         summary: by run id, its summary.
+        files: by run id, the content of its files by name.
+        views: by its name, the variables of the last request that saved a workspace's view.
         status: (text, number) pairs; a request whose path or body contains the text gets that HTTP status, and with
             status 0 no answer at all.
     """
 
     def __init__(self):
-        self.lines, self.told, self.summary, self.status = {}, {}, {}, []
+        self.lines, self.told, self.summary, self.files, self.views = {}, {}, {}, {}, {}
+        self.status, self.address = [], ""
         self.stopped = threading.Event()
 
     def history(self, directory):
@@ -65,6 +72,10 @@ class Server:
                 if name == "wandb-summary.json":
                     self.summary[id] = json.loads(part["content"][-1])
             return {}
+        if "/upload/" in path:
+            _, _, id, name = path.split("/", 3)
+            self.files.setdefault(id, {})[urllib.parse.unquote(name)] = body
+            return {}
         if "/graphql" not in path:
             return {}
         request = json.loads(body)
@@ -86,7 +97,28 @@ class Server:
                     "model": {"id": "p", "name": "pspo", "entity": owner, "bucket": None if lines is None else bucket}
                 }
             }
-        return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}}
+        if re.search(r"query \w+ *\{\s*viewer", request["query"]):
+            return {
+                "data": {"viewer": owner | {"username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}}}
+            }
+        if "mutation UpsertView2" in request["query"]:
+            self.views[id] = variables | {"id": "view-of-" + id}
+            return {"data": {"upsertView": {"view": {"id": "view-of-" + id, "name": id}, "inserted": True}}}
+        if "query View(" in request["query"]:
+            views = [self.views[variables["viewName"]]] if variables["viewName"] in self.views else []
+            edges = [{"node": {name: view[name] for name in ("id", "displayName", "spec")}} for view in views]
+            return {"data": {"project": {"allViews": {"edges": edges}}}}
+        if "query ArtifactType" in request["query"]:
+            return {"data": {"project": None}}
+        if "mutation CreateArtifact " in request["query"]:  # committed: the server says that it has the files already
+            artifact = {"id": "QXJ0aWZhY3Q6MQ==", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
+            return {"data": {"createArtifact": {"artifact": artifact}}}
+        id = variables.get("run")
+        files = [
+            {"name": name, "uploadUrl": f"{self.address}/upload/{id}/{urllib.parse.quote(name)}"}
+            for name in variables.get("files", [])
+        ]
+        return {"data": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}}
 
 
 @contextlib.contextmanager
@@ -119,7 +151,8 @@ def serving():
     listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     listening.daemon_threads = True
     threading.Thread(target=listening.serve_forever, daemon=True).start()
-    login = {"WANDB_BASE_URL": f"http://127.0.0.1:{listening.server_port}", "WANDB_API_KEY": "a" * 40}
+    server.address = f"http://127.0.0.1:{listening.server_port}"
+    login = {"WANDB_BASE_URL": server.address, "WANDB_API_KEY": "a" * 40}
     with mock.patch.dict(os.environ, login):
         os.environ.pop("WANDB_MODE", None)
         try:

@@ -5,12 +5,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import style
+from matplotlib import rc_params_from_file, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-styled = style.context(Path(__file__).with_name("figure.mplstyle"))
+STYLE = Path(__file__).with_name("figure.mplstyle")
+
+styled = style.context(STYLE)
 """Decorator: the figures that a function draws have the look of ``figure.mplstyle``."""
+
+COLORS: list[str] = rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
+"""The style's cycle of colours as ``#rrggbb``, for pages that matplotlib does not draw."""
 
 BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "C3"
 """The first colours of the style's cycle."""

@@ -6,7 +6,6 @@ python -m pspo.compare outputs/<group> [--by objective.alpha] [--against noclip]
 import argparse
 import glob
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,35 +18,10 @@ from pspo.base.command import answering
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
 from pspo.compare.comparison import Comparison, choose, compare
+from pspo.compare.page import write_page
 from pspo.compare.published import PAPER_SEEDS, beside, cost
+from pspo.compare.tables import COLUMNS, tables
 from pspo.results import load
-
-COLUMNS = {
-    "arms": {"arm": "{arm}", "seeds": "{seeds}", "mean": "{mean:.1f}", "95 %": "[{low:.1f}, {high:.1f}]",
-             "bootstrap": "[{bootstrap_low:.1f}, {bootstrap_high:.1f}]", "IQM": "{iqm:.1f}"},
-    "differences": {"arm": "{arm}", "points": "{difference:+.1f}", "95 %": "[{low:+.1f}, {high:+.1f}]",
-                    "bootstrap": "[{bootstrap_low:+.1f}, {bootstrap_high:+.1f}]", "p": "{p:.3f}",
-                    "Holm": "{p_holm:.3f}", "sees": "±{detectable:.1f}"},
-    "pass_at_k": {"arm": "{arm}", "k": "{k}", "pass@k": "{pass_at_k:.1f}", "bootstrap": "[{low:.1f}, {high:.1f}]"},
-}  # fmt: skip
-"""The columns of each table, and how a row of a comparison's frame, shares in per cent, is written in them."""
-SHARES = ("mean", "low", "high", "bootstrap_low", "bootstrap_high", "iqm", "difference", "detectable", "pass_at_k")
-
-
-def tables(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame, pd.DataFrame]]:
-    """The title, the texts and the rows of every table, selection by selection."""
-    units = {"arms": "arms, %", "differences": f"minus {comparison.against}, points", "pass_at_k": "pass@k, %"}
-    for selection in comparison.arms["selection"].unique():
-        for name, columns in COLUMNS.items():
-            frame: pd.DataFrame = getattr(comparison, name)
-            if len(frame) and len(rows := frame[frame["selection"] == selection]):
-                shares = rows.reindex(columns=SHARES) * 100
-                records = rows.drop(columns=[*SHARES], errors="ignore").join(shares).to_dict("records")
-                cells = [[text.format(**row) for text in columns.values()] for row in records]
-                texts = pd.DataFrame(cells, columns=list(columns)).replace(
-                    {r".*nan.*": "", r"^0\.000$": "<.001"}, regex=True
-                )
-                yield f"{selection}: {units[name]}", texts.loc[:, (texts != "").any()], rows
 
 
 def show(console: Console, comparison: Comparison) -> None:
@@ -121,6 +95,7 @@ def main() -> None:
     parser.add_argument("--score", default="correct", choices=["correct", "strict"], help="strict: in the asked format")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all numbers as CSV")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="write the tables as LaTeX")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="default: comparison.html in the first run's group")
     parser.add_argument("--published", action="store_true", help="published numbers beside ours, and the table's cost")
     parser.add_argument("--step-s", type=float, help="seconds a step for the cost; default: measured by these runs")
     arguments = parser.parse_args()
@@ -139,6 +114,8 @@ def main() -> None:
             if path is not None:
                 write(path, comparison)
                 console.print(Text(f"wrote {path}"))
+        path = arguments.page or Path(next(iter(runs.arm_of))).parent / "comparison.html"
+        console.print(Text(f"wrote {write_page(runs, comparison, path)}"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pspo.config.composing import (
     compose,
     compose_all,
+    compose_tree,
     explained,
     for_answers,
     groups,
@@ -15,6 +16,7 @@ from pspo.config.composing import (
 from pspo.config.tree import NOT_SCIENCE, ONLY_MEMORY, Config, check, identity, read, science
 
 __all__ = [
-    "NOT_SCIENCE", "ONLY_MEMORY", "Config", "check", "compose", "compose_all", "explained", "for_answers",
-    "groups", "identity", "in_quotes", "launcher_keys", "open_keys", "quoted", "read", "resolve", "science",
+    "NOT_SCIENCE", "ONLY_MEMORY", "Config", "check", "compose", "compose_all", "compose_tree", "explained",
+    "for_answers", "groups", "identity", "in_quotes", "launcher_keys", "open_keys", "quoted", "read", "resolve",
+    "science",
 ]  # fmt: skip

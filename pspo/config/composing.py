@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -16,10 +16,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, build, unknown
+from pspo.base.schema import ConfigError, Schema, build, unknown
 from pspo.config.tree import Config, read
 from pspo.objective import OBJECTIVES, Objective
 from pspo.smoothing import Smoothing
+
+Tree = TypeVar("Tree", bound=Schema)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -34,10 +36,16 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> list[Config]:
         return [resolve(_composed(overrides), overrides) for overrides in jobs]
 
 
-def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+def compose_tree(root: str, tree: type[Tree], overrides: Sequence[str]) -> Tree:
+    """The ``tree`` of dataclasses that the overrides make of ``conf/<root>.yaml``. Raises ConfigError."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return build(tree, _composed(overrides, root))
+
+
+def _composed(overrides: Sequence[str], root: str = "config") -> dict[str, Any]:
     """What Hydra, which is set up, composes; with its own settings under ``hydra``. Raises ConfigError."""
     try:
-        composed = hydra.compose("config", overrides=open_keys(overrides))
+        composed = hydra.compose(root, overrides=open_keys(overrides))
     except HydraException as error:
         raise explained(error) from error
     return cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))

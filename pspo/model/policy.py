@@ -129,15 +129,21 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
-    if tokenizer.chat_template is not None:
-        marker = "7"
-        turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": marker}]
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
-        special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-        ids |= set([i for i in tokenizer.encode(after, add_special_tokens=False) if i in special][:1])
+    ids.add(end_of_turn(tokenizer))
     if not (known := sorted(i for i in ids if i is not None)):
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
     return known
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind an answer, or None."""
+    if tokenizer.chat_template is None:
+        return None
+    marker = "7"
+    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": marker}]
+    after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
 
 
 @torch.inference_mode()

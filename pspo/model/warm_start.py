@@ -19,12 +19,10 @@ from pspo.base.console import track
 from pspo.base.schema import as_dict
 from pspo.base.stream import Stream, generator
 from pspo.dataset import Problem, embedded, problem, render
-from pspo.host import interrupt
-from pspo.model import tiny
-from pspo.model.batch import make_batch
+from pspo.model import supervised, tiny
+from pspo.model.batch import Batch, make_batch
 from pspo.model.config import ModelConfig, WarmStart
 from pspo.model.folder import made_once
-from pspo.model.logprob import predicting_states, token_logprobs
 
 log = logging.getLogger("pspo")
 
@@ -51,7 +49,7 @@ def tokenizer(config: ModelConfig) -> Any:
 
 def _digest(config: ModelConfig, seed: int, problems: list[Problem]) -> str:
     """A name for everything that influences the weights: settings, data, code, versions and thread count."""
-    names = ("tiny", "warm_start", "batch", "logprob")
+    names = ("tiny", "warm_start", "supervised", "batch", "logprob")
     code = [*(Path(__file__).with_name(f"{name}.py") for name in names), Path(embedded.__file__)]
     settings = as_dict(config)
     content = {
@@ -80,22 +78,16 @@ def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any
         [[*encoder.encode(text, add_special_tokens=False), encoder.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [problem.worked(p.answer) for p in problems])
     )
-    model.train()
     batches = track(_batches(settings, seed, len(problems)), "warm start", num_steps * settings.batch_size, "solutions")
-    for step, chosen in enumerate(batches):
-        interrupt.check()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
-        texts = [(prompts[i], [worked[i] if shows_working else direct[i]]) for i, shows_working in chosen]
-        batch = make_batch(texts, encoder.pad_token_id, torch.device("cpu"))
-        hidden_NH = predicting_states(model.get_decoder(), batch, config.autocast)
-        logprob_BT, _ = token_logprobs(model, batch, hidden_NH, temperature=1.0, autocast=config.autocast)
-        loss = -logprob_BT.sum() / batch.mask_BT.sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, loss.item())
+
+    def steps() -> Iterator[tuple[list[Batch], float]]:
+        for step, chosen in enumerate(batches):
+            texts = [(prompts[i], [worked[i] if shows_working else direct[i]]) for i, shows_working in chosen]
+            lr = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
+            yield [make_batch(texts, encoder.pad_token_id, torch.device("cpu"))], lr
+
+    *_, loss = supervised.train(model.train(), optimizer, steps(), autocast=config.autocast, max_grad_norm=1.0)
+    log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, loss)
     return model.eval(), encoder
 
 

@@ -9,7 +9,7 @@ from pspo.objective.clip import Clip, NoClip
 from pspo.objective.custom import own_class
 from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
 from pspo.objective.gmpo import GMPO
-from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric
+from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric, PSPOProportional
 from pspo.objective.soft import CFPO, MASPO, SAPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -18,6 +18,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pspo": PSPO,
     "pspo_geometric": PSPOGeometric,
     "pspo_clip": PSPOClip,
+    "pspo_proportional": PSPOProportional,
     "cispo": CISPO,
     "sapo": SAPO,
     "gmpo": GMPO,

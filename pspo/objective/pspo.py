@@ -61,3 +61,21 @@ class PSPOClip(Objective):
         smoothed_BT = (1 - self.alpha) * x.ratio_BT + self.alpha
         clipped_BT = smoothed_BT.clamp(1 - self.eps_low, 1 + self.eps_high)
         return -torch.minimum(smoothed_BT * x.advantage_BT, clipped_BT * x.advantage_BT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PSPOProportional(Objective):
+    """Smoothing in proportion to the distance moved: maximise r̃ A, r̃ = (1 − α_t) r + α_t, with a token's own α_t.
+
+    α_t = clamp(sgn(A) (r − 1) / δ, 0, α_max), not differentiated. Source: this project. Gradient weight w(r) =
+    (1 − α_t) r: that of ``noclip`` on the corrective side, fading to 0 at the distance δ where the policy moves away,
+    and with α_max > 1 a bounded pull back beyond it, (1 − α_max) r.
+    """
+
+    delta: float = key("δ: distance of the ratio from 1 at which the smoothing is whole", within="(0, inf)")
+    alpha_max: float = key("α_max: largest smoothing of a token; above 1 the weight is reversed", within="(0, inf)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        away_BT = x.advantage_BT.sign() * (x.ratio_BT - 1).detach()
+        alpha_BT = (away_BT / self.delta).clamp(0, self.alpha_max)
+        return -((1 - alpha_BT) * x.ratio_BT + alpha_BT) * x.advantage_BT

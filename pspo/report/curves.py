@@ -1,8 +1,7 @@
 """The figure of a run: accuracy and reward over steps, and the lengths, divergence and gradients behind them."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,56 +13,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentForma
 from pspo.base.figure import GREEN, GREY, name_curves, png, styled, write_png
 from pspo.base.files import read_json
 from pspo.report.metrics import read_metrics
+from pspo.report.panels import FIGURE, Panel
 
 LABEL_SPACING = 0.13
 """Share of a panel's height between two curves' names, of two lines each."""
 
 Rows = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Axes with a title; ``below`` is a smaller panel under them that shares the steps.
-
-    ``curves`` maps a metric to the name at the end of its curve, which only a panel with several curves needs.
-    """
-
-    title: str
-    curves: Mapping[str, str]
-    percent: bool = False
-    log: bool = False
-    tests: bool = False
-    below: "Panel | None" = None
-
-
-PANELS = (
-    Panel(
-        "Accuracy",
-        {"reward/correct_mean": "training,\nsampled", "validation/greedy_accuracy": "validation,\ngreedy"},
-        percent=True,
-        tests=True,
-    ),
-    Panel("Reward", {"reward/mean": ""}),
-    Panel(
-        "Completion length (tokens)",
-        {"completion/length_mean": ""},
-        below=Panel("Truncated completions", {"completion/truncated_rate": ""}, percent=True),
-    ),
-    Panel("KL(old‖new), k3 (nats per token)", {"policy/kl_old_new_k3": ""}),
-    Panel(
-        "Gradient norm before clipping",
-        {"optimizer/grad_norm_mean": ""},
-        below=Panel("Largest importance ratio, log scale", {"policy/ratio_max": ""}, log=True),
-    ),
-    Panel("Policy entropy (nats per token)", {"policy/entropy_mean": ""}),
-    Panel(
-        "Tokens by gradient weight relative to noclip",
-        {f"weight/{name}_rate": name for name in ("damped", "zero", "amplified", "reversed")},
-        percent=True,
-    ),
-    Panel("Gradient mass relative to noclip", {"weight/mass_kept": ""}, below=Panel("Alpha", {"objective/alpha": ""})),
-    Panel("Effective sample size, share of tokens", {"ratio/ess": ""}),
-)
 
 
 @styled
@@ -96,13 +51,12 @@ def panel_images(rows: Rows, summary: dict[str, Any]) -> dict[str, bytes]:
 
 def panels_of(rows: Rows) -> list[Panel]:
     """The panels of which a metric was logged."""
-    return [panel for panel in PANELS if _logged(panel, rows)]
+    return [panel for panel in FIGURE if _logged(panel, rows)]
 
 
 def _logged(panel: Panel, rows: Rows) -> list[Panel]:
     """The panel and the one below it, without a panel of which no metric was logged."""
-    both = [panel, panel.below] if panel.below else [panel]
-    return [part for part in both if any(_points(rows, metric) for metric in part.curves)]
+    return [part for part in panel.parts() if any(_points(rows, metric) for metric in part.curves)]
 
 
 def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:

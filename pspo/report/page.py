@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from pspo.base.files import read_json, read_lines, write_text
 from pspo.base.schema import dotted
@@ -26,19 +27,30 @@ _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not 
 
 
 def visible(value: Any) -> str:
-    """Text with pictures for control characters and ? for lone surrogates: a completion must not hide its text."""
-    return str(value).translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    """Text with pictures for control characters and ? for lone surrogates: a completion must not hide its text.
+
+    Markup, which only a page itself makes, stays as it is.
+    """
+    return (
+        value
+        if isinstance(value, Markup)
+        else str(value).translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
+    )
 
 
-# Everything that a model or a user wrote is escaped.
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    finalize=visible,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+def templates(folder: Path) -> Environment:
+    """The templates in a folder; everything that a model or a user wrote is escaped."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+_TEMPLATES = templates(Path(__file__).parent)
 _TEMPLATES.filters["percent"] = percent
 _TEMPLATES.globals |= {"meaning": meaning, "objective": objective, "points": points}
 

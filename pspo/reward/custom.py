@@ -86,13 +86,15 @@ class Custom(Reward):
     def _score(self, result: Any, completion: Answered) -> Score:
         score = result if isinstance(result, Score) else Score(result, False, {"custom": result}, True)
         numbers = [score.reward, *score.components.values()] if isinstance(score.components, Mapping) else [None]
-        flags = isinstance(score.correct, bool | np.bool_) and isinstance(score.parsed, bool | np.bool_)
-        if not flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
+        flags = [score.correct, score.parsed, score.timed_out, *([] if score.strict is None else [score.strict])]
+        are_flags = all(isinstance(flag, bool | np.bool_) for flag in flags)
+        if not are_flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
             reason = f"must return a finite number or a Score of finite numbers, got {result!r}"
             raise self._error(reason, f"problem {completion.problem.id}")
         components = {str(name): float(value) for name, value in score.components.items()}  # NumPy's are no JSON
         correct = bool(score.correct) if isinstance(result, Score) else float(result) >= 1
-        return Score(float(score.reward), correct, components, bool(score.parsed))
+        strict, timed_out = score.strict if score.strict is None else bool(score.strict), bool(score.timed_out)
+        return Score(float(score.reward), correct, components, bool(score.parsed), strict, timed_out)
 
     def _error(self, reason: str, subject: str) -> RewardError:
         remedy = "mend it and run the command again"

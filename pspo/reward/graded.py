@@ -40,4 +40,5 @@ def _grade(completion: Answered, format_bonus: float, published: bool = False) -
     if published:
         components["missing"] = -0.2 if answer is None else 0.0
     reward = sum(components.values())
-    return Score(min(1.0, max(0.0, reward)) if published else reward, correct, components, answer is not None)
+    reward = min(1.0, max(0.0, reward)) if published else reward
+    return Score(reward, correct, components, answer is not None, strict=correct and line is not None)

@@ -12,7 +12,10 @@ from pspo.config import Config
 from pspo.dataset import Problem, Prompt, Splits
 from pspo.evaluate import HeldOut, answer_sets
 from pspo.model import Policy
+from pspo.reward import Paper, Plain, default_reward
 from pspo.rollout import OwnSampler
+
+LATEX_SETS = ("math", "math500")  # whose gold answers are LaTeX
 
 
 def problems(config: Config, splits: Splits) -> dict[str, list[Problem]]:
@@ -57,8 +60,12 @@ def encoded(
 
 
 def sets(config: Config, prompts: Mapping[str, Sequence[Prompt]]) -> list[HeldOut]:
-    """The test sets, each with the reward that grades it."""
-    return [HeldOut(name, some, config.reward) for name, some in prompts.items()]
+    """The test sets, each with the reward that grades it: the run's own, and reward=math in place of a numeric rule."""
+    numeric = isinstance(config.reward, Plain | Paper)
+    return [
+        HeldOut(name, some, default_reward("math") if numeric and name in LATEX_SETS else config.reward)
+        for name, some in prompts.items()
+    ]
 
 
 def answered(

@@ -107,17 +107,17 @@ def _execute(run: Prepared, overrides: list[str], device: torch.device, owner: l
         Phase("saving the model")
         probe = next(prompt for split in prompts.values() for prompt in split)
         model.save(policy, directory / "model", probe=probe.token_ids)
+        write_json(directory / "summary.json", summary)
+        Phase("writing the report")
+        from pspo import report  # matplotlib, which the first step need not wait for
+
+        report.write_curves(directory)
+        report.write_report(directory)
     except BaseException as error:
         tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
         raise
     tracker.summarize(summary)
     tracker.close()
-    write_json(directory / "summary.json", summary)
-    Phase("writing the report")
-    from pspo import report  # matplotlib, which the first step need not wait for
-
-    report.write_curves(directory)
-    report.write_report(directory)
     trainer.check_owner()
     write_text(directory / "DONE", environment.code_digest() + "\n")
     console = Console()  # the result is the output; all else goes to standard error

@@ -3,9 +3,13 @@
 import json
 import logging
 import math
+import os
 import queue
+import re
 import secrets
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,24 @@ import filelock
 import pandas
 import yaml
 
-from pspo.base.files import write_json
+from pspo.base.files import read_lines, write_json
+from pspo.base.schema import ConfigError
 
 log = logging.getLogger("pspo")
 
 INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0
 """Longest wait in seconds for a server's answer when a mirror opens, and for the last uploads of a run."""
 
+REACH_TIMEOUT_S = 10.0
+"""Longest wait in seconds for a server to answer at all, before a command relies on it."""
+
 CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0
 """Longest wait in seconds for the end of a mirror, whatever W&B does: at the end of a run, and of a replay."""
+
+COMPLETIONS_PER_STEP = 2
+MAX_COMPLETION_CHARACTERS = 4000
+COMPLETION_COLUMNS = ("step", "problem", "question", "answer", "completion", "reward", "correct", "tokens", "truncated")
+"""The columns of W&B's table of completions, each a key of ``completions.jsonl``."""
 
 
 class Mirror:
@@ -32,12 +45,15 @@ class Mirror:
     step, whichever processes sent the earlier rows and whenever they were killed. A file lock admits one mirror of a
     run directory at a time. Where W&B is offline or has no login nothing is sent, and ``pspo.sync`` does it later, by
     a mirror with ``replay``. ``num_sent`` counts the rows sent; the first ``error`` ends a mirror, with one warning.
+
+    With the rows go the first completions of their steps, as an increment of one table.
     """
 
     def __init__(self, directory: Path, *, replay: bool = False) -> None:
         self.directory, self.num_sent, self.error = directory.absolute(), 0, ""
         self._replay, self._next_step = replay, 0
         self._run: Any = None
+        self._table: Any = None
         self._calls: queue.SimpleQueue[Callable[[Any], None] | int] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -46,18 +62,27 @@ class Mirror:
         """Log the rows that W&B lacks, ``rows`` in the order of their steps."""
 
         def call(run: Any) -> None:
-            for row in rows:
-                if row["step"] >= self._next_step:
-                    values = {name: math.nan if value is None else value for name, value in row.items()}
-                    run.log(values, step=row["step"], commit=True)
-                    self._next_step, self.num_sent = row["step"] + 1, self.num_sent + 1
+            lacking = [row for row in rows if row["step"] >= self._next_step]
+            for row in lacking:
+                values = {name: math.nan if value is None else value for name, value in row.items()}
+                run.log(values, step=row["step"], commit=row is not lacking[-1])
+                self._next_step, self.num_sent = row["step"] + 1, self.num_sent + 1
+            if lacking:
+                run.log(self._completions({row["step"] for row in lacking}), step=lacking[-1]["step"], commit=True)
 
         self._put(call)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Update the summary of the W&B run, nested keys joined by ``/``."""
+        """Update the summary of the W&B run, nested keys joined by ``/``, and add the run's figure if it is drawn."""
         (flat,) = pandas.json_normalize(dict(summary), sep="/").to_dict("records")
-        self._put(lambda run: run.summary.update(flat))
+
+        def call(run: Any) -> None:
+            import wandb
+
+            figure = self.directory / "curves.png"
+            run.summary.update(flat | ({"figures/curves": wandb.Image(str(figure))} if figure.is_file() else {}))
+
+        self._put(call)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run, as failed if ``exit_code`` is not 0; returns in bounded time, whatever W&B does."""
@@ -66,6 +91,21 @@ class Mirror:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self._fail(f"no end after {timeout_s:g} s")
+
+    def _completions(self, steps: set[int]) -> dict[str, Any]:
+        """W&B's table with the first completions of ``steps`` appended, under its key; {} where there are none."""
+        import wandb
+
+        chosen: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}
+        for row in read_lines(self.directory / "completions.jsonl"):
+            if len(chosen.get(row["step"], [None] * COMPLETIONS_PER_STEP)) < COMPLETIONS_PER_STEP:
+                chosen[row["step"]].append(row | {"completion": row["completion"][:MAX_COMPLETION_CHARACTERS]})
+        rows = [row for step in sorted(chosen) for row in chosen[step]]
+        if rows and self._table is None:
+            self._table = wandb.Table(columns=list(COMPLETION_COLUMNS), log_mode="INCREMENTAL")
+        for row in rows:
+            self._table.add_data(*(row[column] for column in COMPLETION_COLUMNS))
+        return {"completions": self._table} if rows else {}
 
     def _put(self, call: Callable[[Any], None] | int) -> None:
         if self._thread.is_alive():
@@ -102,6 +142,8 @@ class Mirror:
         """The W&B run under the id of ``wandb.json``; None where W&B is offline."""
         import wandb  # half a second that tracker=jsonl does not pay
 
+        from pspo.host import environment  # torch, which an idle pspo.sync does not need
+
         record = self.directory / "wandb.json"
         if not record.exists():
             write_json(record, {"id": secrets.token_hex(4)})
@@ -122,16 +164,19 @@ class Mirror:
             log.info("W&B is offline; python -m pspo.sync %s sends it the metrics later", self.directory.parent)
             return None
         config = yaml.safe_load((self.directory / "config.yaml").read_text())
+        model = config["model"].get("hub_id") or config["model"].get("path") or config["model"]["name"]
+        code = {key: value for process in environment.history(self.directory) for key, value in process["code"].items()}
         run = wandb.init(
             project=config["tracker"]["project"],
             entity=config["tracker"]["entity"],
-            name=self.directory.name,
+            name=re.sub("_[0-9a-f]{8}$", "", self.directory.name),  # without the digest of the configuration
             group=config["group"],
             job_type=config["objective"]["name"],
+            tags=[config["objective"]["name"], Path(model).name, config["dataset"]["name"]],
             id=json.loads(record.read_text())["id"],
             resume="allow",
             dir=str(self.directory),
-            config=config,
+            config=config | {"code": code},
             settings=settings,
         )
         run.define_metric("step")
@@ -150,3 +195,23 @@ def _tear_down() -> None:
     import wandb
 
     wandb.teardown()
+
+
+def check_login() -> None:
+    """Refuse a server that does not answer, which W&B would ask again for every run, and a missing login."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") == "disabled":
+        raise ConfigError("WANDB_MODE=disabled forbids to send anything to W&B; unset it, then repeat this command")
+    url = str(wandb.setup(settings=wandb.Settings(mode="online", silent=True)).settings.base_url)
+    try:
+        urllib.request.urlopen(url, timeout=REACH_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        raise ConfigError(
+            f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)}); run this on a node with internet, "
+            "or set WANDB_BASE_URL"
+        ) from error
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")

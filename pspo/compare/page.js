@@ -1,0 +1,38 @@
+"use strict";
+// Draws a figure when it comes near the screen; the boxes of the legend show and hide an arm in all figures.
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const boxes = [...document.querySelectorAll(".legend input")];
+const hidden = new Set(boxes.filter((box) => !box.checked).map((box) => box.value));
+const axis = {automargin: true, zeroline: false, gridcolor: "#e5e7eb", linecolor: "#6b7280",
+              fixedrange: matchMedia("(pointer: coarse)").matches};  // a finger scrolls the page
+const config = {responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "autoScale2d", "toImage"]]};
+
+function draw(element) {
+  const {traces, layout} = figures[element.dataset.figure];
+  for (const trace of traces) trace.visible = !hidden.has(trace.meta);
+  Plotly.newPlot(element, traces, {
+    showlegend: false, dragmode: false, hovermode: "closest", margin: {l: 8, r: 12, t: 8, b: 8},
+    font: {family: "system-ui, sans-serif", size: 12, color: "#1f2933"},
+    legend: {orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal"},
+    ...layout, xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
+  }, config);
+}
+
+const near = new IntersectionObserver((entries) => {
+  for (const {isIntersecting, target} of entries) {
+    if (isIntersecting) { near.unobserve(target); draw(target); }
+  }
+}, {rootMargin: "800px"});
+const plots = [...document.querySelectorAll(".plot")];
+plots.forEach((plot) => near.observe(plot));
+addEventListener("beforeprint", () => plots.filter((plot) => !plot.data).forEach(draw));
+
+if (innerWidth < 700) document.querySelector(".legend").open = false;
+for (const box of boxes) {
+  box.addEventListener("change", () => {
+    if (box.checked) hidden.delete(box.value); else hidden.add(box.value);
+    for (const plot of plots.filter((plot) => plot.data?.some((trace) => trace.meta === box.value))) {
+      Plotly.restyle(plot, {visible: plot.data.map((trace) => !hidden.has(trace.meta))});
+    }
+  });
+}

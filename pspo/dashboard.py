@@ -1,0 +1,118 @@
+"""Make or renew the W&B workspace of a group: its runs grouped by arm, in the sections of the comparison's page.
+
+python -m pspo.dashboard outputs/<group> [--by objective.alpha]
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pspo.base.command import answering
+from pspo.base.files import read_json, write_json
+from pspo.base.schema import ConfigError
+from pspo.compare.arms import group
+from pspo.report.panels import SECTIONS
+from pspo.results import Results, load
+from pspo.tracker.wandb import check_login
+
+
+def renew(directory: Path, by: Sequence[str] = ()) -> str:
+    """Save the workspace of ``outputs/<group>`` at W&B: the one of ``dashboard.json``, or else a new one.
+
+    Returns its address, which ``dashboard.json`` keeps. Raises ConfigError for a group without a run at W&B, and where
+    W&B cannot be reached.
+    """
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        raise ConfigError("pspo.dashboard needs the package wandb-workspaces; pip install 'pspo[dashboard]'")
+    results = load(directory, texts=False)
+    project, entity = _project(results, directory)
+    # A sweep is watched while it trains, so every run counts as finished here.
+    keys = group(replace(results, runs=results.runs.assign(state="done")), by).by
+    check_login()
+    import wandb
+    from wandb_workspaces import expr, workspaces
+
+    record, name = directory / "dashboard.json", str(results.runs["group"].iloc[0])
+    workspace = _saved(read_json(record).get("url"))
+    if workspace is None:
+        owner = str(entity or wandb.Api().default_entity)
+        workspace = workspaces.Workspace(entity=owner, project=project, name=f"{name}: comparison")
+    workspace.sections = _sections(results)
+    workspace.settings = workspaces.WorkspaceSettings(max_runs=100)
+    workspace.runset_settings = workspaces.RunsetSettings(
+        filters=[expr.Metric("Group") == name],
+        groupby=[expr.Config(key) for key in keys],
+        order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
+    )
+    address = str(workspace.save().url)
+    write_json(record, {"url": address})
+    return address
+
+
+def _project(results: Results, directory: Path) -> tuple[str, str | None]:
+    """The W&B project and entity of the group's runs. Raises ConfigError where there is none, or more than one."""
+    runs = results.runs[results.runs["tracker.name"] == "wandb"]
+    if runs.empty:
+        raise ConfigError(f"no run of {directory} has tracker=wandb; W&B has nothing that a workspace could show")
+    places = runs[["tracker.project", "tracker.entity"]].drop_duplicates()
+    if len(places) > 1:
+        raise ConfigError(f"the runs of {directory} are in {len(places)} W&B projects; a workspace shows one of them")
+    project, entity = places.iloc[0]
+    return project, entity if isinstance(entity, str) else None
+
+
+def _saved(address: str | None) -> Any:
+    """The workspace at an address; None where it has been deleted."""
+    from wandb_workspaces import workspaces
+
+    try:
+        return workspaces.Workspace.from_url(address) if address else None
+    except ValueError:
+        return None
+
+
+def _sections(results: Results) -> list[Any]:
+    """The panels' sections; "Evaluation" has accuracy on the test sets, the completions and the figures as well.
+
+    Lines are means over the runs of an arm, bands go from the lowest run to the highest, as on the page.
+    """
+    from wandb_workspaces.reports.v2 import interface as reports
+    from wandb_workspaces.workspaces import Section
+
+    spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
+    sections = []
+    for title, panels in SECTIONS.items():
+        drawn: list[Any] = [
+            reports.LinePlot(title=part.title, x="Step", y=list(part.curves), log_y=part.log or None, **spread)
+            for panel in panels
+            for part in panel.parts()
+        ]
+        if title == "Evaluation":
+            answers = results.answers
+            for name in [] if answers.empty else sorted(set(answers.loc[answers["when"] == "after", "set"])):
+                metrics: list[Any] = [f"evaluation/{name}/after/accuracy"]
+                drawn.append(reports.BarPlot(title=f"Accuracy on {name} after training", metrics=metrics, **spread))
+            drawn.append(reports.WeavePanelSummaryTable(table_name="completions"))
+            drawn.append(reports.MediaBrowser(title="Figures", media_keys=["figures/curves"]))
+        sections.append(Section(name=title, panels=drawn, is_open=True))
+    return sections
+
+
+def main() -> None:
+    """``python -m pspo.dashboard``: exit status 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m pspo.dashboard", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("group", type=Path, help="outputs/<group>")
+    parser.add_argument(
+        "--by", action="append", default=[], help="key that sets the arms apart; default: all that differ"
+    )
+    arguments = parser.parse_args()
+    with answering(ConfigError, stopped="stopped; the same command begins again"):
+        sys.stdout.write(f"{renew(arguments.group, arguments.by)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What verdicts say of the arms, with intervals clustered by problem, and what they say of the judge."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special, stats
+
+LENGTH_PENALTY = 1.0
+"""Ridge on φ, the effect of length in log-odds: a normal prior of variance 1, as no length explains every verdict."""
+NEWTON_STEPS = 30
+Row = dict[str, Any]
+Estimate = tuple[float, list[float] | None]
+
+
+def estimate(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    share: bool = False,
+    lengths: Sequence[float] | None = None,
+) -> Estimate:
+    """The mean, or the ``share`` of comparisons won (ties count half), and its 95 % interval clustered by problem.
+
+    A mean is θ in y_i = θ + e_i, a share is σ(θ) in P(win_i) = σ(θ), so that its interval stays between 0 and 1. With
+    ``lengths``, the differences Δ in tokens, P(win_i) = σ(θ + φ tanh(Δ_i / sd(Δ))), and σ(θ) is the win rate at equal
+    lengths of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, section 3) for two models, without its difficulty of
+    an instruction, which takes many models to estimate; φ has a ridge.
+
+    θ has the sandwich variance over G clusters, times G / (G − 1) (Liang and Zeger 1986, Biometrika 73:13), and
+    Student's t with G − 1 degrees of freedom. The interval is None for one cluster, or where all values are equal. It
+    tells of these runs on other problems, not of other seeds.
+    """
+    y, x = np.asarray(values, float), np.ones((len(values), 1))
+    if np.ptp(y) == 0:
+        return float(y[0]), None
+    if lengths is not None and np.std(lengths) > 0:
+        x = np.column_stack([x, np.tanh(np.asarray(lengths) / np.std(lengths))])
+    b, ridge = np.zeros(x.shape[1]), np.diag([0.0, LENGTH_PENALTY][: x.shape[1]])
+    for _ in range(NEWTON_STEPS):
+        fitted = special.expit(x @ b) if share else x @ b
+        slope = fitted * (1 - fitted) if share else np.ones(len(y))
+        bread = np.linalg.inv(x.T @ (slope[:, None] * x) + ridge)
+        b += bread @ (x.T @ (y - fitted) - ridge @ b)
+    number = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters))}
+    sums, free, half = np.zeros((len(number), len(b))), len(number) - 1, 0.0
+    np.add.at(sums, [number[cluster] for cluster in clusters], x * (y - fitted)[:, None])
+    if free:
+        half = stats.t.ppf(0.975, free) * np.sqrt((bread @ sums.T @ sums @ bread)[0, 0] * len(number) / free)
+    value, low, high = (float(special.expit(at) if share else at) for at in (b[0], b[0] - half, b[0] + half))
+    return value, [low, high] if free else None
+
+
+def kappa(first: Sequence[float], second: Sequence[float], *, quadratic: bool = False) -> float | None:
+    """Cohen's κ = 1 − Σ w_ij o_ij / Σ w_ij e_ij of two raters; None where both always give one and the same value.
+
+    w_ij = [i ≠ j], or (i − j)² where ``quadratic``; o are the observed shares of the values i and j, e the products of
+    each rater's own shares (Cohen 1960, Educ. Psychol. Meas. 20:37; 1968, Psychol. Bull. 70:213).
+    """
+    difference = np.subtract.outer(np.asarray(first, float), np.asarray(second, float))
+    weight = difference**2 if quadratic else (difference != 0).astype(float)
+    expected = weight.mean()
+    return float(1 - np.diag(weight).mean() / expected) if expected else None
+
+
+def summarize(rows: Sequence[Row], labels: Sequence[Row] = ()) -> Row:
+    """The numbers of summary.json: by arm and metric, by pair and metric, and of the judge itself.
+
+    Ties of equal answers count in the win rates and in ``equal_answers``, not in the judge's own rates.
+    """
+    asked = [row for row in rows if row["requests"]]
+    failures = Counter(row["error"].partition(":")[0] for row in asked if row["error"])
+    valid = [row for row in rows if row["error"] is None]
+    judged = {_about(row): row["verdict"] for row in valid if row["kind"] != "repeat"}
+    again = [(judged.get(_about(row)), row["verdict"]) for row in valid if row["kind"] == "repeat"]
+    people = [
+        (judged[_about(label)], label["verdict"], label["against_run"]) for label in labels if _about(label) in judged
+    ]
+    human = {
+        kind: [two for *two, other in people if (other is None) == (kind == "score")] for kind in ("score", "pair")
+    }
+    return {
+        "scores": [_score(part) for part in _groups(valid, "score")],
+        "pairs": [_pair(part) for part in _groups(valid, "pair")],
+        "failures": dict(failures),
+        "failure_rate": failures.total() / len(asked) if asked else None,
+        "self_agreement": {"n": len(again), "equal_rate": _rate(first == second for first, second in again)},
+        "human": {
+            kind: {"n": len(both), "kappa": kappa(*zip(*both, strict=True), quadratic=kind == "score")}
+            for kind, both in human.items()
+            if both
+        },
+    }
+
+
+def _about(row: Row) -> tuple[Any, ...]:
+    """What a verdict is about: the fields that a person's verdict shares with the judge's."""
+    return tuple(row.get(name) for name in ("metric", "set", "problem", "run", "against_run"))
+
+
+def _groups(rows: Sequence[Row], kind: str) -> list[list[Row]]:
+    """The verdicts of a kind, by arm or pair and metric."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            groups.setdefault((row["arm"], row.get("against"), row["metric"]), []).append(row)
+    return list(groups.values())
+
+
+def _score(part: Sequence[Row]) -> Row:
+    mean, interval = estimate([row["verdict"] for row in part], _problems(part))
+    return {"arm": part[0]["arm"], "metric": part[0]["metric"], "n": len(part), "mean": mean, "ci95": interval}
+
+
+def _pair(part: Sequence[Row]) -> Row:
+    outcomes, orders = [row["verdict"] for row in part], [row["orders"] for row in part if row["orders"]]
+    lengths = [row["tokens"] - row["against_tokens"] for row in part]
+    rate, interval = estimate(outcomes, _problems(part), share=True)
+    equal, equal_interval = estimate(outcomes, _problems(part), share=True, lengths=lengths)
+    return {
+        **{name: part[0][name] for name in ("arm", "against", "metric")},
+        **{"n": len(part), "equal_answers": len(part) - len(orders), "win_rate": rate, "ci95": interval},
+        **{"length_controlled": equal, "length_controlled_ci95": equal_interval},
+        "tie_rate": _rate(first != second or first == 0.5 for first, second in orders),
+        "position_consistency": _rate(first == second for first, second in orders),
+    }
+
+
+def _problems(part: Sequence[Row]) -> list[tuple[str, str]]:
+    return [(row["set"], row["problem"]) for row in part]
+
+
+def _rate(flags: Iterable[bool]) -> float | None:
+    return float(np.mean(known)) if (known := list(flags)) else None

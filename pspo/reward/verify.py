@@ -1,0 +1,166 @@
+r"""MATH's answers, compared as expressions by math-verify, in a process that is killed where an answer hangs it.
+
+Which answer. Where the gold answer is a plain number, the answer is the one that ``reward=plain`` takes. Else the asked
+format is the last line ``#### <answer>`` or, without such a line, the last ``\boxed{...}``; the flexible rule takes the
+first formula behind the last "answer", or the last formula, or what ``reward=plain`` takes. Two plain numbers are
+compared by ``pspo/reward/answer.py`` alone; all else is equal where ``answer.same`` or math-verify says so.
+"""
+
+import atexit
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pspo.base.schema import key
+from pspo.dataset import Problem
+from pspo.dataset.problem import boxed
+from pspo.host.environment import choose_threads
+from pspo.reward.answer import extract, number, same
+from pspo.reward.base import Answered, Reward, RewardError, Score
+
+log = logging.getLogger(__name__)
+
+MAX_TEXT_CHARACTERS = 2**15
+"""Characters at the end of a completion that are read."""
+MAX_EXTRA_CHARACTERS = 100
+"""An answer that is parsed has at most this many characters more than twice the gold answer's."""
+MAX_ANSWER_DEPTH = 5
+"""Brackets within brackets of an answer that is parsed, as each may double the time; MATH-500's golds have 2."""
+MIN_PAIRS_PER_PROCESS = 16
+"""Pairs that pay for another grading process, which takes three seconds and 150 MB to start."""
+_LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)", re.MULTILINE)
+_SAID = re.compile("answer", re.IGNORECASE)
+_FORMULA = re.compile(r"(?<!\\)\$([^$]+)\$|\\\(((?:(?!\\\)).)+)|\\\[((?:(?!\\\]).)+)", re.DOTALL)
+_BASE = re.compile(r"[0-9] ?_ ?\{? ?([0-9]+)")
+_STRANGE = re.compile(r"[^ -~\n\u03c0]|[\"'#@`?]|\\(?:[io]*int|sum|prod|lim)(?![A-Za-z])|\\[dt]?binom\D*[0-9]{4}")
+"""What no answer has unless its gold answer has it: other characters than mathematics in LaTeX has (and π), and work
+left to the grader, as an integral, a sum, a product, a limit and a large binomial are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Math(Reward):
+    r"""1 for a correct answer, in LaTeX too, plus ``format_bonus`` for a line ``#### <answer>`` or ``\boxed{...}``."""
+
+    format_bonus: float = key("added when the completion has the asked format", within="[0, 1]")
+    timeout_s: float = key(
+        "wall-clock time in which one answer must be compared, seconds; else it scores 0 and is counted",
+        within="(0, 3600]",
+    )
+
+    def __call__(self, completions: Sequence[Answered]) -> list[Score]:
+        golds = [completion.problem.answer for completion in completions]
+        answers = [answer_of(c.text[-MAX_TEXT_CHARACTERS:], gold) for c, gold in zip(completions, golds, strict=True)]
+        pairs = [(gold, answer) for gold, (answer, _) in zip(golds, answers, strict=True)]
+        rule = {pair: by_rule(*pair) for pair in pairs}
+        undecided = [pair for pair, verdict in rule.items() if verdict is None]
+        verdicts = rule | dict(zip(undecided, compare(undecided, self.timeout_s), strict=True))
+        return [self._score(verdicts[pair], *answer) for pair, answer in zip(pairs, answers, strict=True)]
+
+    def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems whose gold answer is no plain number and, to math-verify, no expression equal to itself."""
+        golds = list(dict.fromkeys(p.answer for p in problems if number(p.answer) is None))
+        verdicts = dict(zip(golds, compare([(gold, gold) for gold in golds], self.timeout_s), strict=True))
+        return [problem for problem in problems if not verdicts.get(problem.answer, True)]
+
+    def check_gold(self, problems: Sequence[Problem]) -> None:
+        """Warn of the gold answers that cannot be graded, which some of MATH's cannot, instead of refusing them."""
+        if ungradable := self.ungradable(problems):
+            text = "%d of %d gold answers are no expressions to math-verify, such as %r of problem %s: there an answer "
+            text += "is correct only where it is written alike"
+            log.warning(text, len(ungradable), len(problems), ungradable[0].answer, ungradable[0].id)
+
+    def _score(self, verdict: bool | None, answer: str, in_format: bool) -> Score:
+        """The score of a verdict, which is None where the comparison timed out."""
+        correct, bonus = bool(verdict), self.format_bonus if in_format and verdict is not None else 0.0
+        components = {"correct": float(correct), "format": bonus}
+        strict, timed_out = correct and in_format, verdict is None
+        return Score(sum(components.values()), correct, components, bool(answer), strict, timed_out)
+
+
+def answer_of(text: str, gold: str) -> tuple[str, bool]:
+    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether as asked."""
+    lines, plain = _LINE.findall(text), extract(text) or ""
+    asked = boxed(lines[-1]) or lines[-1].strip() if lines else boxed(text)
+    if number(gold) is not None and number(plain) is not None:
+        return plain, bool(asked)
+    if asked:
+        return asked, True
+    said = [match.end() for match in _SAID.finditer(text)][-1:]
+    formulas = [*_FORMULA.finditer(text)]
+    chosen = [formula for formula in formulas if said and formula.start() >= said[0]][:1] or formulas[-1:]
+    return next(("".join(filter(None, formula.groups())).strip() for formula in chosen), plain), False
+
+
+def by_rule(gold: str, answer: str) -> bool | None:
+    """Whether two answers are equal, as far as ``pspo/reward/answer.py`` can say; None where it cannot."""
+    if not answer or (number(answer) is not None and number(gold) is not None):
+        return bool(answer) and same(answer, gold)
+    if same(answer, gold):
+        return True
+    depths = itertools.accumulate((mark in "({[") - (mark in ")}]") for mark in answer)
+    too_long = len(answer) > MAX_EXTRA_CHARACTERS + 2 * len(gold) or max(depths) > MAX_ANSWER_DEPTH
+    strange = set(_STRANGE.findall(answer)) - set(_STRANGE.findall(gold))
+    bases = [set(_BASE.findall(text)) for text in (answer, gold)]  # math-verify takes 52_8 for 52
+    return False if too_long or strange or (all(bases) and bases[0] != bases[1]) else None
+
+
+def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | None]:
+    """Whether math-verify finds gold and answer equal, for each pair; None where that took too long or crashed.
+
+    Raises RewardError where a grading process cannot run.
+    """
+    formulas = [[f"${' '.join(text.replace('$', '').split())}$" for text in pair] for pair in pairs]
+    num = min(choose_threads(None), -(-len(pairs) // MIN_PAIRS_PER_PROCESS))
+    processes, verdicts = (
+        [_process(os.getpid(), number) for number in range(num)],
+        list[bool | None]([None] * len(pairs)),
+    )
+    try:
+        for number, process in enumerate(processes):
+            assert process.stdin
+            with contextlib.suppress(BrokenPipeError):  # the process has ended, and writes nothing either
+                process.stdin.write(json.dumps({"timeout_s": timeout_s, "pairs": formulas[number::num]}) + "\n")
+                process.stdin.flush()
+        for number, process in enumerate(processes):
+            assert process.stdout
+            if not (line := process.stdout.readline()):
+                raise RewardError(
+                    f"a process that grades for reward=math ended with status {process.wait()}: mend what it wrote "
+                    "above, or give this job more memory, and run the same command again"
+                )
+            verdicts[number::num] = json.loads(line)
+    except BaseException:  # Ctrl-C, too: the next line that a process writes would answer this request
+        _process.cache_clear()
+        for process in processes:
+            _stop(process)
+        raise
+    return verdicts
+
+
+@functools.cache
+def _process(owner: int, number: int) -> subprocess.Popen[str]:
+    """The grading process ``number`` of the process with the id ``owner``; a fork of that one needs its own."""
+    code = "import sys; sys.path.append(sys.argv[1]); import math_process; math_process.serve()"
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(Path(__file__).parent)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    atexit.register(_stop, process)
+    return process
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Kill a grading process and the process that it forked."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,100 @@
+"""Measures of completions that need no judge: each one by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from pspo.config import compose
+from pspo.report.qualities import GROUP, MEASURES, measure, measures
+
+PROMPT = compose(["dataset=gsm8k", "model=hf", "model.hub_id=a/b"]).dataset.system_prompt
+
+
+def one(name, text, correct=True, system_prompt=PROMPT):
+    return measure({"completion": text, "correct": correct, "tokens": 7, "truncated": False}, system_prompt)[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("leakage", "I think it through, one step at a time.", 0),
+        ("leakage", "think through the problem one STEP, at a time", 1),  # six words of the prompt, and more
+        ("leakage", "think through the problem one", 0),  # five
+        ("leakage", "#### 4<|im_end|>\n", 1),
+        ("leakage", "#### 4\n\nHuman: what is 2+3?", 1),
+        ("leakage", "The user: nobody. A human: everybody.", 0),  # no turn begins within a line
+        ("repetition", "a b c d", 0),
+        ("repetition", "a b c", 0),  # no 4-gram at all
+        ("repetition", "a b c d a b c d", 1 - 4 / 5),  # abcd bcda cdab dabc abcd
+        ("repetition", "a " * 103, 1 - 1 / 100),
+        ("loop", "so it is 5 5 5", 0),
+        ("loop", "so it is 5 5 5 5", 1),
+        ("loop", "5 5 5 5 so it is", 0),  # not at the end
+        ("loop", "then " + "we add 2, and " * 4, 1),
+        ("loop", "then " + "we add 2, and " * 3, 0),
+        ("format_line", "2+2=4\n#### 4", 1),
+        ("format_line", "2+2=4, so #### 4", 0),
+        ("format_line", "####\n4", 0),
+        ("format_last", "2+2=4\n#### 4\n", 1),
+        ("format_last", "#### 4\nas 2+2=4", 0),
+        ("format_last", "#### 4\n#### 4", 0),
+        ("foreign_letters", "abc π = 3", 0),
+        ("foreign_letters", "ab 答案", 0.5),
+        ("foreign_letters", "𝑥 é ß ｘ 5 + ²", 0),  # letters of mathematics, accents, full width; digits are none
+        ("foreign_letters", "да да ab", 4 / 6),
+        ("foreign_letters", "123", 0),
+        ("cjk", "да", 0),
+        ("cjk", "the 答 is", 1),
+        ("cjk", "ひ", 1),
+        ("cjk", "한", 1),
+        ("length_right", "", 7),
+        ("length_wrong", "", math.nan),
+    ],
+)
+def test_each_measure_by_hand(name, text, value):
+    assert one(name, text) == pytest.approx(value, nan_ok=True)
+
+
+def test_a_wrong_completion_counts_among_the_wrong_ones():
+    assert one("length_wrong", "", correct=False) == 7
+    assert math.isnan(one("length_right", "", correct=False))
+
+
+def test_nothing_leaks_without_a_system_prompt():
+    assert one("leakage", "", system_prompt="") == one("leakage", "short", system_prompt="short") == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["\0\ud800\u202e" * 9, "#### " * 40_000, "<|" * 100_000, "a " * 100_000, "答" * 10**5, ""]
+)
+def test_hostile_text_is_measured(text):
+    values = measure({"completion": text, "correct": False, "tokens": 0, "truncated": True}, PROMPT)
+    assert values.keys() == MEASURES.keys()
+    assert all(0 <= value <= 1 for name, value in values.items() if name != "length_right")
+
+
+def test_the_means_of_an_arm_are_over_its_runs_completions():
+    def row(run, completion, tokens, correct):
+        about = {"run": run, "when": "after", "evaluation": "greedy", "set": "gsm8k", "temperature": 0.0}
+        return about | {"completion": completion, "tokens": tokens, "correct": correct, "truncated": tokens > 9}
+
+    answers = pd.DataFrame([
+        row("b", "#### 1", 4, True), row("b", "user: 1", 8, True), row("b", "one", 16, False),
+        row("a", "you are a very good model", 2, True),
+    ])  # fmt: skip
+    frame = measures(answers.iloc[::-1], {"a": "You are a very good model."}).set_index("run")
+    assert list(frame.index) == ["a", "b"]
+    assert list(frame.columns) == [*GROUP[1:], *MEASURES]
+    b = {
+        "leakage": 1 / 3,
+        "format_line": 1 / 3,
+        "length": 28 / 3,
+        "length_right": 6,
+        "length_wrong": 16,
+        "truncated": 1 / 3,
+    }
+    assert frame.loc["b", list(b)].to_dict() == pytest.approx(b)
+    assert frame.loc["a", "leakage"] == 1
+    assert math.isnan(frame.loc["a", "length_wrong"])
+    assert measures(answers.iloc[:0], {}).empty
