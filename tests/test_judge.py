@@ -20,10 +20,10 @@ from scipy import optimize, stats
 from pspo.base.schema import ConfigError, as_dict
 from pspo.compare.arms import group
 from pspo.config import compose
-from pspo.judge.__main__ import judge, parse
-from pspo.judge.ask import MAX_FAILED_REQUESTS_IN_A_ROW, Judge, JudgeError
+from pspo.judge.__main__ import judge, main, parse
+from pspo.judge.ask import MAX_FAILED_REQUESTS_IN_A_ROW, Judge
 from pspo.judge.measures import estimate, kappa
-from pspo.judge.questions import METRICS, Pair, ReplyError, Score, quote, read
+from pspo.judge.questions import METRICS, JudgeError, Pair, ReplyError, Score, quote, read
 from pspo.judge.questions import body as request_body
 from pspo.judge.verdicts import choose, fitting
 from pspo.results import load
@@ -343,7 +343,7 @@ def test_a_server_without_json_schemas_is_asked_without(arms):
         _, summary = run(arms, server, "--concurrency", 1, "--limit", 1)
     assert summary["failures"] == {}
     assert sum("response_format" in body for body in server.requests) == 1  # and not asked for again
-    assert summary["answered"] == summary["questions"]
+    assert summary["asked"] == summary["questions"]
 
 
 def test_the_pause_that_a_busy_server_asks_for_is_kept(tmp_path):
@@ -401,7 +401,7 @@ def test_a_server_that_fails_at_everything_is_given_up(arms):
             run(arms, server, "--limit", 8, "--retries", 0, "--concurrency", 1)
         assert len(server.requests) == MAX_FAILED_REQUESTS_IN_A_ROW
     rows, summary = files(arms)
-    assert summary["answered"] == len(rows) < summary["questions"]
+    assert summary["asked"] == len(rows) < summary["questions"]
     assert all(row["error"] for row in rows)
 
 
@@ -413,7 +413,7 @@ def test_a_judge_out_of_reach_stops_with_what_was_judged_kept(arms):
     kept, summary = files(arms)
     scored = {row["requests"][0]: row["verdict"] for row in kinds(rows, "score")}
     assert {row["requests"][0]: row["verdict"] for row in kinds(kept, "score")} == scored
-    assert summary["answered"] < summary["questions"]
+    assert summary["asked"] < summary["questions"]
 
 
 def test_half_a_line_in_the_cache_is_asked_again(arms):
@@ -438,7 +438,7 @@ def test_requests_are_under_way_together_and_not_more_than_allowed(arms):
     with serving(script) as server:
         _, summary = run(arms, server, "--limit", 8, "--concurrency", 4)
     assert server.in_flight == 4
-    assert summary["answered"] == summary["questions"]
+    assert summary["asked"] == summary["questions"]
 
 
 def everything_written(folder):
@@ -462,17 +462,18 @@ def test_the_key_goes_to_the_server_and_nowhere_else(arms, monkeypatch, capsys, 
     assert "sk-very" not in printed.out + printed.err + caplog.text + everything_written(arms)
 
 
-def test_a_refused_key_ends_the_command_with_one_sentence(arms):
-    words = [sys.executable, "-m", "pspo.judge", str(arms), "--model", "m", "--limit", "1", "--metrics", "clarity"]
-    environment = os.environ | {"OPENAI_API_KEY": "sk-very-secret", "OPENAI_LOG": "debug"}
+def test_a_refused_key_ends_the_command_with_one_sentence(arms, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     with serving(lambda request: (401, {"error": {"message": f"wrong key {server.keys[-1]}"}})) as server:
-        words += ["--base-url", server.url]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("pspo: ")]
+        monkeypatch.setattr(sys, "argv", ["judge", str(arms), "--base-url", server.url, "--model", "m"])
+        with pytest.raises(SystemExit) as left:
+            main()
+    printed = capsys.readouterr()
+    (sentence,) = [line for line in printed.err.splitlines() if line.startswith("pspo: ")]
+    assert left.value.code == 2
     assert "refuses the key or the model" in sentence
     assert "wrong key Bearer ***" in sentence
-    assert "sk-very" not in done.stdout + done.stderr + everything_written(arms)
+    assert "sk-very" not in printed.out + printed.err + everything_written(arms)
 
 
 @pytest.mark.parametrize("address", ["http://me:sk-1@host/v1", "http://host/v1?key=sk-1", "host:8000", "ftp://host"])
@@ -480,6 +481,7 @@ def test_an_address_with_a_secret_or_without_a_host_is_refused_unseen(arms, addr
     with pytest.raises(ConfigError, match="OPENAI_API_KEY") as refused:
         judge(parse([str(arms), "--base-url", address, "--model", "m"]))
     assert "sk-1" not in str(refused.value)
+    assert not (arms / "judge").exists()
 
 
 @pytest.mark.parametrize(
@@ -501,6 +503,13 @@ def test_arguments_that_do_not_fit_are_one_sentence_before_any_request(arms, wor
     with serving(fair) as server, pytest.raises(ConfigError, match=sentence):
         run(arms, server, *words)
     assert server.requests == []
+
+
+def test_a_directory_that_cannot_be_read_is_named_and_nothing_is_written_there(arms, tmp_path):
+    with serving(fair) as server:
+        judge(parse([str(tmp_path / "none"), str(arms), "--base-url", server.url, "--model", "m", "--limit", "1"]))
+    assert any("none is left out" in sentence for sentence in files(arms)[1]["warnings"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_judge_of_the_policys_family_is_named(tmp_path):
@@ -671,14 +680,14 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
         finally:
             released.set()
     rows, summary = files(arms)
-    assert summary["answered"] == len(rows) == 8
+    assert summary["asked"] == len(rows) == 8
     assert all(row["error"] is None for row in rows)
 
 
 def test_one_command_at_a_time(arms):
     def script(request):
         with pytest.raises(ConfigError, match=r"another pspo.judge writes"):
-            Judge(server.url, arms / "judge" / "m" / "replies.jsonl", concurrency=1, timeout_s=1, num_retries=0)
+            Judge(server.url, arms / "judge" / "m" / "replies.jsonl", 1, 1, 0)
         return fair(request)
 
     with serving(script) as server:
@@ -761,7 +770,7 @@ def test_a_real_server_of_the_protocol(arms, language_model, tmp_path):
         "repeat": (4, True),
         "pair": (None, False),
     }
-    assert summary["answered"] == summary["questions"] == 5
+    assert summary["asked"] == summary["questions"] == 5
     assert sum(summary["failures"].values()) == 1
     assert summary["models"] == [f"{language_model}@main"]
     assert min(summary["tokens"].values()) > 0

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -21,11 +22,11 @@ from pspo.base.files import write_json, write_text
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import Group, group
 from pspo.judge.measures import summarize
-from pspo.judge.questions import METRICS
+from pspo.judge.questions import METRICS, JudgeError
 from pspo.judge.verdicts import choose, fitting, questions_about, verdicts
 from pspo.results import load
 
-FAMILY = re.compile(r"qwen|llama|gemma|mi[sx]tral|deepseek|smollm|olmo|granite|falcon|gpt|(?<![a-z])phi")
+FAMILY = re.compile(r"qwen|llama|gemma|mistral|mixtral|deepseek|smollm|olmo|granite|falcon|gpt|(?<![a-z])phi")
 """Families of models by words in their names; a judge prefers its own family (Panickssery et al. 2024, 2404.13076)."""
 
 
@@ -47,7 +48,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="outputs/<group>, or several; the verdicts go into the first")
+    add("paths", nargs="+", type=Path, help="outputs/<group>, or several; verdicts go into the first")
     add("--base-url", required=True, help="address of the OpenAI protocol; OPENAI_API_KEY holds the key, if any")
     add("--model", required=True, metavar="NAME", help="the judge's name at that address")
     add("--pairs", nargs=2, action="append", metavar="ARM", help="compare two arms (default: each arm with noclip)")
@@ -67,9 +68,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def judge(arguments: argparse.Namespace) -> None:
     """Ask what the cache does not answer; write and show every verdict there is, also where the judge gives out."""
-    from pspo.judge.ask import Judge  # needs openai
-
     changes, people = _check(arguments), _labels(arguments.human) if arguments.human else []
+    from pspo.judge.ask import Judge  # imports openai, which _check has found
+
     compared = group(load(arguments.paths))
     chosen = {name: getattr(arguments, name) for name in ("evaluation", "when", "temperature", "set")}
     wanted = {name: value for name, value in chosen.items() if value is not None}
@@ -83,10 +84,10 @@ def judge(arguments: argparse.Namespace) -> None:
     address = arguments.base_url.rstrip("/")
     questions = questions_about(items, pairs, arguments.metrics, address, arguments.model, changes)
     requests = {name: request for question in questions for name, request in question.requests.items()}
-    folder = arguments.paths[0].expanduser() / "judge" / re.sub(r"[^\w.+-]+", "-", arguments.model).lstrip(".")
+    folder = Path(answers["run"].iloc[0]).parent / "judge" / re.sub(r"[^\w.+-]+", "-", arguments.model).lstrip(".")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"concurrency": arguments.concurrency, "timeout_s": arguments.timeout_s}
-    server = Judge(address, folder / "replies.jsonl", num_retries=arguments.retries, **settings)
+    limits = (arguments.concurrency, arguments.timeout_s, arguments.retries)
+    server = Judge(address, folder / "replies.jsonl", *limits)
     warnings = compared.left_out + [f"{arm} has no such answers and is not judged" for arm in known if not known[arm]]
     for sentence in (warnings := warnings + _one_family(compared, arms, arguments.model)):
         log.warning("%s", sentence)
@@ -104,7 +105,7 @@ def judge(arguments: argparse.Namespace) -> None:
             "answers": wanted | {"items": len(items)},
             "warnings": warnings,
             "questions": len(questions),
-            "answered": len(rows),
+            "asked": len(rows),
             "requests_sent": server.num_sent,
             "tokens": tokens,
             "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
@@ -119,7 +120,7 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     scores = Table("arm", "metric", "score, 1 to 5", "answers", box=None)
     for row in summary["scores"]:
-        scores.add_row(row["arm"], row["metric"], _cell(row["mean"], row["ci95"]), str(row["n"]))
+        scores.add_row(row["arm"], row["metric"].replace("_", " "), _cell(row["mean"], row["ci95"]), str(row["n"]))
     console.print(scores)
     for pair in dict.fromkeys((row["arm"], row["against"]) for row in summary["pairs"]):
         table = Table("metric", "win rate", "at equal length", "ties", "orders agree", box=None)
@@ -127,11 +128,11 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
             if (row["arm"], row["against"]) == pair:
                 controlled = _cell(row["length_controlled"], row["length_controlled_ci95"])
                 judged = [_cell(row[name]) for name in ("tie_rate", "position_consistency")]
-                table.add_row(row["metric"], _cell(row["win_rate"], row["ci95"]), controlled, *judged)
+                table.add_row(row["metric"].replace("_", " "), _cell(row["win_rate"], row["ci95"]), controlled, *judged)
         console.print(f"\n{pair[0]} over {pair[1]}", table, sep="\n")
     again, tokens = summary["self_agreement"], summary["tokens"]
     failures = ", ".join(f"{n} {kind}" for kind, n in summary["failures"].items()) or "none"
-    console.print(f"\n{summary['answered']} of {summary['questions']} questions answered; failures: {failures}")
+    console.print(f"\n{summary['asked']} of {summary['questions']} questions asked; failures: {failures}")
     console.print(f"{again['n']} scores asked for twice: {_cell(again['equal_rate'])} of them the same")
     for kind, human in summary["human"].items():
         console.print(f"Cohen's κ with people on {human['n']} verdicts of kind {kind}: {_cell(human['kappa'])}")
@@ -145,7 +146,15 @@ def _cell(value: float | None, interval: Sequence[float] | None = None) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The changes to requests. Raises ConfigError for arguments out of range."""
+    """The changes to requests. Raises ConfigError for arguments out of range, and without the package openai."""
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError("pspo.judge needs the package openai; run pip install 'pspo[judge]'")
+    address = urlsplit(arguments.base_url)
+    if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
+        raise ConfigError(  # without the value, which may hold a key
+            "--base-url must be an address such as http://localhost:8000/v1, without user, password and query; put "
+            "the key into the environment variable OPENAI_API_KEY"
+        )
     for name, least in AT_LEAST.items():
         if not getattr(arguments, name) >= least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
@@ -181,10 +190,6 @@ def main() -> None:
     """``python -m pspo.judge``."""
     arguments = parse()
     log_to_console()
-    with answering(ConfigError):
-        if importlib.util.find_spec("openai") is None:
-            raise ConfigError("pspo.judge needs the package openai; run pip install 'pspo[judge]'")
-        from pspo.judge.ask import JudgeError
     with answering(ConfigError, JudgeError, stopped="stopped; the same command asks for the rest"):
         judge(arguments)
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import filelock
 import openai
@@ -14,6 +13,7 @@ import openai
 from pspo.base.console import Phase
 from pspo.base.files import JsonLines
 from pspo.base.schema import ConfigError
+from pspo.judge.questions import JudgeError
 
 LONGEST_RETRY_AFTER_S = 120.0
 """The client waits as long as a Retry-After says, up to this; where it says more, the request has failed."""
@@ -21,10 +21,6 @@ MAX_FAILED_REQUESTS_IN_A_ROW = 20
 MAX_DETAIL_CHARACTERS = 200
 
 Request = Mapping[str, Any]
-
-
-class JudgeError(RuntimeError):
-    """The judge cannot be reached, refuses the key or the model, or fails again and again; earlier replies are kept."""
 
 
 class Judge:
@@ -35,14 +31,8 @@ class Judge:
         num_sent: requests of this process that ended in a reply or an error; a request with its retries counts once.
     """
 
-    def __init__(self, base_url: str, cache: Path, *, concurrency: int, timeout_s: float, num_retries: int) -> None:
-        """Read the cache; the key comes from ``OPENAI_API_KEY``. Raises ConfigError for an address with a secret."""
-        address = urlsplit(base_url)
-        if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
-            raise ConfigError(  # without the value, which may hold a key
-                "--base-url must be an address such as http://localhost:8000/v1, without user, password and query; put "
-                "the key into the environment variable OPENAI_API_KEY"
-            )
+    def __init__(self, base_url: str, cache: Path, concurrency: int, timeout_s: float, num_retries: int) -> None:
+        """Read the cache; the key comes from ``OPENAI_API_KEY``. Raises ConfigError where another process writes it."""
         self.base_url, self.concurrency, self.timeout_s, self.num_retries = (
             base_url,
             concurrency,

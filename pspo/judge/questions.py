@@ -66,6 +66,10 @@ class ReplyError(ValueError):
     """A reply without a verdict: the kind of the failure, a colon, and the detail."""
 
 
+class JudgeError(RuntimeError):
+    """The judge cannot be reached, refuses the key or the model, or fails again and again; earlier replies are kept."""
+
+
 def body(model: str, metric: str, quoted: Mapping[str, str], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The body of a request about the texts ``quoted``: task, problem, reference, and one answer or two.
 
