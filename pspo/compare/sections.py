@@ -242,7 +242,7 @@ def _completions(group: Group, comparison: Comparison) -> list[Section]:
         return []
     problem = kinds.sort_values(["correct", "tokens"], ascending=False, kind="stable").index[0]
     cards: dict[str, dict[str, Any]] = {}
-    for run in rows["run"].unique():
+    for run in rows.loc[rows["problem"] == problem, "run"].unique():
         rows_of_run = read_lines(_file(run, name, evaluation, temperature, when))
         row = next(row for row in rows_of_run if row["problem"] == problem and row["sample"] == 0)
         card = cards.setdefault(row["completion"], row | {"arms": []})
