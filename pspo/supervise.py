@@ -82,12 +82,14 @@ def supervise(settings: SuperviseConfig) -> Path:
         environment.record(directory, environment.describe(threads, device))
         environment.settle(threads)
         checkpoint.seed_global_generators(settings.seed)
-        write_text(directory / "config.yaml", yaml.safe_dump(as_dict(settings), sort_keys=False, allow_unicode=True))
         Phase("loading the model")
         policy = model.load(settings.model, settings.seed, device)
         prompts, _ = held_out.encoded(settings, problems, splits.shots, directory.parent)
         rows = {split: _rows(policy.tokenizer, some, settings.dataset) for split, some in prompts.items()}
         learning = Learning(settings, directory, policy, rows, partial(lock.check, directory, owner))
+        budget = {"steps": learning.steps * settings.supervise.epochs, "prompts": None, "completion_tokens": None}
+        values = as_dict(settings) | {"budget": budget}  # which pspo.status compares with the metrics
+        write_text(directory / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         learning.resume()
         summary = learning.run()
         Phase("saving the model")
@@ -185,7 +187,8 @@ class Learning:
     def _end_epoch(self, train_loss: float, begun: float) -> None:
         """Validate, and save: the weights where none were better, the metrics, and what ``resume`` needs."""
         self.epoch += 1
-        row = {"step": self.epoch * self.steps, "supervise/train_loss": train_loss} | self._validate()
+        step = self.epoch * self.steps
+        row = {"step": step, "budget/steps": step, "supervise/train_loss": train_loss} | self._validate()
         row |= {"optimizer/lr": self.optimizer.param_groups[0]["lr"], "time/epoch_s": time.perf_counter() - begun}
         self.check_owner()
         if row.get("supervise/validation_loss", math.inf) < self.best_loss:

@@ -183,8 +183,8 @@ def test_metrics():
     completions = [
         one(a, 1, True, Score(1.0, True, {"answer": 1.0}, True)),
         one(a, 3, False, Score(0.0, False, {"answer": 0.0, "format": 0.4}, True)),
-        one(b, 4, False, Score(0.0, False, {}, False)),
-        one(b, 4, True, Score(0.0, False, {}, True)),
+        one(b, 4, False, Score(0.0, False, {}, False, timed_out=True)),
+        one(b, 4, True, Score(0.0, False, {}, True, timed_out=True)),
     ]
     metrics = rollout_metrics(replace(ROLLOUT, group_size=2), completions)
     assert metrics == pytest.approx(
@@ -195,6 +195,7 @@ def test_metrics():
             "reward/format_mean": 0.1,
             "reward/correct_mean": 0.25,
             "reward/unparsed_rate": 0.25,
+            "reward/timed_out_rate": 0.5,
             "reward/zero_spread_rate": 0.5,
             "completion/length_mean": 3.0,
             "completion/truncated_rate": 0.5,

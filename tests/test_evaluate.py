@@ -57,6 +57,7 @@ def test_rows_and_their_summary():
     assert rows[1] == {
         "problem": "1", "question": "", "answer": "", "completion": "True", "sample": 0, "reward": 0.0,
         "correct": False, "parsed": False, "components": {"answer": 0.0}, "tokens": 2, "truncated": False,
+        "strict": None, "timed_out": False,
     }  # fmt: skip
     summary = summarize([*rows, rows[0] | {"truncated": True}])
     assert 0 <= summary.pop("ci95_low") < 0.6 < summary.pop("ci95_high") <= 1

@@ -948,8 +948,10 @@ def test_a_gold_answer_that_is_not_correct_is_told_with_its_problem():
 
 
 def test_a_custom_reward_may_be_about_something_else(own, caplog):
-    own("length").check_gold([problem("5", id="q7")])
+    reward = own("length")
+    reward.check_gold([problem("5", id="q7")])
     assert "problem q7" in caplog.text
+    assert len(reward.ungradable([problem("5", id=str(i)) for i in range(100)])) == 16  # it may be slow
 
 
 def problems(name):

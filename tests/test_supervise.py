@@ -17,6 +17,7 @@ from pspo.base.schema import ConfigError
 from pspo.config import compose_tree
 from pspo.model import supervised, tiny
 from pspo.model.batch import make_batch
+from pspo.status.state import collect
 from pspo.supervise import SuperviseConfig, cli, supervise
 
 CPU = torch.device("cpu")
@@ -116,6 +117,8 @@ def test_it_learns_and_leaves_the_best_epochs_model(place):
     best = json.loads((directory / "summary.json").read_text())["selected_epoch"]
     assert losses[best] == min(losses[1:])
     assert (directory / "DONE").is_file()
+    (status,) = collect(directory.parent).rows
+    assert (status.state, status.done, status.budget, status.unit) == ("done", 12, 12, "steps")
     assert supervise(settings(place)) == directory  # and nothing is done
     assert metrics(directory) == rows
     policy = model.load(settings(place, f"model.path={directory / 'model'}").model, 0, CPU)

@@ -1,6 +1,8 @@
 """reward=math: expressions compared by math-verify in a process that hostile answers can neither hang nor use."""
 
 import collections
+import itertools
+import json
 import os
 import random
 import signal
@@ -136,27 +138,26 @@ def equal(gold, answer):
     if answer == "print": print("[true]")
     return gold == answer
 math_process.equal = equal
-answers = sys.argv[2].split()
-verdicts = []
-while len(verdicts) < len(answers):
-    verdicts += math_process._compare([("same", answer) for answer in answers[len(verdicts):]], float(sys.argv[3]))
-print(verdicts)
+math_process.WARM_UP = ("same",)
+math_process.serve()
 """
 
 
 def fake(answers, timeout_s):
-    command = [sys.executable, "-P", "-c", FAKE, str(Path(verify.__file__).parent), answers, str(timeout_s)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-P", "-c", FAKE, str(Path(verify.__file__).parent)]
+    pairs = [("same", answer) for answer in answers.split()]
+    requests = [json.dumps({"timeout_s": timeout_s, "pairs": part}) + "\n" for part in (pairs[:3], pairs[3:])]
+    done = subprocess.run(command, input="".join(requests), capture_output=True, text=True, check=True)
+    return list(itertools.chain.from_iterable(map(json.loads, done.stdout.splitlines())))
 
 
 def test_a_forked_process_that_dies_costs_the_pair_that_it_was_at():
-    assert fake("same die same kill raise other print same", 600) == str(
-        [True, None, True, None, None, False, False, True]
-    )
+    verdicts = [True, None, True, None, None, False, False, True]
+    assert fake("same die same kill raise other print same", 600) == verdicts
 
 
 def test_a_forked_process_that_hangs_is_killed():
-    assert fake("hang hang", 0.01) == "[None, None]"
+    assert fake("hang hang hang hang hang", 0.01) == [None] * 5
 
 
 def test_an_answer_that_hangs_scores_nothing_and_is_counted_and_the_next_is_graded():
@@ -231,7 +232,7 @@ def hostile(draw, sentinel):
     return text * (10**6 // len(text)) if draw.random() < 1e-3 else text
 
 
-GOLDS = ["\\frac{\\pi}{2}", "x^2 - 9", "\\left( 3, \\frac{\\pi}{2} \\right)", "\\{1\\pm\\sqrt{5},-2\\}", "18"]
+GOLDS = ["\\frac{\\pi}{2}", "x^2 - 9", "\\left( 3, \\frac{\\pi}{2} \\right)", "\\{1\\pm\\sqrt{5},-2\\}", "-7/3"]
 
 
 def grade_hostile(count, sentinel):

@@ -23,7 +23,8 @@ COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads"
 """The dotted keys, or beginnings of keys, that may change a run's numbers; the commit and the kernel do not."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-PACKAGES = ("datasets", "hydra-core", "numpy", "peft", "tokenizers", "torch", "transformers", "wandb")
+PACKAGES = ("datasets", "hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers",
+            "wandb")  # fmt: skip
 
 
 def choose_threads(configured: int | None) -> int:

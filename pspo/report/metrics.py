@@ -17,6 +17,7 @@ METRICS: dict[str, str] = {
     "reward/format_mean": "mean of the reward's format component",
     "reward/<component>_mean": "mean of a component of the reward",
     "reward/unparsed_rate": "share of completions without a readable answer, 0 to 1",
+    "reward/timed_out_rate": "share of completions that score 0 as grading took too long (reward=math), 0 to 1",
     "reward/zero_spread_rate": "share of groups whose rewards are all equal: they teach nothing, 0 to 1",
     "completion/length_mean": "completion length, tokens",
     "completion/truncated_rate": "share of completions cut at rollout.max_new_tokens, 0 to 1",

@@ -20,7 +20,7 @@ from pspo.reward.base import Answered, Reward, RewardError, Score
 log = logging.getLogger(__name__)
 
 GOLD_SAMPLE = 16
-"""Gold answers that are graded at the start by a user's own reward, which may be slow."""
+"""Gold answers that are graded against themselves by a user's own reward, which may be slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,13 @@ class Custom(Reward):
     def check_gold(self, problems: Sequence[Problem]) -> None:
         """Warn of a wrong gold answer: a user's own reward may be about something else."""
         try:
-            super().check_gold(problems[:GOLD_SAMPLE])
+            super().check_gold(problems)
         except ConfigError as error:
             log.warning("%s", error)
+
+    def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
+        """As ``Reward.ungradable``, of the first ``GOLD_SAMPLE`` problems alone."""
+        return super().ungradable(problems[:GOLD_SAMPLE])
 
     def source_files(self) -> list[Path]:
         """The file that holds the function or class; files that it imports are not known."""

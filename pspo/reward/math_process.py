@@ -1,12 +1,14 @@
 """The process in which ``reward=math`` compares LaTeX answers: the part that meets model output is killed if it hangs.
 
 ``serve`` answers each line on standard input, JSON ``{"timeout_s": ..., "pairs": [[gold, answer], ...]}``, with one
-line, the list of verdicts. A forked process compares the pairs; where a pair takes it longer than the limit, or it
-dies, the verdict is null, and another forked process goes on behind that pair. A fork takes milliseconds, a start with
+line, the list of verdicts. A fork of the process compares the pairs; where a pair takes the fork longer than the limit
+or ends it, the verdict is null, and another fork goes on behind that pair. A fork takes milliseconds, a start with
 math-verify seconds. Nothing of this package is imported, so that the process has one thread, as a fork wants it.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -63,7 +65,7 @@ def equal(gold: str, answer: str) -> bool:
 def serve() -> None:
     """Answer requests until standard input ends."""
     logging.disable()  # math-verify warns that its own alarms are off
-    parent = os.getppid()
+    parent, fork = os.getppid(), None
     for expression in WARM_UP:
         for gold in (expression, WARM_UP[0]):
             equal(f"${gold}$", f"${expression}$")
@@ -71,38 +73,55 @@ def serve() -> None:
         request = json.loads(line)
         pairs, verdicts = request["pairs"], list[bool | None]()
         while len(verdicts) < len(pairs) and os.getppid() == parent:  # else nobody waits for the verdicts
-            verdicts += _compare(pairs[len(verdicts) :], request["timeout_s"])
+            fork = fork or Fork()
+            verdicts += fork.compare(pairs[len(verdicts) :], request["timeout_s"])
+            if verdicts[-1] is None:
+                fork.kill()
+                fork = None
         sys.stdout.write(json.dumps(verdicts) + "\n")
         sys.stdout.flush()
 
 
-def _compare(pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
-    """The verdicts of pairs up to the first, None, that takes more than ``timeout_s`` or kills the forked process."""
-    readable, writable = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        _write_verdicts(pairs, writable)
-    os.close(writable)
-    verdicts = list[bool | None]()
-    while len(verdicts) < len(pairs) and verdicts[-1:] != [None]:
-        in_time = select.select([readable], [], [], timeout_s)[0]
-        verdict = os.read(readable, 1) if in_time else b""
-        verdicts.append(verdict == b"1" if verdict else None)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    os.close(readable)
-    return verdicts
+class Fork:
+    """A fork of this process that compares, with a pipe for pairs and one for verdicts, a byte each."""
+
+    def __init__(self) -> None:
+        (pairs, self.pairs), (self.verdicts, verdicts) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.pairs)
+            _work(pairs, verdicts)
+        os.close(pairs)
+        os.close(verdicts)
+
+    def compare(self, pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
+        """The verdicts of pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
+        verdicts = list[bool | None]()
+        with contextlib.suppress(BrokenPipeError), open(self.pairs, "w", closefd=False) as file:
+            file.write(json.dumps(pairs) + "\n")
+        while len(verdicts) < len(pairs) and verdicts[-1:] != [None]:
+            in_time = select.select([self.verdicts], [], [], timeout_s)[0]
+            verdict = os.read(self.verdicts, 1) if in_time else b""
+            verdicts.append(verdict == b"1" if verdict else None)
+        return verdicts
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.pairs)
+        os.close(self.verdicts)
 
 
-def _write_verdicts(pairs: Sequence[Sequence[str]], writable: int) -> None:
-    """Write one byte for each pair, and end this process."""
+def _work(pairs: int, verdicts: int) -> None:
+    """What a fork does until its pairs end; then it leaves."""
     try:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):
             os.dup2(nowhere, standard)
         if sys.platform == "linux":
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        for gold, answer in pairs:
-            os.write(writable, b"1" if equal(gold, answer) else b"0")
+        with open(pairs) as lines:
+            for gold, answer in itertools.chain.from_iterable(map(json.loads, lines)):
+                os.write(verdicts, b"1" if equal(gold, answer) else b"0")
     finally:
         os._exit(0)

@@ -69,6 +69,7 @@ def rollout_metrics(config: RolloutConfig, completions: Sequence[Completion]) ->
         **{f"reward/{name}_mean": _mean(s.components.get(name, 0.0) for s in scores) for name in names},
         "reward/correct_mean": _mean(s.correct for s in scores),
         "reward/unparsed_rate": _mean(not s.parsed for s in scores),
+        "reward/timed_out_rate": _mean(s.timed_out for s in scores),
         "reward/zero_spread_rate": 1 - has_spread(reward_PG).double().mean().item(),
         "completion/length_mean": _mean(len(c.token_ids) for c in completions),
         "completion/truncated_rate": _mean(not c.finished for c in completions),
