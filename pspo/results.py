@@ -6,20 +6,28 @@ results.steps.groupby("run").plot(x="step", y="validation/sampled_accuracy")
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.json
 import yaml
 
-from pspo.base.files import read_json, read_lines
+from pspo.base.files import read_json, read_lines, read_yaml
 from pspo.base.schema import ConfigError, dotted
 from pspo.run.lock import is_held
 
 TEXTS = ("question", "answer", "completion", "components")
 """Columns of the answers that no statistic needs, and that take most of the memory."""
+
+NUMBERS = pa.schema(
+    {"problem": pa.string(), "sample": pa.int64(), "tokens": pa.int64(), "reward": pa.float64()}
+    | {name: pa.bool_() for name in ("correct", "parsed", "strict", "timed_out", "truncated")}
+)
+"""The other columns of the answers."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Results:
 
     def config(self, run: str) -> dict[str, Any]:
         """The resolved configuration of a run, as nested dictionaries."""
-        return dict(yaml.safe_load(Path(run, "config.yaml").read_text(encoding="utf-8")))
+        return dict(read_yaml(Path(run, "config.yaml")))
 
     def summary(self, run: str) -> dict[str, Any]:
         """The final numbers of a run, {} before its end."""
@@ -60,7 +68,7 @@ def load(paths: str | Path | Sequence[str | Path], *, texts: bool = True) -> Res
     """
     several = [paths] if isinstance(paths, str | Path) else paths
     runs, left_out = [], []
-    frames: dict[str, list[pd.DataFrame]] = {"steps": [], "inner_steps": [], "completions": [], "answers": []}
+    parts: dict[str, list[Any]] = {"steps": [], "inner_steps": [], "completions": [], "answers": []}
     for directory in (found for path in several for found in directories(Path(path).expanduser())):
         try:
             row, tables = _read(directory, texts)
@@ -69,14 +77,11 @@ def load(paths: str | Path | Sequence[str | Path], *, texts: bool = True) -> Res
             left_out.append(f"{directory} is left out: {reason or type(error).__name__}")
             continue
         runs.append(row)
-        for name, table in tables.items():
-            if not table.empty:
-                table.insert(0, "run", str(directory))
-                frames[name].append(table)
+        for name, table in tables:
+            parts[name].append(_with(table, {"run": str(directory)}))
     if not runs:
         raise ConfigError(left_out[0] if left_out else "no directory was given; give outputs/<group>")
-    joined = {name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame() for name, parts in frames.items()}
-    return Results(pd.DataFrame(runs), left_out=left_out, **joined)
+    return Results(pd.DataFrame(runs), left_out=left_out, **{name: _joined(tables) for name, tables in parts.items()})
 
 
 def directories(path: Path) -> list[Path]:
@@ -86,40 +91,65 @@ def directories(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob("[!.]*/config.yaml")) or [path]
 
 
-def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
-    """The row of a run and its tables. Raises ValueError for a directory that is no run of this version."""
+def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """The row of a run and its tables that have rows. Raises ValueError for what is no run of this version."""
     path = directory / "config.yaml"
     if not path.is_file():
         raise ValueError("it has no config.yaml; give outputs/<group> or outputs/<group>/<run>")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path)
     if not isinstance(config, dict) or "objective" not in config:
         raise ValueError("its config.yaml is not whole")
     if any(directory.glob("evaluation/*.jsonl")):
         raise ValueError("another version of pspo wrote its answers; rerun=all makes the run again")
-    names = {"steps": "metrics", "inner_steps": "diagnostics", "completions": "completions"}
-    tables = {table: pd.DataFrame(read_lines(directory / f"{name}.jsonl")) for table, name in names.items()}
-    parts = list(_answers(directory, texts))
-    tables["answers"] = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    steps, inputs = tables["steps"], directory / "inputs.json"
-    last = {} if steps.empty else steps.iloc[-1].to_dict()
+    steps, inputs = _table(directory / "metrics.jsonl"), directory / "inputs.json"
+    tables = [("steps", steps), ("inner_steps", _table(directory / "diagnostics.jsonl"))]
+    tables += [("completions", pd.DataFrame(read_lines(directory / "completions.jsonl")))]
+    tables += [("answers", table) for table in _answers(directory, texts)]
+    last = steps.slice(len(steps) - 1).to_pylist()[0] if len(steps) else {}
     spent = {f"spent.{name.partition('/')[2]}": x for name, x in last.items() if name.startswith("budget/")}
     about = {"run": str(directory), "group": directory.parent.name, "state": _state(directory)}
     code = {"code": json.loads(inputs.read_text(encoding="utf-8")).get("code") if inputs.is_file() else None}
-    return about | code | dotted(config) | spent, tables
+    return about | code | dotted(config) | spent, [(name, table) for name, table in tables if len(table)]
 
 
-def _answers(directory: Path, texts: bool) -> Iterator[pd.DataFrame]:
+def _answers(directory: Path, texts: bool) -> Iterator[Any]:
     """The answers of each file ``evaluation/<when>/<evaluation>/<set>_t<temperature>.jsonl``."""
     for path in sorted(directory.glob("evaluation/[!.]*/[!.]*/[!.]*.jsonl")):
-        if rows := read_lines(path):
-            name, _, temperature = path.stem.rpartition("_t")
-            table = pd.DataFrame(rows if texts else [{k: v for k, v in row.items() if k not in TEXTS} for row in rows])
-            about = (path.parts[-3], path.parts[-2], name, float(temperature))
-            for place, (column, value) in enumerate(
-                zip(("when", "evaluation", "set", "temperature"), about, strict=True)
-            ):
-                table.insert(place, column, value)
-            yield table
+        name, _, temperature = path.stem.rpartition("_t")
+        about = {"when": path.parts[-3], "evaluation": path.parts[-2], "set": name, "temperature": float(temperature)}
+        yield _with(pd.DataFrame(read_lines(path)) if texts else _table(path, NUMBERS), about)
+
+
+def _table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    """A file of JSON lines without text of a model's, or the columns of ``schema`` alone; several times ``read_lines``.
+
+    A last line still being written is left out.
+    """
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
+    if not whole:
+        return pa.table({})
+    parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore" if schema else "infer")
+    block = pa.json.ReadOptions(use_threads=False, block_size=len(whole) + 1)  # a column's type is the whole file's
+    return pa.json.read_json(pa.BufferReader(whole), block, parse)
+
+
+def _with(table: Any, about: Mapping[str, Any]) -> Any:
+    """A table with one more column, the same value in all rows, for each key of ``about``, at its left."""
+    for place, (name, value) in enumerate(about.items()):
+        if isinstance(table, pd.DataFrame):
+            table.insert(place, name, value)
+        else:
+            table = table.add_column(place, name, pa.repeat(value, len(table)))
+    return table
+
+
+def _joined(tables: list[Any]) -> pd.DataFrame:
+    """Tables of one kind under each other."""
+    if tables and isinstance(tables[0], pa.Table):
+        whole = pa.concat_tables(tables, promote_options="permissive")
+        tables.clear()  # so that each column's memory is free as soon as pandas has the column
+        return whole.to_pandas(split_blocks=True, self_destruct=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _state(directory: Path) -> str:

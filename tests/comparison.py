@@ -31,6 +31,7 @@ def write_run(
     (directory / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     correct = np.asarray(correct).reshape(len(correct), -1)
     about = {"parsed": True, "strict": False, "timed_out": False, "tokens": 9, "truncated": False, "completion": "!"}
+    about |= {"question": "?", "answer": "1"}
     rows = [
         {"problem": problem, "sample": sample, "correct": bool(value), "reward": float(value)} | about
         for problem, samples in zip(problems or map(str, range(len(correct))), correct, strict=True)

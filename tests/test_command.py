@@ -4,16 +4,19 @@ import sys
 import pytest
 from forked import TINY, command, make, output_of
 
+import pspo.compare.__main__
 import pspo.evaluate.__main__
 import pspo.judge.__main__
 import pspo.objective.__main__
 import pspo.run.__main__
 import pspo.status.__main__
-from pspo import prefetch, supervise, sweep, sync
+from pspo import dashboard, prefetch, supervise, sweep, sync
 from pspo.base.command import overview
 from pspo.objective import picture
 
 MAINS = {
+    "pspo.compare": (pspo.compare.__main__.main, (pspo.compare.__main__, "load")),
+    "pspo.dashboard": (dashboard.main, (dashboard, "renew")),
     "pspo.evaluate": (pspo.evaluate.__main__.cli, (pspo.evaluate.__main__, "main")),
     "pspo.judge": (pspo.judge.__main__.main, (pspo.judge.__main__, "judge")),
     "pspo.objective": (pspo.objective.__main__.main, (picture, "draw_weights")),
@@ -70,7 +73,7 @@ def test_every_command_has_help_and_writes_nothing(name, flag, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", MAINS)
 def test_ctrl_c_is_one_sentence_and_status_130(name, tmp_path, monkeypatch, capsys):
-    def stopped(*given):
+    def stopped(*given, **named):
         raise KeyboardInterrupt
 
     main, place = MAINS[name]

@@ -12,6 +12,7 @@ from pspo.compare import __main__ as command
 from pspo.compare.arms import Selection, group, scores
 from pspo.compare.comparison import choose, compare
 from pspo.compare.published import PUBLISHED, beside, cost
+from pspo.compare.tables import tables
 from pspo.results import load
 
 GREEDY = Selection("gsm8k")
@@ -119,7 +120,7 @@ def test_vacuous_trust_regions_are_named(tmp_path):
 
 def test_what_cannot_be_read_is_named_and_left_out(outputs):
     (outputs / "broken").mkdir()
-    (outputs / "broken" / "config.yaml").write_text("obj")
+    (outputs / "broken" / "config.yaml").write_text("objective: [")
     failed = write_run(outputs, CLIP, 0, answers(0), state="FAILED")
     found = group(load([outputs, outputs / "missing"]))
     assert list(found.arms) == ["noclip", "pspo_geometric alpha=0.1", "pspo_geometric alpha=0.5"]
@@ -272,5 +273,14 @@ def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path, monkeyp
     assert hours["paper_qwen0_5b_clip"] == pytest.approx(5 * 1311 * 2.0 / 3600)  # two seconds a step, five seeds
     assert np.isnan(hours["paper_qwen1_5b_clip"])
     assert cost(found, step_s=3.6)["gpu_hours"].tolist() == pytest.approx([5 * 1311 / 1000] * 6)
-    run(monkeypatch, tmp_path / "paper", "--published")
+    run(monkeypatch, tmp_path / "pap*", "--published")
     assert "published 17.6 %" in capsys.readouterr().out
+
+
+def test_only_numbers_that_are_missing_are_left_blank(tmp_path):
+    for name in ("nano", "other"):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / "demo", [*NOCLIP, "model=hf", f"model.path={tmp_path / name}"], 0, answers(0))
+    (_, texts, _), *_ = tables(compare(group(load(tmp_path / "demo")), [GREEDY]))
+    assert texts["arm"].tolist() == ["model.path=nano", "model.path=other"]
+    assert "IQM" not in texts

@@ -1,11 +1,18 @@
 import json
 import os
+from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 from pspo.base.schema import ConfigError
 from pspo.results import load
+from tests.comparison import write_run
+
+SPENT = {"budget/steps": 1, "budget/prompts": 8, "budget/completion_tokens": 64}
+NOTEBOOK = Path(__file__).parents[1] / "docs" / "results.ipynb"
 
 
 def make_run(directory, steps=3, correct=(False, True)):
@@ -76,3 +83,22 @@ def test_no_run_at_all_is_an_error(tmp_path):
         load(tmp_path)
     with pytest.raises(ConfigError, match="no directory"):
         load([])
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        for name, correct in {"noclip": [1, 0, 0, 1], "clip": [1, 0, 1, 1]}.items():
+            run = write_run(tmp_path / "outputs" / "first", (f"objective={name}",), seed, correct)
+            (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/mean": 0.5} | SPENT) + "\n")
+            (run / "diagnostics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0}) + "\n")
+    monkeypatch.setenv("PSPO_GROUP", str(tmp_path / "outputs" / "first"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    texts = [
+        output["data"]["text/plain"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "data" in output
+    ]
+    assert "clip" in texts[-1]
+    assert "noclip" in texts[-1]

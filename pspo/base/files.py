@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 """The folder of YAML files: inside an installed wheel's package, in a checkout beside the package."""
@@ -87,6 +89,11 @@ def digest(path: Path) -> str:
 def _digest(path: Path, modified_ns: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, by libyaml where PyYAML has it: ten times as fast. Raises yaml.YAMLError."""
+    return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

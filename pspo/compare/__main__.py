@@ -4,6 +4,7 @@ python -m pspo.compare outputs/<group> [--by objective.alpha] [--against noclip]
 """
 
 import argparse
+import glob
 import re
 from pathlib import Path
 from typing import Literal
@@ -99,7 +100,8 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, help="seconds a step for the cost; default: measured by these runs")
     arguments = parser.parse_args()
     with answering(ConfigError, OSError):
-        runs = group(load(arguments.paths, texts=False), arguments.by)
+        paths = [path for given in arguments.paths for path in sorted(glob.glob(given)) or [given]]
+        runs = group(load(paths, texts=False), arguments.by)
         chosen = choose(
             runs, arguments.sets, arguments.evaluation, arguments.temperature, arguments.when, arguments.score
         )

@@ -61,8 +61,8 @@ def cost(group: Group, step_s: float | None = None) -> pd.DataFrame:
     Seconds a step are ``step_s``, else the median of the group's steps by the same model and objective, else by the
     same model; NaN where no run has that model.
     """
-    runs, rows = group.results.runs.set_index("run"), []
-    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(runs, on="run", rsuffix=" of run")
+    names, rows = group.results.runs[["run", "model.name", "objective.name"]], []
+    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).merge(names, on="run")
     for name in groups()["experiment"]:
         if name.startswith("paper_"):
             recipe = compose([f"experiment={name}"])

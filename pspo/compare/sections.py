@@ -1,6 +1,7 @@
 """What stands on the page of a comparison: its sections, each with figures and tables."""
 
 import itertools
+import json
 import math
 import numbers
 import re
@@ -23,7 +24,7 @@ from pspo.report.panels import INNER_STEPS, SECTIONS, Panel
 from pspo.report.qualities import MEASURES, measure
 
 MAX_COMPLETIONS = 6
-MAX_MEASURED_ANSWERS = 200
+MAX_MEASURED_ANSWERS = 100
 """Answers of a run whose texts are read for the cheap measures, which take most of a large page's time."""
 MIN_LOG_RATIO = 20
 """Largest over smallest value of a swept key from which on its axis is logarithmic."""
@@ -96,7 +97,9 @@ def _arms(group: Group) -> Section:
 
 def _training(group: Group, arms: Sequence[str]) -> Iterator[Section]:
     """One section for each of the panels' sections: curves over the steps, the trust region by inner step, the time."""
-    steps, inner = (_with_arms(rows, group) for rows in (group.results.steps, group.results.inner_steps))
+    columns = [metric for panel in INNER_STEPS for metric in panel.curves]
+    steps = _with_arms(group.results.steps, group)
+    inner = _with_arms(group.results.inner_steps.filter(["run", "step", *columns]), group)  # all else is large
     for title, panels in SECTIONS.items():
         text = ["Line: mean over the runs of an arm; band: from the lowest run to the highest."]
         drawn = list(_curves(steps, panels, arms, "step"))
@@ -199,11 +202,11 @@ def _points(rows: pd.DataFrame, x: str, y: str) -> dict[str, list[tuple[float, f
 def _qualities(group: Group, comparison: Comparison) -> Section:
     """What can be counted in the answers' texts, a row for each arm: means over its runs."""
     (where, _), rows = next(iter(comparison.arms.groupby(WHERE, sort=False))), []
-    for arm, runs in group.arms.items():
-        for run in runs:
-            lines = read_lines(_file(run, *where))[:MAX_MEASURED_ANSWERS]
-            prompt = group.results.config(run)["dataset"]["system_prompt"]
-            rows += [{"arm": arm, "run": run} | measure(line, prompt) for line in lines]
+    prompts = group.results.runs.set_index("run")["dataset.system_prompt"]
+    for run, arm in group.arm_of.items():
+        with _file(run, *where).open("rb") as file:
+            lines = [json.loads(line) for line in itertools.islice(file, MAX_MEASURED_ANSWERS)]
+        rows += [{"arm": arm, "run": run} | measure(line, prompts[run]) for line in lines]
     means = pd.DataFrame(rows).groupby(["arm", "run"], sort=False).mean().groupby("arm", sort=False).mean()
     numbers = means.T.rename_axis("measure").reset_index()
     shown = numbers.map(_text).assign(**{"what is counted": numbers["measure"].map(MEASURES)})
@@ -242,7 +245,7 @@ def _completions(group: Group, comparison: Comparison) -> list[Section]:
         return []
     problem = kinds.sort_values(["correct", "tokens"], ascending=False, kind="stable").index[0]
     cards: dict[str, dict[str, Any]] = {}
-    for run in rows["run"].unique():
+    for run in rows.loc[rows["problem"] == problem, "run"].unique():
         rows_of_run = read_lines(_file(run, name, evaluation, temperature, when))
         row = next(row for row in rows_of_run if row["problem"] == problem and row["sample"] == 0)
         card = cards.setdefault(row["completion"], row | {"arms": []})

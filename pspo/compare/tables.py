@@ -29,6 +29,6 @@ def tables(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame, pd.DataF
                 records = rows.drop(columns=[*SHARES], errors="ignore").join(shares).to_dict("records")
                 cells = [[text.format(**row) for text in columns.values()] for row in records]
                 texts = pd.DataFrame(cells, columns=list(columns)).replace(
-                    {r".*nan.*": "", r"^0\.000$": "<.001"}, regex=True
+                    {r"^\[?[+-]?nan(, [+-]?nan\])?$": "", r"^0\.000$": "<.001"}, regex=True
                 )
                 yield f"{selection}: {units[name]}", texts.loc[:, (texts != "").any()], rows
