@@ -1,6 +1,6 @@
 """Seconds and memory of ``python -m pspo.compare`` on a made group: ``python -m benchmarks.comparison [runs]``.
 
-Files as runs leave them, of 10 seeds an arm: 200 steps with 16 optimizer steps each, 512 greedy answers before and
+Files as runs leave them, of 10 seeds an arm: 100 steps with 16 optimizer steps each, 512 greedy answers before and
 after training, and 4 sampled answers to 128 problems. Numbers are drawn, not trained; texts are of their usual length.
 """
 
@@ -24,7 +24,7 @@ from pspo.config import compose
 from pspo.diagnostics import QUANTILES
 
 SEEDS = 10
-STEPS, INNER_STEPS = 200, 16
+STEPS = 100
 ATTACK = "<script>alert(1)</script>\u2028\x1b[31m"
 
 

@@ -81,7 +81,9 @@ def load(paths: str | Path | Sequence[str | Path], *, texts: bool = True) -> Res
             parts[name].append(_with(table, {"run": str(directory)}))
     if not runs:
         raise ConfigError(left_out[0] if left_out else "no directory was given; give outputs/<group>")
-    return Results(pd.DataFrame(runs), left_out=left_out, **{name: _joined(tables) for name, tables in parts.items()})
+    frames = {name: _joined(tables) for name, tables in parts.items()}
+    pa.default_memory_pool().release_unused()
+    return Results(pd.DataFrame(runs), left_out=left_out, **frames)
 
 
 def directories(path: Path) -> list[Path]:

@@ -197,6 +197,14 @@ def test_an_interval_and_its_numbers_survive_the_drawing():
     assert figures.short([1 / 3, float("nan"), float("inf")]) == [0.3333, None, None]
 
 
+def test_of_many_arms_the_reference_and_some_others_are_shown_at_first(tmp_path):
+    made = make_group(tmp_path / "made", list(arms(12)), seeds=1, steps=1, problems=2, samples=0)
+    text = page_of(made).read_text(encoding="utf-8")
+    shown = re.findall(r'<input type="checkbox" value="(.*?)" checked>', text)
+    assert len(shown) == 8 < text.count('<input type="checkbox"') == 12
+    assert "noclip" in shown
+
+
 def test_selections_of_the_made_group(directory):
     found = {(s.evaluation, s.temperature, s.when) for s in selections(group(load(directory, texts=False)))}
     assert found == {("greedy", 0, "before"), ("greedy", 0, "after"), ("paper", 0.4, "after"), ("paper", 0.8, "after")}

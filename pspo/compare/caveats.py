@@ -101,7 +101,8 @@ def _truncation(results: Results, arms: Arms) -> Iterable[str]:
     """Arms with many completions that ended at the token limit, in training or among the answers to a set after it."""
     places = [("training", results.steps, "completion/truncated_rate")]
     if len(answers := results.answers):
-        after = answers[answers["when"] == "after"].groupby(["set", "evaluation"], observed=True)
+        narrow = answers.loc[answers["when"] == "after", ["run", "set", "evaluation", "truncated"]]
+        after = narrow.groupby(["set", "evaluation"], observed=True)
         places += [(f"answers to {name} ({evaluation})", rows, "truncated") for (name, evaluation), rows in after]
     for place, rows, column in places:
         if column in rows:
@@ -129,7 +130,8 @@ def _problems(answers: pd.DataFrame, arms: Arms) -> Iterable[str]:
     if answers.empty:
         return
     arm_of = {run: label for label, runs in arms.items() for run in runs}
-    after = answers[(answers["when"] == "after") & answers["run"].isin(arm_of.keys())]
+    chosen = (answers["when"] == "after") & answers["run"].isin(arm_of.keys())
+    after = answers.loc[chosen, ["run", "set", "evaluation", "problem"]]
     for (name, evaluation), rows in after.groupby(["set", "evaluation"], observed=True):
         problems = rows.groupby("run", observed=True)["problem"].agg(frozenset)
         if problems.nunique() > 1:

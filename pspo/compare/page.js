@@ -3,13 +3,17 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const boxes = [...document.querySelectorAll(".legend input")];
 const hidden = new Set(boxes.filter((box) => !box.checked).map((box) => box.value));
+const MAX_ARMS_WITH_BANDS = 5;
 const axis = {automargin: true, zeroline: false, gridcolor: "#e5e7eb", linecolor: "#6b7280",
               fixedrange: matchMedia("(pointer: coarse)").matches};  // a finger scrolls the page
 const config = {responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "autoScale2d", "toImage"]]};
 
+// The bands of many arms would cover one another and the lines.
+const visible = (trace) => !hidden.has(trace.meta) && !(trace.fill && boxes.length - hidden.size > MAX_ARMS_WITH_BANDS);
+
 function draw(element) {
   const {traces, layout} = figures[element.dataset.figure];
-  for (const trace of traces) trace.visible = !hidden.has(trace.meta);
+  for (const trace of traces) trace.visible = visible(trace);
   Plotly.newPlot(element, traces, {
     showlegend: false, dragmode: false, hovermode: "closest", margin: {l: 8, r: 12, t: 8, b: 8},
     font: {family: "system-ui, sans-serif", size: 12, color: "#1f2933"},
@@ -31,8 +35,8 @@ if (innerWidth < 700) document.querySelector(".legend").open = false;
 for (const box of boxes) {
   box.addEventListener("change", () => {
     if (box.checked) hidden.delete(box.value); else hidden.add(box.value);
-    for (const plot of plots.filter((plot) => plot.data?.some((trace) => trace.meta === box.value))) {
-      Plotly.restyle(plot, {visible: plot.data.map((trace) => !hidden.has(trace.meta))});
+    for (const plot of plots.filter((plot) => plot.data?.some((trace) => trace.meta))) {
+      Plotly.restyle(plot, {visible: plot.data.map(visible)});
     }
   });
 }

@@ -16,7 +16,7 @@ from pspo.compare.sections import sections_of
 from pspo.report.page import templates
 
 MAX_ARMS_SHOWN = 8
-"""Arms whose curves are shown at first; the boxes of the legend show the others."""
+"""Arms whose curves are shown at first, the reference among them; the boxes of the legend show the others."""
 MAX_COMPLETION_CHARACTERS = 4000
 
 
@@ -35,7 +35,7 @@ def write_page(group: Group, comparison: Comparison, path: Path) -> Path:
         arms=[{"label": label, **vars(Style.of(number))} for number, label in enumerate(arms)],
         dashes=DASHES,
         symbols=SYMBOLS,
-        max_shown=MAX_ARMS_SHOWN,
+        shown=sorted(arms, key=lambda label: label != comparison.against)[:MAX_ARMS_SHOWN],
         max_characters=MAX_COMPLETION_CHARACTERS,
         sections=sections,
         figures=htmlsafe_json_dumps([{"traces": figure.traces, "layout": figure.layout} for figure in drawn]),

@@ -24,8 +24,8 @@ from pspo.report.panels import INNER_STEPS, SECTIONS, Panel
 from pspo.report.qualities import MEASURES, measure
 
 MAX_COMPLETIONS = 6
-MAX_MEASURED_ANSWERS = 100
-"""Answers of a run whose texts are read for the cheap measures, which take most of a large page's time."""
+MAX_MEASURED_ANSWERS = 600
+"""Answers of an arm, about as many of each run, whose texts are read for the cheap measures."""
 MIN_LOG_RATIO = 20
 """Largest over smallest value of a swept key from which on its axis is logarithmic."""
 WHERE = ["set", "evaluation", "temperature", "when"]
@@ -101,7 +101,9 @@ def _training(group: Group, arms: Sequence[str]) -> Iterator[Section]:
     steps = _with_arms(group.results.steps, group)
     inner = _with_arms(group.results.inner_steps.filter(["run", "step", *columns]), group)  # all else is large
     for title, panels in SECTIONS.items():
-        text = ["Line: mean over the runs of an arm; band: from the lowest run to the highest."]
+        text = [
+            "Line: mean over the runs of an arm; band, with up to five arms shown: from the lowest run to the highest."
+        ]
         drawn = list(_curves(steps, panels, arms, "step"))
         if title == "Trust region" and not inner.empty:
             inner["optimizer step of the rollout"] = inner.groupby(["run", "step"]).cumcount() + 1
@@ -203,14 +205,17 @@ def _qualities(group: Group, comparison: Comparison) -> Section:
     """What can be counted in the answers' texts, a row for each arm: means over its runs."""
     (where, _), rows = next(iter(comparison.arms.groupby(WHERE, sort=False))), []
     prompts = group.results.runs.set_index("run")["dataset.system_prompt"]
-    for run, arm in group.arm_of.items():
-        with _file(run, *where).open("rb") as file:
-            lines = [json.loads(line) for line in itertools.islice(file, MAX_MEASURED_ANSWERS)]
-        rows += [{"arm": arm, "run": run} | measure(line, prompts[run]) for line in lines]
+    for arm, runs in group.arms.items():
+        for run in (run for run in runs if _file(run, *where).is_file()):
+            with _file(run, *where).open("rb") as file:
+                lines = [
+                    json.loads(line) for line in itertools.islice(file, math.ceil(MAX_MEASURED_ANSWERS / len(runs)))
+                ]
+            rows += [{"arm": arm, "run": run} | measure(line, prompts[run]) for line in lines]
     means = pd.DataFrame(rows).groupby(["arm", "run"], sort=False).mean().groupby("arm", sort=False).mean()
     numbers = means.T.rename_axis("measure").reset_index()
     shown = numbers.map(_text).assign(**{"what is counted": numbers["measure"].map(MEASURES)})
-    text = [f"Means over the first {MAX_MEASURED_ANSWERS} answers of each run: {comparison.arms['selection'].iloc[0]}."]
+    text = [f"Means over {MAX_MEASURED_ANSWERS} answers of an arm, or all: {comparison.arms['selection'].iloc[0]}."]
     return Section(
         "Counted in the answers", text, tables=[Table("Measures without a judge", "measures", shown, numbers)]
     )
