@@ -265,6 +265,7 @@ def documented():
 
 
 def test_keys_md_has_every_key_of_every_schema_with_meaning_values_and_default():
+    from pspo import supervise  # noqa: F401
     from pspo.launcher.base import Launcher  # whose subclasses are known from here on
 
     blocks = {cls for cls in subclasses(Schema) if cls.block} | {Config, Launcher}

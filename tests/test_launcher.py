@@ -250,7 +250,7 @@ def test_the_plan_tells_what_became_of_each_run(tmp_path):
 
 def test_a_job_is_its_overrides_and_is_queued_again_as_it_was():
     job = pickle.loads(pickle.dumps(Job(("seed=1", "objective=clip"))))
-    assert vars(job) == {"overrides": ["seed=1", "objective=clip"]}
+    assert vars(job) == {"overrides": ["seed=1", "objective=clip"], "command": "run"}
     again = job.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     assert again.function is job
@@ -262,7 +262,7 @@ def test_the_result_is_the_last_validation_reward(tmp_path):
 
 STUB = """# A run that records when, where and with what it ran.
 import json, os, pathlib, sys, time
-name, directory, seconds = (each.partition("=")[2] for each in sys.argv[1:])
+name, directory, seconds = (each.partition("=")[2] for each in sys.argv[2:])
 began, place = time.time(), pathlib.Path(directory)
 place.mkdir(parents=True)
 time.sleep(float(seconds))
@@ -276,7 +276,7 @@ told = {"began": began, "ended": time.time(), "processors": sorted(os.sched_geta
 
 
 def slots(tmp_path, monkeypatch, names, seconds=0.5, **values):
-    monkeypatch.setattr(Local, "command", (sys.executable, "-c", STUB))
+    monkeypatch.setattr(Local, "interpreter", (sys.executable, "-c", STUB))
     launcher = configure("local", preset("local", **values), [])
     planned = [
         Planned(overrides=[f"name={name}", f"directory={place}", f"seconds={seconds}"], directory=place, state="new")

@@ -98,7 +98,7 @@ def _arm(label: str, table: pd.DataFrame) -> dict[str, Any]:
     """An arm's row. Scores of 0 and 1 of a single model get Wilson's interval, all others the calibrated t."""
     values_SP = table.to_numpy()
     of_mean, seed_S, draws_BS = statistics.estimate(values_SP), values_SP.mean(1), statistics.bootstrap(values_SP)
-    low, high = of_mean.mean - of_mean.half_width, of_mean.mean + of_mean.half_width
+    low, high = max(of_mean.mean - of_mean.half_width, 0.0), min(of_mean.mean + of_mean.half_width, 1.0)
     if len(seed_S) == 1 and _is_binary(values_SP):
         low, high = wilson_interval(int(values_SP.sum()), values_SP.size)
     row = {"arm": label, "seeds": len(seed_S), "problems": values_SP.shape[1], "mean": of_mean.mean}

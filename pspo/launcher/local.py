@@ -30,6 +30,8 @@ class Local(Launcher):
     slots: int | None = key("runs at one time; null takes as many as there are GPUs for, or one", within="[1, inf)")
     gpus: int | None = key("GPUs of one run; null takes one where there are any", within="[0, inf)")
 
+    interpreter = (sys.executable, "-m")  # a slot adds the command's module and its overrides
+
     def check(self) -> None:
         """Raise ConfigError where there are not enough GPUs or processors for the slots."""
         slots, gpus, processors = self._num_slots(), self._num_gpus(), _processors()
@@ -107,7 +109,7 @@ class Local(Launcher):
         _pin(processors[slot * each : (slot + 1) * each])  # the process started next inherits them
         try:
             with logs.with_suffix(".out").open("wb") as out, logs.with_suffix(".err").open("wb") as err:
-                command = [sys.executable, "-m", f"pspo.{run.command}", *run.overrides]
+                command = [*self.interpreter, f"pspo.{run.command}", *run.overrides]
                 return subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
         finally:
             _pin(processors)

@@ -65,7 +65,10 @@ def draw_weights(path: Path) -> None:
     lines = math.ceil(len(shown) / 4)
     figure = Figure(figsize=(12.4, 2.45 * lines + 0.7), layout="constrained")
     ratio_N = torch.logspace(-math.log2(MAX_RATIO), math.log2(MAX_RATIO), 1201, base=2, dtype=torch.float64)
-    for axes, (name, objective) in zip(figure.subplots(lines, 4).flat, shown.items(), strict=False):
+    places = figure.subplots(lines, 4).flat
+    for axes in places[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (name, objective) in zip(places, shown.items(), strict=False):
         axes.set_title(name)
         axes.set_xscale("log", base=2)
         axes.set_xticks([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], ["⅛", "¼", "½", "1", "2", "4", "8"])

@@ -8,6 +8,8 @@ from pathlib import Path
 from pspo.base.schema import as_dict, keys_of
 from pspo.config import NOT_SCIENCE, Config, groups, identity
 
+NAMELESS = (*NOT_SCIENCE, "evaluate", "objective", "seed")
+"""Blocks and keys that add no word to a run's name; the objective has the first."""
 LABEL_CHARACTERS = 80  # in a run's name, for words; more words are counted as _+2. A file's name may have 255 bytes.
 
 
@@ -27,7 +29,7 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
     An option is written without its group, and a key by its last part, where no other group or key has the same word.
     """
     keys = [dotted.removeprefix("objective.") for dotted, _, _ in keys_of(Config, as_dict(config))]
-    short = short_names(key for key in keys if not key.startswith("evaluate."))  # no key of evaluate names a run
+    short = short_names(key for key in keys if not key.startswith("evaluate.") or key == "evaluate.every")
     options = Counter(option for names in groups().values() for option in names)
     words: dict[str, str] = {}
     for override in overrides:
