@@ -34,12 +34,7 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
     words: dict[str, str] = {}
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        if name.startswith("objective.") or name.partition(".")[0] not in (
-            *NOT_SCIENCE,
-            "evaluate",
-            "objective",
-            "seed",
-        ):
+        if name.startswith("objective.") or name == "evaluate.every" or name.partition(".")[0] not in NAMELESS:
             value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
             key_word = short.get(name.removeprefix("objective."), name)
             words[name] = value if name in groups() and options[value] == 1 else f"{key_word}={value}"
