@@ -8,16 +8,15 @@ math-verify seconds. Nothing of this package is imported, so that the process ha
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import resource
-import select
-import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -65,7 +64,7 @@ def equal(gold: str, answer: str) -> bool:
 def serve() -> None:
     """Answer requests until standard input ends."""
     logging.disable()  # math-verify warns that its own alarms are off
-    parent, fork = os.getppid(), None
+    parent = os.getppid()
     for expression in WARM_UP:
         for gold in (expression, WARM_UP[0]):
             equal(f"${gold}$", f"${expression}$")
@@ -73,55 +72,31 @@ def serve() -> None:
         request = json.loads(line)
         pairs, verdicts = request["pairs"], list[bool | None]()
         while len(verdicts) < len(pairs) and os.getppid() == parent:  # else nobody waits for the verdicts
-            fork = fork or Fork()
-            verdicts += fork.compare(pairs[len(verdicts) :], request["timeout_s"])
-            if verdicts[-1] is None:
-                fork.kill()
-                fork = None
+            verdicts += compare(pairs[len(verdicts) :], request["timeout_s"])
         sys.stdout.write(json.dumps(verdicts) + "\n")
         sys.stdout.flush()
 
 
-class Fork:
-    """A fork of this process that compares, with a pipe for pairs and one for verdicts, a byte each."""
-
-    def __init__(self) -> None:
-        (pairs, self.pairs), (self.verdicts, verdicts) = os.pipe(), os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self.pairs)
-            _work(pairs, verdicts)
-        os.close(pairs)
-        os.close(verdicts)
-
-    def compare(self, pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
-        """The verdicts of pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
-        verdicts = list[bool | None]()
-        with contextlib.suppress(BrokenPipeError), open(self.pairs, "w", closefd=False) as file:
-            file.write(json.dumps(pairs) + "\n")
-        while len(verdicts) < len(pairs) and verdicts[-1:] != [None]:
-            in_time = select.select([self.verdicts], [], [], timeout_s)[0]
-            verdict = os.read(self.verdicts, 1) if in_time else b""
-            verdicts.append(verdict == b"1" if verdict else None)
-        return verdicts
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self.pairs)
-        os.close(self.verdicts)
+def compare(pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
+    """The verdicts of a fork on pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
+    context, verdicts = multiprocessing.get_context("fork"), list[bool | None]()
+    receiver, sender = context.Pipe(duplex=False)
+    fork = context.Process(target=_work, args=(pairs, sender))
+    fork.start()
+    sender.close()  # so that the pipe ends with the fork
+    with receiver, contextlib.suppress(EOFError):
+        while len(verdicts) < len(pairs) and receiver.poll(timeout_s):
+            verdicts.append(receiver.recv_bytes() == b"1")
+    fork.kill()
+    fork.join()
+    return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
 
 
-def _work(pairs: int, verdicts: int) -> None:
-    """What a fork does until its pairs end; then it leaves."""
-    try:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for standard in range(3):
-            os.dup2(nowhere, standard)
-        if sys.platform == "linux":
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        with open(pairs) as lines:
-            for gold, answer in itertools.chain.from_iterable(map(json.loads, lines)):
-                os.write(verdicts, b"1" if equal(gold, answer) else b"0")
-    finally:
-        os._exit(0)
+def _work(pairs: Sequence[Sequence[str]], sender: Connection) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nowhere, standard)
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    for gold, answer in pairs:
+        sender.send_bytes(b"1" if equal(gold, answer) else b"0")
