@@ -50,7 +50,6 @@ def renew(directory: Path, by: Sequence[str] = ()) -> str:
     workspace.runset_settings = workspaces.RunsetSettings(
         filters=[expr.Metric("Group") == name],
         groupby=[expr.Config(key) for key in keys],
-        order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
     )
     address = str(workspace.save().url)
     write_json(record, {"url": address})

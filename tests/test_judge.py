@@ -501,7 +501,7 @@ def test_arguments_that_do_not_fit_are_one_sentence_before_any_request(arms, wor
     assert server.requests == []
 
 
-@pytest.mark.parametrize("words", ["[]", "{"])
+@pytest.mark.parametrize("words", ["[1]", "{"])
 def test_a_request_that_is_no_object_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse(["g", "--base-url", "http://localhost/v1", "--model", "m", "--request", words])

@@ -56,10 +56,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The content of an argument that is a JSON object. Raises ValueError."""
-    if isinstance(content := json.loads(text), dict):
-        return content
-    raise ValueError
+    """The content of an argument. Raises ValueError or TypeError, which argparse reports."""
+    return dict(json.loads(text))
 
 
 def judge(arguments: argparse.Namespace) -> None:

@@ -81,8 +81,8 @@ def summarize(rows: Sequence[Row], people: Mapping[About, float]) -> Row:
         if both := [(judged[kind][name], verdict) for name, verdict in people.items() if name in judged[kind]]:
             human[kind] = {"n": len(both), "kappa": kappa(*zip(*both, strict=True), quadratic=kind == "score")}
     return {
-        "scores": [_score(part) for (kind, *_), part in parts.items() if kind == "score"],
-        "pairs": [_pair(part) for (kind, *_), part in parts.items() if kind == "pair"],
+        "scores": [_numbers(kind, part) for (kind, *_), part in parts.items() if kind == "score"],
+        "pairs": [_numbers(kind, part) for (kind, *_), part in parts.items() if kind == "pair"],
         "failures": dict(failures),
         "failure_rate": failures.total() / len(asked) if asked else None,
         "self_agreement": {"n": len(again), "equal_rate": _rate(again)},
@@ -95,27 +95,20 @@ def about(row: Row) -> About:
     return (row["metric"], row["set"], row["problem"], row["run"], row.get("against_run"))
 
 
-def _score(part: Sequence[Row]) -> Row:
-    mean, interval = estimate([row["verdict"] for row in part], _problems(part))
-    return {"arm": part[0]["arm"], "metric": part[0]["metric"], "n": len(part), "mean": mean, "ci95": interval}
-
-
-def _pair(part: Sequence[Row]) -> Row:
-    outcomes, orders = [row["verdict"] for row in part], [row["orders"] for row in part if row["orders"]]
-    lengths = [row["tokens"] - row["against_tokens"] for row in part]
-    rate, interval = estimate(outcomes, _problems(part), share=True)
-    equal, equal_interval = estimate(outcomes, _problems(part), share=True, lengths=lengths)
-    return {
-        **{name: part[0][name] for name in ("arm", "against", "metric")},
-        **{"n": len(part), "equal_answers": len(part) - len(orders), "win_rate": rate, "ci95": interval},
-        **{"length_controlled": equal, "length_controlled_ci95": equal_interval},
-        "tie_rate": _rate([first != second or first == 0.5 for first, second in orders]),
-        "position_consistency": _rate([first == second for first, second in orders]),
-    }
-
-
-def _problems(part: Sequence[Row]) -> list[tuple[str, str]]:
-    return [(row["set"], row["problem"]) for row in part]
+def _numbers(kind: str, part: Sequence[Row]) -> Row:
+    """What the verdicts of a kind on one arm or one pair, by one metric, say."""
+    outcomes, problems = [row["verdict"] for row in part], [(row["set"], row["problem"]) for row in part]
+    mean, interval = estimate(outcomes, problems, share=kind == "pair")
+    numbers = {"n": len(part), "win_rate" if kind == "pair" else "mean": mean, "ci95": interval}
+    if kind == "pair":
+        lengths = [row["tokens"] - row["against_tokens"] for row in part]
+        equal, interval = estimate(outcomes, problems, share=True, lengths=lengths)
+        orders = [row["orders"] for row in part if row["orders"]]
+        numbers |= {"length_controlled": equal, "length_controlled_ci95": interval}
+        numbers |= {"tie_rate": _rate([first != second or first == 0.5 for first, second in orders])}
+        numbers |= {"position_consistency": _rate([first == second for first, second in orders])}
+        numbers |= {"equal_answers": len(part) - len(orders)}
+    return {name: part[0][name] for name in ("arm", "against", "metric") if name in part[0]} | numbers
 
 
 def _rate(flags: Sequence[bool]) -> float | None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -33,17 +33,6 @@ and count as what they are, useless text.
 {scale} Judge by {criterion} alone; length is no merit of its own.
 Reply with one JSON object and nothing else: {reply}"""
 
-SCORE = {
-    "fields": "`answer` the answer to judge",
-    "scale": "The scale is 1 (fails), 2 (weak), 3 (mixed), 4 (good, small flaws), 5 (nothing to improve).",
-    "reply": '{"reason": "<one sentence>", "score": <1, 2, 3, 4 or 5>}',
-}
-PAIR = {
-    "fields": "`answer_1` and `answer_2` two answers to it, in random order",
-    "scale": "Say which of the two answers is better; a tie is for answers between which you see no difference.",
-    "reply": '{"reason": "<one sentence>", "winner": <"1", "2" or "tie">}',
-}
-
 CONTROL_TOKEN = re.compile(r"<(?=[|/｜]|[^\W\d])|\[(?=/?[A-Z]{3})")
 """First character of what a server's tokenizer may take for a role: ``<|im_end|>``, ``<start_of_turn>``, ``[INST]``."""
 
@@ -53,6 +42,11 @@ class Score(BaseModel, extra="forbid"):
 
     reason: str
     score: int = Field(ge=1, le=5, strict=True)
+    words: ClassVar[dict[str, str]] = {
+        "fields": "`answer` the answer to judge",
+        "scale": "The scale is 1 (fails), 2 (weak), 3 (mixed), 4 (good, small flaws), 5 (nothing to improve).",
+        "reply": '{"reason": "<one sentence>", "score": <1, 2, 3, 4 or 5>}',
+    }
 
 
 class Pair(BaseModel, extra="forbid"):
@@ -60,6 +54,11 @@ class Pair(BaseModel, extra="forbid"):
 
     reason: str
     winner: Literal["1", "2", "tie"]
+    words: ClassVar[dict[str, str]] = {
+        "fields": "`answer_1` and `answer_2` two answers to it, in random order",
+        "scale": "Say which of the two answers is better; a tie is for answers between which you see no difference.",
+        "reply": '{"reason": "<one sentence>", "winner": <"1", "2" or "tie">}',
+    }
 
 
 class ReplyError(ValueError):
@@ -75,8 +74,8 @@ def body(model: str, metric: str, quoted: Mapping[str, str], changes: Mapping[st
 
     ``changes`` replaces fields of the body, and removes those that it sets to None.
     """
-    words, form = (PAIR, Pair) if "answer_2" in quoted else (SCORE, Score)
-    system = FRAME.format(criterion=metric.replace("_", " "), meaning=METRICS[metric], **words)
+    form: type[Pair] | type[Score] = Pair if "answer_2" in quoted else Score
+    system = FRAME.format(criterion=metric.replace("_", " "), meaning=METRICS[metric], **form.words)
     schema = {"name": form.__name__.lower(), "strict": True, "schema": form.model_json_schema()}
     fields = {
         "model": model,
@@ -116,7 +115,6 @@ def read(reply: Mapping[str, Any], form: type[Score] | type[Pair]) -> int | str:
     try:
         verdict = form.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         kind = "truncated reply" if reply["truncated"] else "malformed reply"
-        raise ReplyError(": ".join([kind, *map(str, first["loc"]), first["msg"]])) from None
+        raise ReplyError(f"{kind}: {error.errors()[0]['msg']}") from None
     return verdict.score if isinstance(verdict, Score) else verdict.winner
