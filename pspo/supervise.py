@@ -197,7 +197,7 @@ class Learning:
                 self.checkpoints, f"best_{self.epoch:06d}", {"weights": checkpoint.weights(self.policy)}, {}
             )
         self.lines.append(row)
-        state = {"weights": checkpoint.weights(self.policy), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"weights": checkpoint.weights(self.policy), "optimizer": self.optimizer.state_dict()}
         state |= {"random": checkpoint.random_state(), "lines": self.lines.sync()}
         state |= {"epochs": [self.epoch, self.best_loss, self.best_epoch]}
         about = {"identity": config.identity(self.settings)}

@@ -23,8 +23,7 @@ from pspo.base.schema import ConfigError
 from pspo.compare.arms import Group, group
 from pspo.compare.comparison import DEFAULT_REFERENCE, choose
 from pspo.judge.measures import about, summarize
-from pspo.judge.questions import METRICS, JudgeError
-from pspo.judge.verdicts import items, questions_about, verdicts
+from pspo.judge.questions import METRICS, JudgeError, items, questions_about, verdicts
 from pspo.results import load
 from pspo.run import lock
 
@@ -86,6 +85,7 @@ def judge(arguments: argparse.Namespace) -> None:
     folder = Path(next(iter(compared.arm_of))).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
     with lock.hold(folder):
         server = Judge(address, folder / "replies.jsonl", **{name: getattr(arguments, name) for name in LIMITS})
+        num_before = len(server.replies)
         log.info("%d requests, %d of them in the cache", len(requests), len(requests.keys() & server.replies.keys()))
         try:
             server.ask(requests)
@@ -101,7 +101,7 @@ def judge(arguments: argparse.Namespace) -> None:
                 "warnings": warnings,
                 "questions": len(questions),
                 "asked": len(rows),
-                "requests_sent": server.num_sent,
+                "requests_sent": len(server.replies) - num_before,
                 "tokens": tokens,
                 "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
             } | summarize(rows, people)

@@ -23,12 +23,7 @@ Request = Mapping[str, Any]
 
 
 class Judge:
-    """A server and the cache of its replies.
-
-    Attributes:
-        replies: by the request's digest, the parts of its reply (``_content``), or the ``error`` in place of a reply.
-        num_sent: requests of this process that ended in a reply or an error; a request with its retries counts once.
-    """
+    """A server and its ``replies`` by the request's digest: the parts of each (``_content``), or else its ``error``."""
 
     def __init__(self, base_url: str, cache: Path, concurrency: int, timeout_s: float, retries: int) -> None:
         """Read the cache, which no other process may write; the key comes from ``OPENAI_API_KEY``."""
@@ -37,8 +32,7 @@ class Judge:
         self.cache = JsonLines(cache)
         self.cache.cut(self.cache.num_rows())  # drops the half of a line that a killed process left
         self.replies = {row.pop("request"): row for row in self.cache.rows()}
-        self.num_sent = self.num_failed_in_a_row = 0
-        self.takes_schema = True
+        self.takes_schema, self.num_failed_in_a_row = True, 0
 
     def ask(self, requests: Mapping[str, Request]) -> None:
         """Get the replies to the requests, given by digest, that are not in the cache. Raises JudgeError."""
@@ -56,7 +50,6 @@ class Judge:
     async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[tuple[str, Request]], phase: Phase) -> None:
         for name, request in waiting:
             self.replies[name] = reply = await self._reply(client, request, self.takes_schema)
-            self.num_sent += 1
             self.num_failed_in_a_row = self.num_failed_in_a_row + 1 if "error" in reply else 0
             if "error" not in reply:  # an error is not cached: the same command asks again
                 self.cache.append({"request": name, **reply})
