@@ -143,11 +143,15 @@ def one_family(compared: Group, arms: Sequence[str], judge: str) -> list[str]:
 def show(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the summary: the scores, the pairs, then what is known of the judge."""
     console = Console(highlight=False, markup=False)
-    for rows in filter(None, (summary["scores"], summary["pairs"])):
-        table = Table(*(column.replace("_", " ") for column in rows[0]), box=None)
-        for row in rows:
-            table.add_row(*map(_cell, row.values()))
-        console.print(table, "")
+    scores = Table("arm", "metric", "score, 1 to 5", "answers", box=None)
+    for row in summary["scores"]:
+        scores.add_row(row["arm"], row["metric"].replace("_", " "), _cell(row["mean"], row["ci95"]), str(row["n"]))
+    pairs = Table("arm", "over", "metric", "win rate", "at equal length", "ties", "orders agree", box=None)
+    for row in summary["pairs"]:
+        rates = [_cell(row["win_rate"], row["ci95"]), _cell(row["length_controlled"], row["length_controlled_ci95"])]
+        rates += [_cell(row["tie_rate"]), _cell(row["position_consistency"])]
+        pairs.add_row(row["arm"], row["against"], row["metric"].replace("_", " "), *rates)
+    console.print(scores, "", pairs, "", sep="\n")
     again, failures = summary["self_agreement"], [f"{n} {kind}" for kind, n in summary["failures"].items()]
     lines = ["{asked} of {questions} questions asked; failures: ".format(**summary) + (", ".join(failures) or "none")]
     lines += [f"{again['n']} scores asked for twice: {_cell(again['equal_rate'])} of them the same"]
@@ -158,11 +162,9 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
     console.print("\n".join(lines), soft_wrap=True)
 
 
-def _cell(value: Any) -> str:
-    """A name, a count, a number, an interval, or a dash for a number that does not exist."""
-    if isinstance(value, list):
-        return "[{:.2f}, {:.2f}]".format(*value)
-    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+def _cell(value: float | None, interval: Sequence[float] | None = None) -> str:
+    ends = "" if interval is None else " [{:.2f}, {:.2f}]".format(*interval)
+    return "–" if value is None else f"{value:.2f}{ends}"
 
 
 def main() -> None:
