@@ -64,7 +64,7 @@ def equal(gold: str, answer: str) -> bool:
 def serve() -> None:
     """Answer requests until standard input ends."""
     logging.disable()  # math-verify warns that its own alarms are off
-    parent = os.getppid()
+    parent, fork = os.getppid(), None
     for expression in WARM_UP:
         for gold in (expression, WARM_UP[0]):
             equal(f"${gold}$", f"${expression}$")
@@ -72,31 +72,43 @@ def serve() -> None:
         request = json.loads(line)
         pairs, verdicts = request["pairs"], list[bool | None]()
         while len(verdicts) < len(pairs) and os.getppid() == parent:  # else nobody waits for the verdicts
-            verdicts += compare(pairs[len(verdicts) :], request["timeout_s"])
+            fork = fork or Fork()  # one that has compared much is faster
+            verdicts += fork.compare(pairs[len(verdicts) :], request["timeout_s"])
+            if verdicts[-1] is None:
+                fork.process.kill()
+                fork.process.join()
+                fork = None
         sys.stdout.write(json.dumps(verdicts) + "\n")
         sys.stdout.flush()
 
 
-def compare(pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
-    """The verdicts of a fork on pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
-    context, verdicts = multiprocessing.get_context("fork"), list[bool | None]()
-    receiver, sender = context.Pipe(duplex=False)
-    fork = context.Process(target=_work, args=(pairs, sender))
-    fork.start()
-    sender.close()  # so that the pipe ends with the fork
-    with receiver, contextlib.suppress(EOFError):
-        while len(verdicts) < len(pairs) and receiver.poll(timeout_s):
-            verdicts.append(receiver.recv_bytes() == b"1")
-    fork.kill()
-    fork.join()
-    return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
+class Fork:
+    """A fork of this process that compares the pairs that come through its pipe."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_work, args=(other, self.pipe), daemon=True)
+        self.process.start()
+        other.close()  # so that the pipe ends with the fork
+
+    def compare(self, pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
+        """The verdicts of pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
+        verdicts = list[bool | None]()
+        with contextlib.suppress(EOFError, ConnectionError):
+            self.pipe.send(pairs)
+            while len(verdicts) < len(pairs) and self.pipe.poll(timeout_s):
+                verdicts.append(self.pipe.recv_bytes() == b"1")
+        return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
 
 
-def _work(pairs: Sequence[Sequence[str]], sender: Connection) -> None:
+def _work(pipe: Connection, other: Connection) -> None:
+    other.close()  # so that the fork ends with this process
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(nowhere, standard)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    for gold, answer in pairs:
-        sender.send_bytes(b"1" if equal(gold, answer) else b"0")
+    while True:
+        for gold, answer in pipe.recv():
+            pipe.send_bytes(b"1" if equal(gold, answer) else b"0")
