@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 
 from pspo.base.console import Phase
@@ -63,7 +63,7 @@ class Judge:
         longest_s = self.timeout_s + self.retries * (self.timeout_s + LONGEST_RETRY_AFTER_S)
         try:
             async with asyncio.timeout(longest_s):  # the client's own time-out begins anew with every byte
-                return _content((await client.post("/chat/completions", cast_to=httpx.Response, body=body)).text)
+                return _content((await client.post("/chat/completions", cast_to=httpx2.Response, body=body)).text)
         except (openai.APITimeoutError, TimeoutError):
             return {"error": f"time-out: no reply in {self.timeout_s:g} s, after {self.retries} retries"}
         except openai.APIConnectionError as error:
