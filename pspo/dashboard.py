@@ -29,7 +29,10 @@ def renew(directory: Path, by: Sequence[str] = ()) -> str:
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise ConfigError("pspo.dashboard needs the package wandb-workspaces; pip install 'pspo[dashboard]'")
     results = load(directory, texts=False)
-    project, entity = _project(results, directory)
+    runs = results.runs[results.runs["tracker.name"] == "wandb"]
+    if runs.empty:
+        raise ConfigError(f"no run of {directory} has tracker=wandb; W&B has nothing that a workspace could show")
+    project, entity = runs[["tracker.project", "tracker.entity"]].iloc[0]
     # A sweep is watched while it trains, so every run counts as finished here.
     keys = group(replace(results, runs=results.runs.assign(state="done")), by).by
     check_login()
@@ -37,42 +40,20 @@ def renew(directory: Path, by: Sequence[str] = ()) -> str:
     from wandb_workspaces import expr, workspaces
 
     record, name = directory / "dashboard.json", str(results.runs["group"].iloc[0])
-    workspace = _saved(read_json(record).get("url"))
-    if workspace is None:
-        owner = str(entity or wandb.Api().default_entity)
+    try:
+        workspace = workspaces.Workspace.from_url(read_json(record).get("url", ""))
+    except ValueError:  # there is none yet, or it has been deleted
+        owner = entity if isinstance(entity, str) else str(wandb.Api().default_entity)
         workspace = workspaces.Workspace(entity=owner, project=project, name=f"{name}: comparison")
     workspace.sections = _sections(results)
     workspace.settings = workspaces.WorkspaceSettings(max_runs=100)
     workspace.runset_settings = workspaces.RunsetSettings(
         filters=[expr.Metric("Group") == name],
         groupby=[expr.Config(key) for key in keys],
-        order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
     )
     address = str(workspace.save().url)
     write_json(record, {"url": address})
     return address
-
-
-def _project(results: Results, directory: Path) -> tuple[str, str | None]:
-    """The W&B project and entity of the group's runs. Raises ConfigError where there is none, or more than one."""
-    runs = results.runs[results.runs["tracker.name"] == "wandb"]
-    if runs.empty:
-        raise ConfigError(f"no run of {directory} has tracker=wandb; W&B has nothing that a workspace could show")
-    places = runs[["tracker.project", "tracker.entity"]].drop_duplicates()
-    if len(places) > 1:
-        raise ConfigError(f"the runs of {directory} are in {len(places)} W&B projects; a workspace shows one of them")
-    project, entity = places.iloc[0]
-    return project, entity if isinstance(entity, str) else None
-
-
-def _saved(address: str | None) -> Any:
-    """The workspace at an address; None where it has been deleted."""
-    from wandb_workspaces import workspaces
-
-    try:
-        return workspaces.Workspace.from_url(address) if address else None
-    except ValueError:
-        return None
 
 
 def _sections(results: Results) -> list[Any]:
@@ -92,8 +73,8 @@ def _sections(results: Results) -> list[Any]:
             for part in panel.parts()
         ]
         if title == "Evaluation":
-            answers = results.answers
-            for name in [] if answers.empty else sorted(set(answers.loc[answers["when"] == "after", "set"])):
+            answers = results.answers.reindex(columns=["when", "set"])
+            for name in answers.loc[answers["when"] == "after", "set"].sort_values().unique():
                 metrics: list[Any] = [f"evaluation/{name}/after/accuracy"]
                 drawn.append(reports.BarPlot(title=f"Accuracy on {name} after training", metrics=metrics, **spread))
             drawn.append(reports.WeavePanelSummaryTable(table_name="completions"))
@@ -106,9 +87,7 @@ def main() -> None:
     """``python -m pspo.dashboard``: exit status 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.dashboard", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("group", type=Path, help="outputs/<group>")
-    parser.add_argument(
-        "--by", action="append", default=[], help="key that sets the arms apart; default: all that differ"
-    )
+    parser.add_argument("--by", action="append", default=[], help="key that sets arms apart; default: all that differ")
     arguments = parser.parse_args()
     with answering(ConfigError, stopped="stopped; the same command begins again"):
         sys.stdout.write(f"{renew(arguments.group, arguments.by)}\n")

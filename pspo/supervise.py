@@ -193,16 +193,13 @@ class Learning:
         self.check_owner()
         if row.get("supervise/validation_loss", math.inf) < self.best_loss:
             self.best_loss, self.best_epoch = row["supervise/validation_loss"], self.epoch
-            best = {"weights": checkpoint.weights(self.policy)}
-            checkpoint.save(self.checkpoints, f"best_{self.epoch:06d}", best, {})
+            checkpoint.save(
+                self.checkpoints, f"best_{self.epoch:06d}", {"weights": checkpoint.weights(self.policy)}, {}
+            )
         self.lines.append(row)
-        state = {
-            "weights": checkpoint.weights(self.policy),
-            "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_state(),
-            "epochs": [self.epoch, self.best_loss, self.best_epoch],
-            "lines": self.lines.sync(),
-        }
+        state: dict[str, Any] = {"weights": checkpoint.weights(self.policy), "optimizer": self.optimizer.state_dict()}
+        state |= {"random": checkpoint.random_state(), "lines": self.lines.sync()}
+        state |= {"epochs": [self.epoch, self.best_loss, self.best_epoch]}
         about = {"identity": config.identity(self.settings)}
         checkpoint.save(self.checkpoints, f"step_{self.epoch:06d}", state, about)
         checkpoint.prune(self.checkpoints, self.settings.checkpoint.keep, best=self.best_epoch)

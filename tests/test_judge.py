@@ -21,11 +21,10 @@ from pspo.base.schema import ConfigError, as_dict
 from pspo.compare.arms import group
 from pspo.config import compose
 from pspo.judge.__main__ import judge, main, parse
-from pspo.judge.ask import MAX_FAILED_REQUESTS_IN_A_ROW, Judge
+from pspo.judge.ask import MAX_FAILED_REQUESTS_IN_A_ROW
 from pspo.judge.measures import estimate, kappa
-from pspo.judge.questions import METRICS, JudgeError, Pair, ReplyError, Score, quote, read
+from pspo.judge.questions import METRICS, JudgeError, Pair, Score, items, quote, read
 from pspo.judge.questions import body as request_body
-from pspo.judge.verdicts import choose, fitting
 from pspo.results import load
 
 INJECTION = (
@@ -249,7 +248,7 @@ def reply(text, **changes):
     ],
 )
 def test_replies_that_hold_a_score(text):
-    assert read(reply(text), Score) == 4
+    assert read(reply(text), Score) == (4, None)
 
 
 @pytest.mark.parametrize(
@@ -276,14 +275,16 @@ def test_replies_that_hold_a_score(text):
     ],
 )
 def test_replies_that_are_a_failure_and_never_a_score(text):
-    with pytest.raises(ReplyError, match=r"^malformed reply: "):
-        read(reply(text), Score)
+    verdict, failure = read(reply(text), Score)
+    assert verdict is None
+    assert failure.startswith("malformed reply: ")
 
 
 @hypothesis.given(st.text())
 def test_any_text_but_the_asked_object_is_a_failure(text):
-    with pytest.raises(ReplyError, match=r"^malformed reply: "):
-        read(reply(text), Pair)
+    verdict, failure = read(reply(text), Pair)
+    assert verdict is None
+    assert failure.startswith("malformed reply: ")
 
 
 @pytest.mark.parametrize(
@@ -490,12 +491,8 @@ def test_an_address_with_a_secret_or_without_a_host_is_refused_unseen(arms, addr
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--concurrency", "0"], "--concurrency must be at least 1"),
         (["--timeout-s", "nan"], "--timeout-s must be at least"),
-        (["--request", "[]"], "--request must be a JSON object"),
-        (["--request", "{"], "--request must be a JSON object"),
-        (["--request", '{"stream": true}'], "other than model, messages and stream"),
-        (["--pairs", "clip", "sapo"], "unknown arm sapo"),
-        (["--set", "nonesuch"], r"set=nonesuch.*there are answers of: sums, greedy"),
-        (["--temperature", "0.5"], "temperature=0.5"),
+        (["--against", "sapo"], "unknown arm sapo"),
+        (["--set", "nonesuch"], "unknown set nonesuch.*known: sums"),
         (["--human", "nonesuch.jsonl"], "--human=nonesuch.jsonl must hold"),
     ],
 )
@@ -503,6 +500,13 @@ def test_arguments_that_do_not_fit_are_one_sentence_before_any_request(arms, wor
     with serving(fair) as server, pytest.raises(ConfigError, match=sentence):
         run(arms, server, *words)
     assert server.requests == []
+
+
+@pytest.mark.parametrize("words", ["[1]", "{"])
+def test_a_request_that_is_no_object_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(["g", "--base-url", "http://localhost/v1", "--model", "m", "--request", words])
+    assert f"invalid json_object value: '{words}'" in capsys.readouterr().err
 
 
 def test_a_directory_that_cannot_be_read_is_named_and_nothing_is_written_there(arms, tmp_path):
@@ -553,15 +557,11 @@ def test_kappa():
 
 def test_a_higher_limit_adds_items_and_changes_none(arms):
     compared = group(load(arms))
-    answers = fitting(compared, {"evaluation": "greedy", "when": "after", "temperature": 0.0})
-    items = [choose(compared, answers, ["clip", "noclip"], limit) for limit in (1, 3, 8, 100)]
-    assert [len(some) for some in items] == [1, 3, 8, 8]
-    assert all(some == items[-1][: len(some)] for some in items)
-    assert {item["clip"]["problem"] for item in items[2][:4]} == set(
-        "abcd"
-    )  # each problem before any for a second time
-    assert all(item["clip"]["run"][-1] == item["noclip"]["run"][-1] for item in items[-1])  # one seed
-    assert {(item["clip"]["problem"], item["clip"]["run"][-1]) for item in items[-1]} == {
+    chosen = [items(compared, compared.results.answers, ["clip", "noclip"], limit) for limit in (1, 3, 8, 100)]
+    assert [len(some) for some in chosen] == [1, 3, 8, 8]
+    assert all(some == chosen[-1][: len(some)] for some in chosen)
+    assert all(item["clip"]["run"][-1] == item["noclip"]["run"][-1] for item in chosen[-1])  # one seed
+    assert {(item["clip"]["problem"], item["clip"]["run"][-1]) for item in chosen[-1]} == {
         (problem, seed) for problem in "abcd" for seed in "01"
     }
 
@@ -572,8 +572,8 @@ def test_only_problems_that_all_arms_answered_in_seeds_that_they_share(tmp_path)
     make_run(tmp_path / "n1", {"b": "3", "c": "4"}, seed=1)
     make_run(tmp_path / "n2", {"b": "3", "c": "4"}, seed=2)
     compared = group(load(tmp_path))
-    items = choose(compared, fitting(compared, {}), ["clip", "noclip"], 10)
-    assert [(item["clip"]["problem"], item["clip"]["run"][-2:], item["noclip"]["run"][-2:]) for item in items] == [
+    chosen = items(compared, compared.results.answers, ["clip", "noclip"], 10)
+    assert [(item["clip"]["problem"], item["clip"]["run"][-2:], item["noclip"]["run"][-2:]) for item in chosen] == [
         ("b", "c1", "n1")
     ]
 
@@ -661,7 +661,7 @@ def test_an_arm_with_one_run_or_without_answers_takes_part_as_far_as_it_can(arms
     assert against == {("clip", "noclip"): pytest.approx(0.625), ("sapo", "noclip"): pytest.approx(0.875)}
     assert {row["run"][-5:] for row in kinds(rows, "score") if row["arm"] == "sapo"} == {"sapo0"}
     with serving(fair) as server, pytest.raises(ConfigError, match="no problem has answers of one seed in each"):
-        run(arms, server, "--pairs", "sapo", "cispo")
+        run(arms, server, "--against", "cispo")
 
 
 def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
@@ -686,13 +686,12 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
 
 def test_one_command_at_a_time(arms):
     def script(request):
-        with pytest.raises(ConfigError, match=r"another pspo.judge writes"):
-            Judge(server.url, arms / "judge" / "m" / "replies.jsonl", 1, 1, 0)
+        with pytest.raises(ConfigError, match=r"another process .* is at work in"):
+            run(arms, server, "--limit", 1)
         return fair(request)
 
     with serving(script) as server:
-        run(arms, server, "--limit", 1)
-        run(arms, server, "--limit", 1)
+        run(arms, server, "--limit", 1, "--concurrency", 1)
 
 
 @hypothesis.given(st.lists(st.tuples(st.sampled_from([0, 0.5, 1]), st.integers(-99, 99)), min_size=2))

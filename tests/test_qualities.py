@@ -2,11 +2,10 @@
 
 import math
 
-import pandas as pd
 import pytest
 
 from pspo.config import compose
-from pspo.report.qualities import GROUP, MEASURES, measure, measures
+from pspo.report.qualities import MEASURES, measure
 
 PROMPT = compose(["dataset=gsm8k", "model=hf", "model.hub_id=a/b"]).dataset.system_prompt
 
@@ -72,29 +71,3 @@ def test_hostile_text_is_measured(text):
     values = measure({"completion": text, "correct": False, "tokens": 0, "truncated": True}, PROMPT)
     assert values.keys() == MEASURES.keys()
     assert all(0 <= value <= 1 for name, value in values.items() if name != "length_right")
-
-
-def test_the_means_of_an_arm_are_over_its_runs_completions():
-    def row(run, completion, tokens, correct):
-        about = {"run": run, "when": "after", "evaluation": "greedy", "set": "gsm8k", "temperature": 0.0}
-        return about | {"completion": completion, "tokens": tokens, "correct": correct, "truncated": tokens > 9}
-
-    answers = pd.DataFrame([
-        row("b", "#### 1", 4, True), row("b", "user: 1", 8, True), row("b", "one", 16, False),
-        row("a", "you are a very good model", 2, True),
-    ])  # fmt: skip
-    frame = measures(answers.iloc[::-1], {"a": "You are a very good model."}).set_index("run")
-    assert list(frame.index) == ["a", "b"]
-    assert list(frame.columns) == [*GROUP[1:], *MEASURES]
-    b = {
-        "leakage": 1 / 3,
-        "format_line": 1 / 3,
-        "length": 28 / 3,
-        "length_right": 6,
-        "length_wrong": 16,
-        "truncated": 1 / 3,
-    }
-    assert frame.loc["b", list(b)].to_dict() == pytest.approx(b)
-    assert frame.loc["a", "leakage"] == 1
-    assert math.isnan(frame.loc["a", "length_wrong"])
-    assert measures(answers.iloc[:0], {}).empty

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
+import httpx2
 import openai
 
 from pspo.base.console import Phase
 from pspo.base.files import JsonLines
-from pspo.base.schema import ConfigError
 from pspo.judge.questions import JudgeError
 
 LONGEST_RETRY_AFTER_S = 120.0
@@ -24,32 +23,16 @@ Request = Mapping[str, Any]
 
 
 class Judge:
-    """A server and the cache of its replies.
+    """A server and its ``replies`` by the request's digest: the parts of each (``_content``), or else its ``error``."""
 
-    Attributes:
-        replies: by the request's digest, the parts of its reply (``_content``), or the ``error`` in place of a reply.
-        num_sent: requests of this process that ended in a reply or an error; a request with its retries counts once.
-    """
-
-    def __init__(self, base_url: str, cache: Path, concurrency: int, timeout_s: float, num_retries: int) -> None:
-        """Read the cache; the key comes from ``OPENAI_API_KEY``. Raises ConfigError where another process writes it."""
-        self.base_url, self.concurrency, self.timeout_s, self.num_retries = (
-            base_url,
-            concurrency,
-            timeout_s,
-            num_retries,
-        )
+    def __init__(self, base_url: str, cache: Path, concurrency: int, timeout_s: float, retries: int) -> None:
+        """Read the cache, which no other process may write; the key comes from ``OPENAI_API_KEY``."""
+        self.base_url, self.concurrency, self.timeout_s, self.retries = base_url, concurrency, timeout_s, retries
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # the client wants one, a local server does not
-        self.lock = filelock.FileLock(f"{cache}.lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ConfigError(f"another pspo.judge writes {cache}; wait for its end") from None
         self.cache = JsonLines(cache)
         self.cache.cut(self.cache.num_rows())  # drops the half of a line that a killed process left
         self.replies = {row.pop("request"): row for row in self.cache.rows()}
-        self.num_sent = self.num_failed_in_a_row = 0
-        self.takes_schema = True
+        self.takes_schema, self.num_failed_in_a_row = True, 0
 
     def ask(self, requests: Mapping[str, Request]) -> None:
         """Get the replies to the requests, given by digest, that are not in the cache. Raises JudgeError."""
@@ -59,17 +42,14 @@ class Judge:
     async def _ask(self, requests: Mapping[str, Request]) -> None:
         # Tasks, not threads: Ctrl-C and a JudgeError cancel what is under way, and the cache needs no lock.
         waiting = iter(requests.items())
-        client = openai.AsyncOpenAI(
-            api_key=self.key, base_url=self.base_url, timeout=self.timeout_s, max_retries=self.num_retries
-        )
-        async with client:
+        limits: dict[str, Any] = {"timeout": self.timeout_s, "max_retries": self.retries}
+        async with openai.AsyncOpenAI(api_key=self.key, base_url=self.base_url, **limits) as client:
             with Phase("judging", len(requests), unit="requests") as phase:
                 await asyncio.gather(*(self._work(client, waiting, phase) for _ in range(self.concurrency)))
 
     async def _work(self, client: openai.AsyncOpenAI, waiting: Iterator[tuple[str, Request]], phase: Phase) -> None:
         for name, request in waiting:
-            self.replies[name] = reply = await self._reply(client, request)
-            self.num_sent += 1
+            self.replies[name] = reply = await self._reply(client, request, self.takes_schema)
             self.num_failed_in_a_row = self.num_failed_in_a_row + 1 if "error" in reply else 0
             if "error" not in reply:  # an error is not cached: the same command asks again
                 self.cache.append({"request": name, **reply})
@@ -77,32 +57,31 @@ class Judge:
                 raise self._stop(f"failed {self.num_failed_in_a_row} times in a row, the last: {reply['error']}")
             phase(phase.done + 1)
 
-    async def _reply(self, client: openai.AsyncOpenAI, request: Request) -> dict[str, Any]:
+    async def _reply(self, client: openai.AsyncOpenAI, request: Request, schema: bool) -> dict[str, Any]:
         """One reply, or the error after the last retry. Raises JudgeError where every other request would fail too."""
-        rest = dict(request) if self.takes_schema else {k: v for k, v in request.items() if k != "response_format"}
-        needed = {name: rest.pop(name) for name in ("model", "messages")}
-        longest_s = self.timeout_s + self.num_retries * (self.timeout_s + LONGEST_RETRY_AFTER_S)
+        body = {name: value for name, value in request.items() if schema or name != "response_format"}
+        longest_s = self.timeout_s + self.retries * (self.timeout_s + LONGEST_RETRY_AFTER_S)
         try:
             async with asyncio.timeout(longest_s):  # the client's own time-out begins anew with every byte
-                raw = await client.chat.completions.with_raw_response.create(**needed, extra_body=rest)
-            return _content(raw.http_response.text)
+                return _content((await client.post("/chat/completions", cast_to=httpx2.Response, body=body)).text)
         except (openai.APITimeoutError, TimeoutError):
-            return {"error": f"time-out: no reply in {self.timeout_s:g} s, after {self.num_retries} retries"}
+            return {"error": f"time-out: no reply in {self.timeout_s:g} s, after {self.retries} retries"}
         except openai.APIConnectionError as error:
             why = self._safe(error.__cause__ or error)
-            raise self._stop(f"cannot be reached after {self.num_retries} retries: {why}") from None
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise self._stop(f"refuses the key or the model: {self._safe(error)}") from None
+            raise self._stop(f"cannot be reached after {self.retries} retries: {why}") from None
         except openai.APIStatusError as error:
-            if error.status_code not in (400, 422) or "response_format" not in rest:
+            if error.status_code in (401, 403, 404):
+                raise self._stop(f"refuses the key or the model: {self._safe(error)}") from None
+            if error.status_code not in (400, 422) or "response_format" not in body:
                 return {"error": f"HTTP {error.status_code}: {self._safe(error)}"}
-        reply = await self._reply(client, needed | {k: v for k, v in rest.items() if k != "response_format"})
+        reply = await self._reply(client, request, schema=False)
         self.takes_schema = self.takes_schema and "error" in reply
         return reply
 
     def _stop(self, why: str) -> JudgeError:
-        kept = "the replies so far are kept, and the same command asks for the rest"
-        return JudgeError(f"the judge at {self.base_url} {why}; {kept}")
+        return JudgeError(
+            f"the judge at {self.base_url} {why}; replies are kept, and the same command asks for the rest"
+        )
 
     def _safe(self, error: BaseException) -> str:
         """An error as one line without the key, which a server may repeat."""

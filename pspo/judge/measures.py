@@ -1,7 +1,7 @@
 """What verdicts say of the arms, with intervals clustered by problem, and what they say of the judge."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,13 @@ LENGTH_PENALTY = 1.0
 """Ridge on φ, the effect of length in log-odds: a normal prior of variance 1, as no length explains every verdict."""
 NEWTON_STEPS = 30
 Row = dict[str, Any]
-Estimate = tuple[float, list[float] | None]
+About = tuple[str | None, ...]
 
 
 def estimate(
-    values: Sequence[float],
-    clusters: Sequence[Hashable],
-    *,
-    share: bool = False,
+    values: Sequence[float], clusters: Sequence[Hashable], *, share: bool = False,
     lengths: Sequence[float] | None = None,
-) -> Estimate:
+) -> tuple[float, list[float] | None]:  # fmt: skip
     """The mean, or the ``share`` of comparisons won (ties count half), and its 95 % interval clustered by problem.
 
     A mean is θ in y_i = θ + e_i, a share is σ(θ) in P(win_i) = σ(θ), so that its interval stays between 0 and 1. With
@@ -64,72 +61,55 @@ def kappa(first: Sequence[float], second: Sequence[float], *, quadratic: bool = 
     return float(1 - np.diag(weight).mean() / expected) if expected else None
 
 
-def summarize(rows: Sequence[Row], labels: Sequence[Row] = ()) -> Row:
+def summarize(rows: Sequence[Row], people: Mapping[About, float]) -> Row:
     """The numbers of summary.json: by arm and metric, by pair and metric, and of the judge itself.
 
-    Ties of equal answers count in the win rates and in ``equal_answers``, not in the judge's own rates.
+    ``people`` gives a person's verdict by what it is about. Ties of equal answers count in the win rates and in
+    ``equal_answers``, not in the judge's own rates.
     """
     asked = [row for row in rows if row["requests"]]
     failures = Counter(row["error"].partition(":")[0] for row in asked if row["error"])
-    valid = [row for row in rows if row["error"] is None]
-    judged = {_about(row): row["verdict"] for row in valid if row["kind"] != "repeat"}
-    again = [(judged.get(_about(row)), row["verdict"]) for row in valid if row["kind"] == "repeat"]
-    people = [
-        (judged[_about(label)], label["verdict"], label["against_run"]) for label in labels if _about(label) in judged
-    ]
-    human = {
-        kind: [two for *two, other in people if (other is None) == (kind == "score")] for kind in ("score", "pair")
-    }
+    parts: dict[tuple[str, ...], list[Row]] = {}  # the verdicts of a kind, by arm or pair and metric
+    judged: dict[str, dict[About, float]] = {"score": {}, "repeat": {}, "pair": {}}
+    for row in rows:
+        if row["error"] is None:
+            parts.setdefault((row["kind"], row["arm"], row.get("against", ""), row["metric"]), []).append(row)
+            judged[row["kind"]][about(row)] = row["verdict"]
+    again = [judged["score"].get(name) == verdict for name, verdict in judged["repeat"].items()]
+    human = {}
+    for kind in ("score", "pair"):
+        if both := [(judged[kind][name], verdict) for name, verdict in people.items() if name in judged[kind]]:
+            human[kind] = {"n": len(both), "kappa": kappa(*zip(*both, strict=True), quadratic=kind == "score")}
     return {
-        "scores": [_score(part) for part in _groups(valid, "score")],
-        "pairs": [_pair(part) for part in _groups(valid, "pair")],
+        "scores": [_numbers(kind, part) for (kind, *_), part in parts.items() if kind == "score"],
+        "pairs": [_numbers(kind, part) for (kind, *_), part in parts.items() if kind == "pair"],
         "failures": dict(failures),
         "failure_rate": failures.total() / len(asked) if asked else None,
-        "self_agreement": {"n": len(again), "equal_rate": _rate(first == second for first, second in again)},
-        "human": {
-            kind: {"n": len(both), "kappa": kappa(*zip(*both, strict=True), quadratic=kind == "score")}
-            for kind, both in human.items()
-            if both
-        },
+        "self_agreement": {"n": len(again), "equal_rate": _rate(again)},
+        "human": human,
     }
 
 
-def _about(row: Row) -> tuple[Any, ...]:
-    """What a verdict is about: the fields that a person's verdict shares with the judge's."""
-    return tuple(row.get(name) for name in ("metric", "set", "problem", "run", "against_run"))
+def about(row: Row) -> About:
+    """What a verdict is about: the fields that a person's verdict shares with the judge's. Raises KeyError."""
+    return (row["metric"], row["set"], row["problem"], row["run"], row.get("against_run"))
 
 
-def _groups(rows: Sequence[Row], kind: str) -> list[list[Row]]:
-    """The verdicts of a kind, by arm or pair and metric."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["kind"] == kind:
-            groups.setdefault((row["arm"], row.get("against"), row["metric"]), []).append(row)
-    return list(groups.values())
+def _numbers(kind: str, part: Sequence[Row]) -> Row:
+    """What the verdicts of a kind on one arm or one pair, by one metric, say."""
+    outcomes, problems = [row["verdict"] for row in part], [(row["set"], row["problem"]) for row in part]
+    mean, interval = estimate(outcomes, problems, share=kind == "pair")
+    numbers = {"n": len(part), "win_rate" if kind == "pair" else "mean": mean, "ci95": interval}
+    if kind == "pair":
+        lengths = [row["tokens"] - row["against_tokens"] for row in part]
+        equal, interval = estimate(outcomes, problems, share=True, lengths=lengths)
+        orders = [row["orders"] for row in part if row["orders"]]
+        numbers |= {"length_controlled": equal, "length_controlled_ci95": interval}
+        numbers |= {"tie_rate": _rate([first != second or first == 0.5 for first, second in orders])}
+        numbers |= {"position_consistency": _rate([first == second for first, second in orders])}
+        numbers |= {"equal_answers": len(part) - len(orders)}
+    return {name: part[0][name] for name in ("arm", "against", "metric") if name in part[0]} | numbers
 
 
-def _score(part: Sequence[Row]) -> Row:
-    mean, interval = estimate([row["verdict"] for row in part], _problems(part))
-    return {"arm": part[0]["arm"], "metric": part[0]["metric"], "n": len(part), "mean": mean, "ci95": interval}
-
-
-def _pair(part: Sequence[Row]) -> Row:
-    outcomes, orders = [row["verdict"] for row in part], [row["orders"] for row in part if row["orders"]]
-    lengths = [row["tokens"] - row["against_tokens"] for row in part]
-    rate, interval = estimate(outcomes, _problems(part), share=True)
-    equal, equal_interval = estimate(outcomes, _problems(part), share=True, lengths=lengths)
-    return {
-        **{name: part[0][name] for name in ("arm", "against", "metric")},
-        **{"n": len(part), "equal_answers": len(part) - len(orders), "win_rate": rate, "ci95": interval},
-        **{"length_controlled": equal, "length_controlled_ci95": equal_interval},
-        "tie_rate": _rate(first != second or first == 0.5 for first, second in orders),
-        "position_consistency": _rate(first == second for first, second in orders),
-    }
-
-
-def _problems(part: Sequence[Row]) -> list[tuple[str, str]]:
-    return [(row["set"], row["problem"]) for row in part]
-
-
-def _rate(flags: Iterable[bool]) -> float | None:
-    return float(np.mean(known)) if (known := list(flags)) else None
+def _rate(flags: Sequence[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None

@@ -1,16 +1,13 @@
 """What can be counted in completions of the qualities that arXiv 2509.21282 had judged: no judge, no model, pure text.
 
-Each measure is a number for one completion and a mean over completions for an arm; shares are 0 to 1.
+Each measure is a number for one completion; the comparison's page has its mean for an arm. Shares are 0 to 1.
 """
 
-import functools
 import math
 import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
-
-import pandas as pd
 
 LEAKED_WORDS = 6
 """Words in a row, without case and marks, that a completion has from the system prompt where it leaks instructions."""
@@ -34,10 +31,6 @@ MEASURES = {
 }
 """Measure -> its definition."""
 
-GROUP = ["run", "when", "evaluation", "set", "temperature"]
-"""Columns of answers that say which answers have a mean of their own."""
-
-_WORD = re.compile(r"\w+")
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*\S", re.MULTILINE)
 _MARKER = re.compile(
     r"<\|[a-z_]{2,32}\|>|</?(?:s|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"
@@ -53,13 +46,12 @@ def measure(row: Mapping[str, Any], system_prompt: str = "") -> dict[str, float]
     ``length_right`` of a wrong completion and ``length_wrong`` of a correct one are NaN, which means leave out.
     """
     text, tokens = str(row["completion"]), float(row["tokens"])
-    words, leakable = _words(text), _prompt_grams(system_prompt)
-    grams = _grams(words, REPEATED_WORDS)
+    grams, leakable = _grams(text, REPEATED_WORDS), _grams(system_prompt, LEAKED_WORDS)
     lines = [match.start() for match in _LINE.finditer(text)]
     letters = [letter for letter in unicodedata.normalize("NFKC", text) if letter.isalpha()]
     scripts = [unicodedata.name(letter, "").partition(" ")[0] for letter in letters if not letter.isascii()]
     return {
-        "leakage": float(bool(_MARKER.search(text)) or not leakable.isdisjoint(_grams(words, LEAKED_WORDS))),
+        "leakage": float(bool(_MARKER.search(text)) or not set(leakable).isdisjoint(_grams(text, LEAKED_WORDS))),
         "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
         "loop": float(_loops(text.split())),
         "format_line": float(bool(lines)),
@@ -73,28 +65,10 @@ def measure(row: Mapping[str, Any], system_prompt: str = "") -> dict[str, float]
     }
 
 
-def measures(answers: pd.DataFrame, system_prompts: Mapping[str, str]) -> pd.DataFrame:
-    """The mean of each measure for every ``GROUP`` of answers, a row each; ``system_prompts`` is by run.
-
-    An arm's mean is the mean over its runs. A mean of no completions, such as the length of wrong ones where all are
-    right, is NaN.
-    """
-    rows = [measure(row, system_prompts.get(row["run"], "")) for row in answers.to_dict("records")]
-    frame = pd.DataFrame(rows, columns=list(MEASURES), index=answers.index, dtype=float)
-    return pd.concat([answers[GROUP], frame], axis=1).groupby(GROUP, sort=False, as_index=False).mean()
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
-
-
-def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """Every ``n`` words in a row, without case and marks."""
+    words = re.findall(r"\w+", text.casefold())
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-@functools.lru_cache(64)
-def _prompt_grams(system_prompt: str) -> frozenset[tuple[str, ...]]:
-    return frozenset(_grams(_words(system_prompt), LEAKED_WORDS))
 
 
 def _loops(words: list[str]) -> bool:

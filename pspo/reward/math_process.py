@@ -8,16 +8,15 @@ math-verify seconds. Nothing of this package is imported, so that the process ha
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import resource
-import select
-import signal
 import sys
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
@@ -73,55 +72,43 @@ def serve() -> None:
         request = json.loads(line)
         pairs, verdicts = request["pairs"], list[bool | None]()
         while len(verdicts) < len(pairs) and os.getppid() == parent:  # else nobody waits for the verdicts
-            fork = fork or Fork()
+            fork = fork or Fork()  # one that has compared much is faster
             verdicts += fork.compare(pairs[len(verdicts) :], request["timeout_s"])
             if verdicts[-1] is None:
-                fork.kill()
+                fork.process.kill()
+                fork.process.join()
                 fork = None
         sys.stdout.write(json.dumps(verdicts) + "\n")
         sys.stdout.flush()
 
 
 class Fork:
-    """A fork of this process that compares, with a pipe for pairs and one for verdicts, a byte each."""
+    """A fork of this process that compares the pairs that come through its pipe."""
 
     def __init__(self) -> None:
-        (pairs, self.pairs), (self.verdicts, verdicts) = os.pipe(), os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self.pairs)
-            _work(pairs, verdicts)
-        os.close(pairs)
-        os.close(verdicts)
+        context = multiprocessing.get_context("fork")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_work, args=(other, self.pipe), daemon=True)
+        self.process.start()
+        other.close()  # so that the pipe ends with the fork
 
     def compare(self, pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
         """The verdicts of pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
         verdicts = list[bool | None]()
-        with contextlib.suppress(BrokenPipeError), open(self.pairs, "w", closefd=False) as file:
-            file.write(json.dumps(pairs) + "\n")
-        while len(verdicts) < len(pairs) and verdicts[-1:] != [None]:
-            in_time = select.select([self.verdicts], [], [], timeout_s)[0]
-            verdict = os.read(self.verdicts, 1) if in_time else b""
-            verdicts.append(verdict == b"1" if verdict else None)
-        return verdicts
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self.pairs)
-        os.close(self.verdicts)
+        with contextlib.suppress(EOFError, ConnectionError):
+            self.pipe.send(pairs)
+            while len(verdicts) < len(pairs) and self.pipe.poll(timeout_s):
+                verdicts.append(self.pipe.recv_bytes() == b"1")
+        return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
 
 
-def _work(pairs: int, verdicts: int) -> None:
-    """What a fork does until its pairs end; then it leaves."""
-    try:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for standard in range(3):
-            os.dup2(nowhere, standard)
-        if sys.platform == "linux":
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        with open(pairs) as lines:
-            for gold, answer in itertools.chain.from_iterable(map(json.loads, lines)):
-                os.write(verdicts, b"1" if equal(gold, answer) else b"0")
-    finally:
-        os._exit(0)
+def _work(pipe: Connection, other: Connection) -> None:
+    other.close()  # so that the fork ends with this process
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(nowhere, standard)
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    while True:
+        for gold, answer in pipe.recv():
+            pipe.send_bytes(b"1" if equal(gold, answer) else b"0")

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -75,9 +76,9 @@ class Math(Reward):
     def check_gold(self, problems: Sequence[Problem]) -> None:
         """Warn of the gold answers that cannot be graded, which some of MATH's cannot, instead of refusing them."""
         if ungradable := self.ungradable(problems):
-            text = "%d of %d gold answers are no expressions to math-verify, such as %r of problem %s: there an answer "
-            text += "is correct only where it is written alike"
-            log.warning(text, len(ungradable), len(problems), ungradable[0].answer, ungradable[0].id)
+            first = f"{ungradable[0].answer!r} of problem {ungradable[0].id}: there only the same text is correct"
+            counts = f"{len(ungradable)} of {len(problems)} gold answers are no expressions to math-verify"
+            log.warning("%s, such as %s", counts, first)
 
     def _score(self, verdict: bool | None, answer: str, in_format: bool) -> Score:
         """The score of a verdict, which is None where the comparison timed out."""
@@ -120,25 +121,23 @@ def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | N
     Raises RewardError where a grading process cannot run.
     """
     formulas = [[f"${' '.join(text.replace('$', '').split())}$" for text in pair] for pair in pairs]
-    num = min(choose_threads(None), -(-len(pairs) // MIN_PAIRS_PER_PROCESS))
-    processes, verdicts = (
-        [_process(os.getpid(), number) for number in range(num)],
-        list[bool | None]([None] * len(pairs)),
-    )
+    num = min(choose_threads(None), math.ceil(len(pairs) / MIN_PAIRS_PER_PROCESS))
+    processes = [_process(os.getpid(), place) for place in range(num)]
+    verdicts = list[bool | None]([None] * len(pairs))
     try:
-        for number, process in enumerate(processes):
+        for place, process in enumerate(processes):
             assert process.stdin
             with contextlib.suppress(BrokenPipeError):  # the process has ended, and writes nothing either
-                process.stdin.write(json.dumps({"timeout_s": timeout_s, "pairs": formulas[number::num]}) + "\n")
+                process.stdin.write(json.dumps({"timeout_s": timeout_s, "pairs": formulas[place::num]}) + "\n")
                 process.stdin.flush()
-        for number, process in enumerate(processes):
+        for place, process in enumerate(processes):
             assert process.stdout
             if not (line := process.stdout.readline()):
                 raise RewardError(
                     f"a process that grades for reward=math ended with status {process.wait()}: mend what it wrote "
                     "above, or give this job more memory, and run the same command again"
                 )
-            verdicts[number::num] = json.loads(line)
+            verdicts[place::num] = json.loads(line)
     except BaseException:  # Ctrl-C, too: the next line that a process writes would answer this request
         _process.cache_clear()
         for process in processes:
@@ -148,8 +147,8 @@ def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | N
 
 
 @functools.cache
-def _process(owner: int, number: int) -> subprocess.Popen[str]:
-    """The grading process ``number`` of the process with the id ``owner``; a fork of that one needs its own."""
+def _process(owner: int, place: int) -> subprocess.Popen[str]:
+    """The grading process ``place`` of the process with the id ``owner``; a fork of that one needs its own."""
     code = "import sys; sys.path.append(sys.argv[1]); import math_process; math_process.serve()"
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", code, str(Path(__file__).parent)],
