@@ -74,11 +74,15 @@ def _seeds(arms: Arms, labels: Mapping[str, str], runs: pd.DataFrame) -> Iterabl
     seeds = {label: Counter(int(runs.loc[run, "seed"]) for run in of_arm) for label, of_arm in arms.items()}
     states = {(label, int(runs.loc[run, "seed"])): runs.loc[run, "state"] for run, label in labels.items()}
     every = sorted({seed for of_arm in seeds.values() for seed in of_arm} | {s for at, s in states if at in arms})
+    alike: dict[str, list[str]] = {}
     for label, of_arm in seeds.items():
         if lacking := [f"{seed} ({states.get((label, seed), 'no run')})" for seed in every if seed not in of_arm]:
-            yield f"{label} lacks seed {', '.join(lacking)}"
+            alike.setdefault(f"lacks seed {', '.join(lacking)}", []).append(label)
         if repeated := [str(seed) for seed, count in of_arm.items() if count > 1]:
-            yield f"{label} has several runs of seed {', '.join(repeated)}; they count as one, by their mean"
+            sentence = f"several runs of seed {', '.join(repeated)}, which count as one, by their mean"
+            alike.setdefault(sentence, []).append(label)
+    for sentence, of_arms in alike.items():
+        yield f"{', '.join(of_arms)}: {sentence}"
     for label in sorted({label for label in labels.values() if not label.startswith(UNTRAINED)} - set(arms)):
         yield f"{label} has no finished run"
 

@@ -155,15 +155,16 @@ def points(share: float) -> str:
 
 def _verdict(row: Mapping[str, Any]) -> str:
     """What the test decides, or else what the design could have seen, and what would see the difference."""
-    size = points(row["difference"])
+    size, one_seed = points(row["difference"]), row["seeds"] == 1
     if row["low"] == row["high"] == 0:
         return "equal: the same score on every problem"
     if row["p_holm"] < statistics.LEVEL:
-        return f"{'better' if row['difference'] > 0 else 'worse'}: {size} points"
+        verdict = f"{'better' if row['difference'] > 0 else 'worse'}: {size} points"
+        return f"{verdict} between two single models; one seed decides nothing about arms" if one_seed else verdict
     if row["p"] < statistics.LEVEL:
         return f"undecided: {size} points, p {row['p']:.3f} alone, {row['p_holm']:.3f} among all comparisons (Holm)"
     equal = f"equal as far as this design can see: ±{100 * row['detectable']:.1f} points"
-    if row["paired"] == "nothing" or row["seeds"] == 1:
+    if row["paired"] == "nothing" or one_seed:
         return equal
     if row["seeds_needed"] is None:
         return f"{equal}; {statistics.MAX_SEEDS} seeds an arm would not see {size}"

@@ -38,6 +38,8 @@ DODGE = 0.012
 LABEL_CHARACTERS = 18
 """Longest line of an arm's label at an axis: a telephone shows 390 pixels."""
 
+LINE_PIXELS = 17
+
 Points = Mapping[str, Sequence[tuple[float, float, float, float]]]
 """Label of an arm -> (x, y, lower end, upper end) of each of its points."""
 
@@ -138,7 +140,7 @@ def forest(
         "line": {"color": "#1f2933", "width": 1},
     }
     layout = {"yaxis": _rows(rows), "xaxis": {"title": {"text": x}}, "shapes": [line] if zero else []}
-    return Figure(title, [trace], layout, 36 * len(rows) + 80)
+    return Figure(title, [trace], layout, _height(rows, 36) + 80)
 
 
 def boxes(quantiles: Mapping[str, Mapping[str, Sequence[float]]], title: str, x: str) -> Figure:
@@ -161,7 +163,7 @@ def boxes(quantiles: Mapping[str, Mapping[str, Sequence[float]]], title: str, x:
             }
         )
     layout = {"yaxis": _rows(labels), "xaxis": {"title": {"text": x}, "rangemode": "tozero"}}
-    return Figure(title, traces, layout | {"boxmode": "group", "showlegend": True}, 46 * len(labels) + 120)
+    return Figure(title, traces, layout | {"boxmode": "group", "showlegend": True}, _height(labels, 46) + 120)
 
 
 def bars(parts: Mapping[str, Mapping[str, float]], title: str, x: str) -> Figure:
@@ -177,7 +179,7 @@ def bars(parts: Mapping[str, Mapping[str, float]], title: str, x: str) -> Figure
         for (part, rows), color, pattern in zip(parts.items(), FILLS, PATTERNS, strict=False)
     ]  # fmt: skip
     layout = {"barmode": "stack", "yaxis": _rows(labels), "xaxis": {"title": {"text": x}}, "showlegend": True}
-    return Figure(title, traces, layout, 36 * len(labels) + 120)
+    return Figure(title, traces, layout, _height(labels, 36) + 120)
 
 
 def short(values: Iterable[float]) -> list[float | None]:
@@ -232,6 +234,12 @@ def _rows(labels: Iterable[str]) -> dict[str, Any]:
         "tickvals": [*range(len(texts))], "ticktext": texts, "range": [len(texts) - 0.5, -0.5], "showgrid": False,
         "zeroline": False,
     }  # fmt: skip
+
+
+def _height(labels: Iterable[str], least: int) -> int:
+    """Pixels of one row for each label, all as high as the label of most lines needs, and ``least`` at least."""
+    lines = [_wrapped(label).count("<br>") + 1 for label in labels]
+    return len(lines) * max(least, LINE_PIXELS * max(lines))
 
 
 def _wrapped(label: str) -> str:
