@@ -269,6 +269,26 @@ def test_an_alpha_sweep_on_two_gpus(node, settings):
 
 
 @pytest.mark.slurm
+def test_runs_are_evaluated_in_one_array(node, settings):
+    """Two runs made here; their further answers as jobs of SLURM, which a second command finds given."""
+    quick = [key.replace(":slow", ":quick") for key in settings[0]]
+    status, _, errors = command("pspo.run", "-m", *quick, "budget.steps=1", "seed=0,1")
+    assert status == 0, errors
+    further = ["run=outputs/main/*", "evaluate.name=further", "evaluate.temperatures=[0,1]", "evaluate.samples=2"]
+    keys = [f"hydra.launcher.{key}" for key in ("cpus=1", "gpus=0", "memory_gib=1", "wait=true")]
+    status, output, errors = command("pspo.evaluate", *further, "hydra/launcher=slurm", *keys)
+    assert status == 0, errors
+    assert "2 in all" in output
+    for run in Path("outputs/main").glob("pspo_*"):
+        assert len((run / "evaluation" / "after" / "further" / "embedded_t1.jsonl").read_text().splitlines()) == 16
+        assert (run / "evaluation" / "after" / "further" / "DONE").is_file()
+    assert {row.state for row in collect(Path("outputs/main")).rows} == {"done"}
+    status, output, errors = command("pspo.evaluate", *further, "hydra/launcher=slurm", *keys)
+    assert status == 0, errors
+    assert "0 submitted" in output
+
+
+@pytest.mark.slurm
 def test_a_sweep_above_the_array_size_of_the_cluster(node, settings):
     """Five runs where an array may have two: all are made, and at most three at one time."""
     quick = [key.replace(":slow", ":quick") for key in settings[0]]
@@ -303,7 +323,7 @@ def test_failures_are_told_apart_and_stop_nobody(node, settings):
     assert sorted(row.state for row in rows) == ["done", "failed", "failed"]
     raised, killed = sorted((row for row in rows if row.state == "failed"), key=lambda row: "signal 9" in row.why)
     assert "raised KeyError: 'a bug in a reward' on problem embedded/" in raised.why.splitlines()[-1]
-    assert json.loads(Path("outputs/main", raised.run, "FAILED").read_text())["kind"] == "error"
+    assert json.loads(Path("outputs/main", raised.run, "FAILED").read_text())["kind"] == "reward"
     assert killed.why == "killed by signal 9, probably memory"
     assert [job.state for job in slurm.job_states([raised.job_id, killed.job_id]).values()] == ["FAILED", "FAILED"]
 

@@ -28,6 +28,8 @@ def problems(config: Config, splits: Splits) -> dict[str, list[Problem]]:
             if not splits.validation:
                 raise config.evaluate.refuse("sets", "there are no validation problems; set dataset.num_validation")
             tests[name] = splits.validation
+        elif name in splits.test and name not in _others(config):
+            tests[name] = splits.test[name]
         else:
             tests[Path(name).stem] = dataset.load_set(config.dataset, name, config.evaluate.path)
     return tests
@@ -89,5 +91,6 @@ def answered(
 
 
 def _others(config: Config) -> list[str]:
-    """The test sets that are not those of ``dataset``."""
-    return [name for name in config.evaluate.sets or [] if name != "validation"]
+    """The test sets that are read for the evaluation alone, not with ``dataset``."""
+    own = {config.dataset.name} if config.evaluate.path is None or config.dataset.name == "embedded" else set()
+    return [name for name in config.evaluate.sets or [] if name not in {"validation", *own}]
