@@ -15,7 +15,7 @@ from pspo.base.console import Phase, log, log_to_console, log_to_file
 from pspo.base.files import read_json, write_json, write_text
 from pspo.base.schema import ConfigError, as_dict
 from pspo.config import Config, check, compose, for_answers, identity, read
-from pspo.dataset import Problem, Prompt
+from pspo.dataset import Problem, Prompt, Splits
 from pspo.host import environment, interrupt
 from pspo.run import earlier, held_out, lock, outcome
 
@@ -72,6 +72,9 @@ def of_model(overrides: Sequence[str]) -> Evaluation:
     config = compose(
         [f"group={GROUP}", *overrides, "budget.steps=0", "budget.prompts=null", "budget.completion_tokens=null"]
     )
+    own = Path(config.evaluate.path or "", config.dataset.name)
+    if config.evaluate.path is not None and config.dataset.path is None and own.exists():
+        config = replace(config, dataset=replace(config.dataset, path=str(own)))  # which examples are taken from
     source = config.model.path or config.model.hub_id
     words = [config.model.name if source is None else Path(source).name]
     words += [f"{config.dataset.shots}shot"] if config.dataset.shots else []
@@ -84,7 +87,9 @@ def prompts(evaluation: Evaluation) -> tuple[dict[str, list[Prompt]], list[Probl
     config = evaluation.config
     check(config)
     model.check(config.model)
-    splits = dataset.load(config.dataset, config.seed)
+    names = {config.dataset.name, "validation"}
+    needs_dataset = config.evaluate.sets is None or config.dataset.shots or names & set(config.evaluate.sets)
+    splits = dataset.load(config.dataset, config.seed) if needs_dataset else Splits([], [], {})
     problems = held_out.problems(config, splits)
     if not problems:
         raise config.evaluate.refuse("sets", f"dataset={config.dataset.name} has no test problems; name test sets")
@@ -139,7 +144,7 @@ def _begin(evaluation: Evaluation) -> None:
     """Make the run directory of a model that no run has trained, whose training, of no step, is done."""
     run, config = evaluation.run, evaluation.config
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / earlier.INPUTS, earlier.inputs(config))
+    write_json(run / earlier.INPUTS, {"code": environment.code_digest()} | model.digests(config.model))
     write_text(run / "config.yaml", OmegaConf.to_yaml(as_dict(config)))
     write_text(run / "DONE", environment.code_digest() + "\n")
 
