@@ -599,7 +599,7 @@ def test_an_unknown_test_set_lists_the_known_ones(tmp_path):
         ConfigError, match=r"evaluate.sets gsm80k \(did you mean gsm8k\?\); known: gsm8k, svamp, asdiv, "
     ):
         dataset.check_set("gsm80k", None)
-    with pytest.raises(ConfigError, match="svamp' does not exist"):
+    with pytest.raises(ConfigError, match="has no svamp; give a folder"):
         dataset.check_set("svamp", str(tmp_path))
     write(tmp_path / "gsm8k" / "train.jsonl", GSM8K)
     with pytest.raises(ConfigError, match="no test"):

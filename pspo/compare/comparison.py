@@ -99,8 +99,8 @@ def _arm(label: str, table: pd.DataFrame) -> dict[str, Any]:
     values_SP = table.to_numpy()
     of_mean, seed_S, draws_BS = statistics.estimate(values_SP), values_SP.mean(1), statistics.bootstrap(values_SP)
     low, high = max(of_mean.mean - of_mean.half_width, 0.0), min(of_mean.mean + of_mean.half_width, 1.0)
-    if len(seed_S) == 1 and _is_binary(values_SP):
-        low, high = wilson_interval(int(values_SP.sum()), values_SP.size)
+    if (len(seed_S) == 1 and _is_binary(values_SP)) or of_mean.se == 0:
+        low, high = wilson_interval(of_mean.mean * values_SP.shape[1], values_SP.shape[1])
     row = {"arm": label, "seeds": len(seed_S), "problems": values_SP.shape[1], "mean": of_mean.mean}
     row |= {"low": low, "high": high, "seed_std": float(seed_S.std(ddof=1)) if len(seed_S) > 1 else np.nan}
     row |= _interval("bootstrap", statistics.percentiles(draws_BS.mean(1)))

@@ -188,6 +188,8 @@ def set_digests(name: str, folder: str | None) -> dict[str, str]:
 def _place(name: str, folder: str | None) -> tuple[str, str | None]:
     """The data set and the path, None for the hub, that the name of a test set means. Raises ConfigError."""
     if name in sources.SETS and name != "jsonl":
+        if folder is not None and not Path(folder, name).exists():
+            raise ConfigError(f"evaluate.path={folder!r} has no {name}; give a folder that holds one for each data set")
         return name, None if folder is None else str(Path(folder, name))
     if re.search(r"[/.]", name):
         return "jsonl", os.path.expanduser(name)
