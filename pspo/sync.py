@@ -79,7 +79,7 @@ def main() -> None:
         outcomes = sync(parser.parse_args().group)
     for run in outcomes:
         sys.stdout.write(f"{run.run}: {run.num_sent} rows sent{f', not all: {run.error}' if run.error else ''}\n")
-    sys.stdout.write("" if outcomes else "W&B has all rows\n")
+    sys.stdout.write("" if outcomes else "W&B has all rows of the runs with tracker=wandb\n")
     sys.exit(1 if any(run.error for run in outcomes) else 0)
 
 

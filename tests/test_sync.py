@@ -145,7 +145,7 @@ def test_no_such_group(tmp_path):
 
 def test_the_command_says_what_was_sent(lacking, server, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(sys, "argv", ["pspo.sync", str(lacking)])
-    for expected in ("a: 1 rows sent\n", "W&B has all rows\n"):
+    for expected in ("a: 1 rows sent\n", "W&B has all rows of the runs with tracker=wandb\n"):
         with pytest.raises(SystemExit, match="0"):
             sync.main()
         assert capsys.readouterr().out == expected

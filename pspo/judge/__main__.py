@@ -146,11 +146,14 @@ def show(summary: Mapping[str, Any], folder: Path) -> None:
     scores = Table("arm", "metric", "score, 1 to 5", "answers", box=None)
     for row in summary["scores"]:
         scores.add_row(row["arm"], row["metric"].replace("_", " "), _cell(row["mean"], row["ci95"]), str(row["n"]))
-    pairs = Table("arm", "over", "metric", "win rate", "at equal length", "ties", "orders agree", box=None)
+    pairs = Table(
+        "arm", "over", "metric", "items", "equal", "win rate", "at equal length", "ties", "orders agree", box=None
+    )
     for row in summary["pairs"]:
         rates = [_cell(row["win_rate"], row["ci95"]), _cell(row["length_controlled"], row["length_controlled_ci95"])]
         rates += [_cell(row["tie_rate"]), _cell(row["position_consistency"])]
-        pairs.add_row(row["arm"], row["against"], row["metric"].replace("_", " "), *rates)
+        counts = (str(row["n"]), str(row["equal_answers"]))  # equal answers are ties, without a question
+        pairs.add_row(row["arm"], row["against"], row["metric"].replace("_", " "), *counts, *rates)
     console.print(scores, "", pairs, "", sep="\n")
     again, failures = summary["self_agreement"], [f"{n} {kind}" for kind, n in summary["failures"].items()]
     lines = ["{asked} of {questions} questions asked; failures: ".format(**summary) + (", ".join(failures) or "none")]
