@@ -1,5 +1,7 @@
 """Where a run runs: threads, device, versions and the code's commit, recorded beside its results."""
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -20,6 +22,7 @@ RECORD = "environment.json"
 COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")
 """The dotted keys, or beginnings of keys, that may change a run's numbers; the commit and the kernel do not."""
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PACKAGES = ("datasets", "hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers",
             "wandb")  # fmt: skip
 
@@ -31,8 +34,16 @@ def choose_threads(configured: int | None) -> int:
 
 
 def settle(threads: int) -> None:
-    """Set the number of CPU threads of this process, before its first tensor is made."""
+    """Set the number of CPU threads, and keep freed memory for the next step, which needs as much again.
+
+    glibc would return freed blocks of some MiB to the kernel, which clears them anew: a twentieth of a tiny policy's
+    step. Another C library is left as it is.
+    """
     torch.set_num_threads(threads)
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**28)
 
 
 def choose_device(configured: str) -> torch.device:
