@@ -26,7 +26,7 @@ from pspo.config import launcher_keys
 from pspo.launcher import Planned, RunsFailed, configure
 from pspo.results import directories
 from pspo.run.__main__ import EXPECTED, FAILED
-from pspo.run.evaluation import Evaluation, answer, of_model, of_run, prompts
+from pspo.run.evaluation import Evaluation, answer, of_model, of_run, prompts, split
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -36,9 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     for word in words:
         if "=" not in word:
             raise ConfigError(f"{word} is no key=value; python -m pspo.evaluate --help has the arguments")
-    own = {name: value for name, _, value in (word.partition("=") for word in words) if name in ("run", "checkpoint")}
     launcher = [word for word in words if word.startswith(("hydra/", "hydra."))]
-    overrides = [word for word in words if word not in launcher and word.partition("=")[0] not in own]
+    own, overrides = split([word for word in words if word not in launcher])
     if "run" not in own:
         if "checkpoint" in own:
             raise ConfigError(f"checkpoint={own['checkpoint']} needs run=<run directory>")

@@ -46,9 +46,9 @@ class Job:
     def __call__(self) -> float | None:
         """Make the run; whatever it raises is the job's failure. Returns the ``result`` of the run."""
         if self.command == "evaluate":
-            from pspo.evaluate.__main__ import main
+            from pspo.run import evaluation
 
-            main(self.overrides)
+            evaluation.answer(evaluation.of_words(self.overrides))
             return None
         from pspo.run.job import run
 

@@ -47,6 +47,18 @@ class Evaluation:
         return bool(wanted) and all(have.get(cell, 0) >= samples for cell, samples in wanted.items())
 
 
+def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of ``run`` and ``checkpoint`` among the words of a command line, and the other words."""
+    own = {name: value for name, _, value in (word.partition("=") for word in words) if name in ("run", "checkpoint")}
+    return own, [word for word in words if word.partition("=")[0] not in own]
+
+
+def of_words(words: Sequence[str]) -> Evaluation:
+    """The one evaluation that a job's words ask for. Raises ConfigError."""
+    own, overrides = split(words)
+    return of_run(Path(own["run"]), own.get("checkpoint"), overrides) if "run" in own else of_model(overrides)
+
+
 def of_run(run: Path, checkpoint_name: str | None, overrides: Sequence[str]) -> Evaluation:
     """The evaluation of a run's last weights, or of one of its checkpoints. Raises ConfigError."""
     if not (run / "config.yaml").is_file():
