@@ -4,13 +4,11 @@ import yaml
 
 from pspo.base.files import CONF
 from pspo.base.schema import build
-from pspo.reward.base import Answered, Attempt, Reward, RewardError, Score
+from pspo.reward.base import Answered, Attempt, Paper, Plain, Reward, RewardError, Score
 from pspo.reward.custom import Custom
-from pspo.reward.graded import Paper, Plain
 from pspo.reward.verify import Math
 
-REWARDS: dict[str, type[Reward]] = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
-Reward.kinds = REWARDS
+Reward.kinds = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
 
 
 def default_reward(name: str) -> Reward:
@@ -19,7 +17,4 @@ def default_reward(name: str) -> Reward:
     return build(Reward, values)  # type: ignore[type-abstract]
 
 
-__all__ = [
-    "REWARDS", "Answered", "Attempt", "Custom", "Math", "Paper", "Plain", "Reward", "RewardError", "Score",
-    "default_reward",
-]  # fmt: skip
+__all__ = ["Answered", "Attempt", "Paper", "Plain", "Reward", "RewardError", "Score", "default_reward"]

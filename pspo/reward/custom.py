@@ -1,7 +1,6 @@
 """A user's own reward."""
 
 import functools
-import logging
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,6 @@ from pspo.base.schema import ConfigError, build, key
 from pspo.dataset import Problem
 from pspo.reward.base import Answered, Reward, RewardError, Score
 
-log = logging.getLogger(__name__)
-
 GOLD_SAMPLE = 16
 """Gold answers that are graded against themselves by a user's own reward, which may be slow."""
 
@@ -30,6 +27,8 @@ class Custom(Reward):
     The function returns a number, which is correct from 1 on, or a ``Score``. Raises RewardError where the user's code
     raises or returns something else.
     """
+
+    refuses_wrong_golds = False  # a user's own reward may be about something else
 
     function: str = key("your function or Reward class: path/to/file.py:name or package.module:name", path=True)
     options: dict[str, Any] = key("further arguments of your function, or the keys of your class, by name")
@@ -49,13 +48,6 @@ class Custom(Reward):
     def check(self) -> None:
         """Import the user's code and make the reward. Raises ConfigError."""
         assert callable(self._own)
-
-    def check_gold(self, problems: Sequence[Problem]) -> None:
-        """Warn of a wrong gold answer: a user's own reward may be about something else."""
-        try:
-            super().check_gold(problems)
-        except ConfigError as error:
-            log.warning("%s", error)
 
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
         """As ``Reward.ungradable``, of the first ``GOLD_SAMPLE`` problems alone."""
@@ -79,7 +71,8 @@ class Custom(Reward):
         except ConfigError:
             raise
         except Exception as error:  # whatever the user's class raises
-            raise self.refuse("function", f"cannot be made: {type(error).__name__}: {_short(str(error))}") from error
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            raise self.refuse("function", f"cannot be made: {reason}") from error
 
     def _call(self, subject: str, *arguments: Any) -> Any:
         try:
@@ -101,9 +94,5 @@ class Custom(Reward):
         return Score(float(score.reward), correct, components, bool(score.parsed), strict, timed_out)
 
     def _error(self, reason: str, subject: str) -> RewardError:
-        remedy = "mend it and run the command again"
-        return RewardError(f"reward.function={self.function} {_short(reason)} on {subject}; {remedy}")
-
-
-def _short(text: str) -> str:
-    return textwrap.shorten(text, 200)
+        short = textwrap.shorten(reason, 200)
+        return RewardError(f"reward.function={self.function} {short} on {subject}; mend it and run the command again")
