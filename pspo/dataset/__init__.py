@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -16,7 +16,7 @@ from pspo.base.files import digest
 from pspo.base.schema import ConfigError, Schema, key, unknown
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
-from pspo.dataset.problem import Problem, Splits
+from pspo.dataset.problem import Problem, Problems, Splits
 from pspo.dataset.prompt import prompt_date, render
 from pspo.host import hub
 
@@ -85,10 +85,9 @@ class Prompt:
 
 
 def check(config: DatasetConfig, *, training: bool = False) -> None:
-    """Refuse a path that does not exist or holds no known format, and ``training`` on a test set.
+    """Refuse a path that does not exist or holds no known format, and ``training`` on a test set. Raises ConfigError.
 
-    A test set is a source without a training split: MATH-500, ASDiv, and a path that holds test problems only, such as
-    the authors' SVAMP.json. Reads no rows, no network. Raises ConfigError.
+    A test set has no training split: MATH-500, ASDiv, and a path that holds test problems only. Without network.
     """
     if isinstance(config, EmbeddedConfig):
         return
@@ -105,14 +104,18 @@ def check(config: DatasetConfig, *, training: bool = False) -> None:
 
 
 def digests(config: DatasetConfig) -> dict[str, str]:
-    """The identity of the files read: SHA-256 of each file of ``dataset.path``, or the commit of each hub repository.
+    """SHA-256 of each file of ``dataset.path``, or the commit of each hub repository. Raises ConfigError.
 
-    Empty for the embedded task, which the configuration alone determines. Raises ConfigError.
+    Empty for the embedded task, which the configuration alone determines.
     """
-    if config.path is None:
-        asked, repos = f"dataset={config.name}", [source.repo for source in sources.SETS.get(config.name, [])]
-        return {repo: hub.commit(repo, "dataset", asked) for repo in repos}
-    return {str(path): digest(path) for *_, paths in sources.locate(config.name, config.path) for path in paths}
+    return _digests(config.name, config.path)
+
+
+def _digests(name: str, path: str | None) -> dict[str, str]:
+    if path is None:
+        repos = [source.repo for source in sources.SETS.get(name, [])]
+        return {repo: hub.commit(repo, "dataset", f"dataset={name}") for repo in repos}
+    return {str(file): digest(file) for *_, files in sources.locate(name, path) for file in files}
 
 
 def load(config: DatasetConfig, seed: int) -> Splits:
@@ -120,9 +123,8 @@ def load(config: DatasetConfig, seed: int) -> Splits:
 
     As in the paper's protocol (arXiv 2509.21282) the training problems are shuffled by the run's seed and the last
     ``num_validation`` held out: 7000 and 473 for GSM8K. Of a source with a validation file, and of the embedded task,
-    whose splits are fixed, the first ``num_validation`` validation problems are taken. Training problems with the
-    question of a held-out problem, word for word, are left out; a test set has none. The same ``shots`` of them, with
-    every seed, are held out as examples. Raises ConfigError.
+    the first ``num_validation`` validation problems are taken. Training problems with the question of a held-out
+    problem are left out. The same ``shots`` of them, with every seed, are held out as examples. Raises ConfigError.
     """
     check(config)
     if isinstance(config, EmbeddedConfig):
@@ -137,70 +139,66 @@ def load(config: DatasetConfig, seed: int) -> Splits:
     shots = _limit([problem for problem in train if problem.solution], config.shots)
     if len(shots) < config.shots:
         raise config.refuse("shots", f"there are only {len(shots)} training problems with a solution")
-    train = [problem for problem in train if problem not in shots] if shots else train
-    num, validation = config.num_validation, pool.get("validation", [])
-    if train and "validation" not in pool:
-        if len(train) <= num:
+    train = [problem for problem in train if problem not in shots]
+    num, validation = config.num_validation, pool.get("validation")
+    if validation is None:
+        if 0 < len(train) <= num:
             raise config.refuse("num_validation", f"must be less than the {len(train)} training problems")
         shuffled = [train[i] for i in _permutation(len(train), seed, Stream.SPLIT)]
         train, validation = shuffled[: len(train) - num], shuffled[len(train) - num :]
-    elif "validation" in pool and len(validation) < num:
+    elif len(validation) < num:
         raise config.refuse("num_validation", f"there are only {len(validation)} validation problems")
-    validation = validation[:num]
     limited = {name: _limit(rows, config.test_limit) for name, rows in test.items()}
-    return Splits(_without(train, validation), validation, limited, shots)
+    return Splits(_without(train, validation[:num]), validation[:num], limited, shots)
 
 
 def load_set(config: DatasetConfig, name: str, folder: str | None) -> list[Problem]:
-    """The problems of one test set by a data set's name, or by a path as dataset=jsonl has it.
+    """The problems of one test set by a data set's name, or by a path as dataset=jsonl has it. Raises ConfigError.
 
     Read from ``folder/name``, or without a folder from the hub; of a user's own files the test problems, or the only
-    file. Raises ConfigError.
+    file.
     """
     if name == "embedded":
         return _limit(embedded.load("test", len(embedded.tales()["test"])), config.test_limit)
     located = sources.locate(*_place(name, folder))
-    tests = [found for found in located if found[1] == "test"] or located[: int(name not in sources.SETS)]
+    tests = [split for split in located if split[1] == "test"] or located[: int(name not in sources.SETS)]
     if not tests:
         raise ConfigError(
             f"evaluate.sets: {name} in {folder} has no test problems; give a folder that holds test files"
         )
-    return _limit([problem for found in tests for problem in sources.read(*found)], config.test_limit)
+    return _limit([problem for split in tests for problem in sources.read(*split)], config.test_limit)
 
 
 def check_set(name: str, folder: str | None) -> None:
     """Refuse an unknown test set, or a path that holds none, without network. Raises ConfigError."""
-    known, path = (name, None) if name == "embedded" else _place(name, folder)
+    known, path = _place(name, folder)
     if path is not None:
         sources.locate(known, path)
 
 
 def set_digests(name: str, folder: str | None) -> dict[str, str]:
     """As ``digests``, for a test set of ``load_set``; known names and existing paths alone. Raises ConfigError."""
-    if name == "embedded":
-        return {}
-    known, path = _place(name, folder)
-    if path is None:
-        return {source.repo: hub.commit(source.repo, "dataset", f"dataset={name}") for source in sources.SETS[known]}
-    return {str(file): digest(file) for *_, files in sources.locate(known, path) for file in files}
+    return _digests(*_place(name, folder))
 
 
 def _place(name: str, folder: str | None) -> tuple[str, str | None]:
-    """The data set and the path, None for the hub, that the name of a test set means. Raises ConfigError."""
-    if name in sources.SETS and name != "jsonl":
-        if folder is not None and not Path(folder, name).exists():
-            raise ConfigError(f"evaluate.path={folder!r} has no {name}; give a folder that holds one for each data set")
-        return name, None if folder is None else str(Path(folder, name))
-    if re.search(r"[/.]", name):
-        return "jsonl", os.path.expanduser(name)
-    known = [*(known for known in sources.SETS if known != "jsonl"), "embedded", "validation"]
-    raise ConfigError(f"{unknown(name, known, 'evaluate.sets')}, or the path of a file of your own")
+    """The data set and the path, None without files of ours, that the name of a test set means. Raises ConfigError."""
+    known = [*(known for known in sources.SETS if known != "jsonl"), "embedded"]
+    if name not in known:
+        if re.search(r"[/.]", name):
+            return "jsonl", os.path.expanduser(name)
+        refusal = unknown(name, [*known, "validation"], "evaluate.sets")
+        raise ConfigError(f"{refusal}, or the path of a file of your own")
+    if folder is None or name == "embedded":
+        return name, None
+    if not Path(folder, name).exists():
+        raise ConfigError(f"evaluate.path={folder!r} has no {name}; give a folder that holds one for each data set")
+    return name, str(Path(folder, name))
 
 
 def encode(
-    tokenizer: "Tokenizer", config: DatasetConfig, problems: list[Problem], today: date | None = None,
-    shots: Sequence[Problem] = (),
-) -> tuple[list[Prompt], int]:  # fmt: skip
+    tokenizer: "Tokenizer", config: DatasetConfig, problems: Problems, today: date | None = None, shots: Problems = ()
+) -> tuple[list[Prompt], int]:
     """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
 
     ``today`` is what ``prompt_date`` returned. Raises ConfigError where the chat template refuses a prompt, or leaves

@@ -1,7 +1,7 @@
 """The records that every data set is read into, and the notation of their answers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,6 +17,9 @@ class Problem:
     answer: str  # the final answer only: "18"
     solution: str = ""  # gold working that ends in "#### 18"; "" where the source has none
     extra: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+
+Problems = Sequence[Problem]
 
 
 @dataclass(frozen=True)
