@@ -1,13 +1,14 @@
 """One look for all figures of the package, the names at the right ends of curves, and PNG files."""
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import rc_params_from_file, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from pspo.base.files import write_bytes
 
 STYLE = Path(__file__).with_name("figure.mplstyle")
 
@@ -29,10 +30,8 @@ def png(figure: Figure, dpi: int) -> bytes:
 
 
 def write_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Write the figure; a reader sees the old file or the new one, never a part."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(png(figure, dpi))
-    new.replace(path)
+    """Write the figure as a whole file."""
+    write_bytes(path, png(figure, dpi))
 
 
 def name_curves(axes: Axes, names: Sequence[tuple[float, str, str]], spacing: float) -> None:

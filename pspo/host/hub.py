@@ -1,5 +1,6 @@
 """Repositories of the Hugging Face hub: from the cache where they are whole there, else downloaded."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +18,12 @@ def commit(repo: str, kind: str, asked: str) -> str:
 
 
 def locate(
-    repo: str, patterns: list[str], check: Callable[[Path], object], *, asked: str, kind: str, instead: str
+    repo: str, patterns: list[str], check: Callable[[Path], object], asked: str, kind: str, instead: str
 ) -> Path:
     """The local snapshot of ``repo``, a "model" or "dataset"; ``check`` raises ConfigError where files are missing.
 
     The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
-    that drops its packets (huggingface_hub 2.4.0 asks for the newest revision without a timeout). ``asked`` and
-    ``instead`` are for the sentence of the ConfigError: the key, and its replacement where there is no network.
+    that drops its packets. ``asked``, the key, and ``instead``, what to write without a network, are for errors.
     """
 
     def snapshot(local_files_only: bool) -> Path:
@@ -32,15 +32,12 @@ def locate(
         return path
 
     try:
-        return snapshot(local_files_only=True)
+        with contextlib.suppress(errors.LocalEntryNotFoundError, ConfigError):  # not in the cache, or only in part
+            return snapshot(local_files_only=True)
+        return snapshot(local_files_only=False)
     except errors.HFValidationError as error:
         raise ConfigError(f"{asked} is no name of a repository, such as Qwen/Qwen2.5-0.5B") from error
-    except (errors.LocalEntryNotFoundError, ConfigError):
-        pass  # not in the cache, or only in part
-    try:
-        return snapshot(local_files_only=False)
     except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # httpx's base
-        raise ConfigError(
-            f"{asked} is not in the cache and cannot be downloaded ({type(error).__name__}); run "
-            f"`python -m pspo.prefetch {asked}` on a node with internet that shares this cache (HF_HOME), or {instead}"
-        ) from error
+        reason = f"is not in the cache and cannot be downloaded ({type(error).__name__})"
+        remedy = f"run `python -m pspo.prefetch {asked}` on a node with internet that shares this cache (HF_HOME)"
+        raise ConfigError(f"{asked} {reason}; {remedy}, or {instead}") from error

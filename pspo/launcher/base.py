@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pspo.base.console import log, log_to_console
 from pspo.base.files import write_json
@@ -40,18 +41,19 @@ class Planned:
         """Where the launcher keeps its records and logs: the group, or a folder of evaluations in it."""
         return self.directory.parent if self.command == "run" else self.directory.parents[3] / ".evaluate"
 
+    @property
+    def label(self) -> str:
+        """The arm in words, "" for none."""
+        return " ".join(f"{factor}={name}" for factor, name in self.arm.items())
+
 
 def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
     """One entry for each job, in order. Raises ConfigError if any does not compose, or if two arms are the same run."""
     overrides = [[override.lstrip("+") for override in job] for job in jobs]
     checked, runs, seen = set(), [], dict[tuple[str, str, str], Planned]()
     for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
-        parts = [
-            config.output_dir,
-            config.group,
-            *map(as_dict, (config.dataset, config.model, config.reward, config.evaluate)),
-        ]
-        looked_at = json.dumps([*parts, config.budget.total > 0])
+        blocks = map(as_dict, (config.dataset, config.model, config.reward, config.evaluate))
+        looked_at = json.dumps([config.output_dir, config.group, config.budget.total > 0, *blocks])
         if looked_at not in checked:
             check(config)
             checked.add(looked_at)
@@ -60,10 +62,9 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
         directory = run_directory(config, job) if before is None else before.directory
         run = Planned(overrides=job, directory=directory, state=earlier.look(config, directory).state, arm=arm)
         if arm and before:
-            raise ConfigError(
-                f"two arms are one and the same run, {directory.name}: {_words(before)} and {_words(run)}; "
-                "either they differ in nothing, or an override takes away what they differ in"
-            )
+            why = "either they differ in nothing, or an override takes away what they differ in"
+            arms_of_run = f"{directory.name}: {before.label} and {run.label}"
+            raise ConfigError(f"two arms are one and the same run, {arms_of_run}; {why}")
         seen[same] = run
         runs.append(run)
     return runs
@@ -72,7 +73,7 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
 def show(runs: Sequence[Planned], *notes: str) -> None:
     """Print the table of runs and the notes below it."""
     shared = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
-    names = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
+    names = [run.label or " ".join(each for each in run.overrides if each not in shared) for run in runs]
     width = max(map(len, names), default=0) + 2
     lines = [f"{run.state:<8}{name:<{width}}{run.directory}" for run, name in zip(runs, names, strict=True)]
     sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
@@ -84,10 +85,6 @@ def counted(runs: Sequence[Planned]) -> str:
     states = [run.state for run in runs]
     counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
     return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(counts)}"
-
-
-def _words(run: Planned) -> str:
-    return " ".join(f"{factor}={name}" for factor, name in run.arm.items())
 
 
 class RunsFailed(RuntimeError):
@@ -117,10 +114,11 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         runs = [replace(run, state="queued") if run.directory in queued else run for run in runs]
         again = ("new", "resume", "again", *(["failed"] if self.retry_failed else []))
         todo = [run for run in runs if run.state in again]
+        hints = [HINTS[state] for state in HINTS if any(run.state == state for run in runs if run not in todo)]
         if self.dry_run:
-            show(runs, f"{counted(runs)}; {len(todo)} to run", *_hints(runs), self._cost(len(todo)), *self._notes(todo))
+            show(runs, f"{counted(runs)}; {len(todo)} to run", *hints, self._cost(len(todo)), *self._notes(todo))
             return [None] * len(planned)
-        for hint in _hints([run for run in runs if run not in todo]):
+        for hint in hints:
             log.warning(hint)
         outcomes = self._run(runs, todo)
         return [outcomes.get(run.directory) for run in planned]
@@ -146,19 +144,17 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         """Further lines for a dry run to print."""
 
     def _cost(self, num_runs: int) -> str:
-        if self.hours_per_run is None:
+        hours, gpus = self.hours_per_run, self._num_gpus()
+        if hours is None:
             return "cost: set hydra.launcher.hours_per_run=<estimate> to see GPU-hours"
-        gpus = self._num_gpus()
-        total = num_runs * self.hours_per_run * gpus
-        return f"cost: {num_runs} runs x {self.hours_per_run:g} h x {gpus} GPU = {total:g} GPU-hours"
+        return f"cost: {num_runs} runs x {hours:g} h x {gpus} GPU = {num_runs * hours * gpus:g} GPU-hours"
 
 
-def _hints(runs: Sequence[Planned]) -> list[str]:
-    meanings = {
-        "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
-        "changed": "changed: done, but from other code, data, reward or model; rerun=changed makes it again",
-    }
-    return [meaning for state, meaning in meanings.items() if any(run.state == state for run in runs)]
+HINTS = {
+    "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
+    "changed": "changed: done, but from other code, data, reward or model; rerun=changed makes it again",
+}
+"""What the state of a run that is not made means."""
 
 
 def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:
@@ -176,13 +172,10 @@ def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path,
 def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
     """Write ``.submitit/<job id>/runs.json`` in the group of every run: which task is which run."""
     about = {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "launcher": as_dict(launcher)}
-    about["command"] = runs[0].command
-    for parent in {run.group for run in runs}:
-        rows = [
-            {"task": task, "directory": str(run.directory), "overrides": run.overrides}
-            for task, run in zip(tasks, runs, strict=True)
-            if run.group == parent
-        ]
-        place = parent / ".submitit" / folder.name
+    rows: dict[Path, list[dict[str, Any]]] = {}
+    for task, run in zip(tasks, runs, strict=True):
+        row = {"task": task, "directory": str(run.directory), "overrides": run.overrides}
+        rows.setdefault(run.group / ".submitit" / folder.name, []).append(row)
+    for place in rows:
         place.mkdir(parents=True, exist_ok=True)
-        write_json(place / "runs.json", about | {"runs": rows})
+        write_json(place / "runs.json", about | {"command": runs[0].command, "runs": rows[place]})

@@ -1,11 +1,11 @@
 """Arrays of SLURM jobs for a sweep, through submitit: one, or several where the cluster bounds the size of an array."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ from pspo.run.outcome import result
 NO_LIMIT = 10**6
 """Requeues that submitit allows: a job that is preempted often must not use them up."""
 
-POLL_S = (1.0, 30.0)
-"""First and longest pause in seconds between two questions to SLURM while waiting."""
+POLL_S = 10.0
+"""Pause in seconds between two questions to SLURM while waiting."""
 
 NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exclude", "comment")
 
@@ -36,8 +36,7 @@ NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exc
 class Job:
     """One job: compose, validate and make the run, or the evaluation, of some overrides.
 
-    After the loss of a node SLURM starts the pickle of the submission again, so that a job holds its overrides alone;
-    the directory and the newest checkpoint of its run are looked up on the disk.
+    It holds its overrides alone: after the loss of a node SLURM starts the pickle of the submission again.
     """
 
     def __init__(self, overrides: Sequence[str], command: str = "run") -> None:
@@ -97,54 +96,46 @@ class Slurm(Launcher):
     def check(self) -> None:
         """Raise ConfigError where there is no sbatch, or no such partition."""
         if not self.dry_run and shutil.which("sbatch") is None:
-            raise ConfigError(
-                "hydra/launcher=slurm: no sbatch on the path; run this on a login node of the cluster, or here with "
-                "hydra/launcher=local"
-            )
+            where = "run this on a login node of the cluster, or here with hydra/launcher=local"
+            raise ConfigError(f"hydra/launcher=slurm: no sbatch on the path; {where}")
         if self.partition is None or shutil.which("sinfo") is None:
             return
-        sinfo = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
+        sinfo = slurm.call("sinfo", "--noheader", "--format=%R")
         if sinfo.returncode:
             raise ConfigError(f"SLURM does not answer ({sinfo.stderr.strip()}); try again, or ask its administrators")
         known = sorted(set(sinfo.stdout.split()))
-        for name in self.partition.split(","):
-            if name not in known:
-                raise self.refuse("partition", f"this cluster has no partition {name}; it has {', '.join(known)}")
+        for name in set(self.partition.split(",")) - set(known):
+            raise self.refuse("partition", f"this cluster has no partition {name}; it has {', '.join(known)}")
 
     def _queued(self, runs: list[Planned]) -> dict[Path, str]:
         tasks: dict[str, Path] = {}
         for parent in {run.group for run in runs}:
             for path in parent.glob(".submitit/*/runs.json"):
                 record = json.loads(path.read_text())
-                if record["cluster"] == "slurm":
-                    is_run = record.get("command", "run") == "run"  # whose group may have been moved
-                    places = {row["task"]: Path(row["directory"]) for row in record["runs"]}
-                    tasks |= {task: parent / place.name if is_run else place for task, place in places.items()}
+                is_run = record.get("command", "run") == "run"  # whose group may have been moved
+                for row in record["runs"] if record["cluster"] == "slurm" else ():
+                    directory = Path(row["directory"])
+                    tasks[row["task"]] = parent / directory.name if is_run else directory
         wanted = {run.directory for run in runs}
         states = slurm.job_states(task for task, directory in tasks.items() if directory in wanted)
         return {tasks[task]: task for task, state in states.items() if state.alive}
 
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
-        tasks, num_submitted = self._queued(runs), 0
-        lines = [f"{counted(runs)}; {len(todo)} submitted"]
+        tasks, lines, num_submitted = self._queued(runs), [f"{counted(runs)}; {len(todo)} submitted"], 0
         for array, folder, parameters in self._arrays(todo):
             try:
                 jobs = self._submit(array, folder, parameters)
             except ConfigError as error:
-                if not num_submitted:
-                    raise
                 rest = f"{num_submitted} of {len(todo)} runs are in the queue, and this command submits the others"
-                raise ConfigError(f"{error}; {rest}") from error
+                raise ConfigError(f"{error}; {rest}" if num_submitted else str(error)) from error
             tasks |= {run.directory: job.job_id for run, job in zip(array, jobs, strict=True)}
             num_submitted += len(array)
             lines += [f"jobs   {jobs[0].paths.folder.name}, {len(array)} in all", f"logs   {jobs[0].paths.folder}"]
         groups = sorted({str(run.directory.parent) for run in runs if run.command == "run"})
         sys.stdout.write("\n".join([*lines, *(f"watch  python -m pspo.status {group}" for group in groups)]) + "\n")
         sys.stdout.flush()
-        if not self.wait:
-            return {}
         try:
-            return outcomes(runs, _wait(tasks))
+            return outcomes(runs, _wait(tasks)) if self.wait else {}
         except KeyboardInterrupt:
             log.warning("the jobs go on; scancel, or python -m pspo.status --cancel outputs/<group>, ends them")
             raise
@@ -152,7 +143,7 @@ class Slurm(Launcher):
     def _submit(self, array: list[Planned], folder: Path, parameters: dict[str, Any]) -> list[submitit.Job[Any]]:
         """Submit and record one of a sweep's arrays."""
         try:
-            with _outside_of_jobs():
+            with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats sbatch
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
                 executor.update_parameters(**parameters)
                 jobs = executor.submit_array([Job(run.overrides, run.command) for run in array])
@@ -203,19 +194,18 @@ def _wait(tasks: Mapping[Path, str]) -> dict[Path, str]:
 
     submitit's own ``result()`` waits for ever for a job that was cancelled or killed, where there is no accounting.
     """
-    (pause, longest), waiting, seen, ended = POLL_S, dict(tasks), set[str](), dict[Path, str]()
+    waiting, ended_before, words = dict(tasks), set[str](), dict[Path, str]()
     while waiting:
-        time.sleep(pause)
+        time.sleep(POLL_S)
         states = slurm.job_states(waiting.values())
-        over = {job for job, state in states.items() if not state.alive}
+        ended = {job for job, state in states.items() if not state.alive}
         for directory, job in list(waiting.items()):
-            if job in seen & over:
+            if job in ended_before & ended:
                 del waiting[directory]
-                ended[directory] = f"job {job} is {states[job].state}"
-                log.info("%s: %s", directory.name, "DONE" if (directory / "DONE").is_file() else ended[directory])
-        pause = POLL_S[0] if over - seen else min(1.5 * pause, longest)
-        seen = over
-    return ended
+                words[directory] = f"job {job} is {states[job].state}"
+                log.info("%s: %s", directory.name, "DONE" if (directory / "DONE").is_file() else words[directory])
+        ended_before = ended
+    return words
 
 
 @contextlib.contextmanager
