@@ -7,27 +7,21 @@ from torch import Tensor
 
 
 class Statistics:
-    """Accumulates metrics as sums, counts and maxima on the device, so that a mean is over all tokens of the step.
-
-    A mean of micro-batch means, or the last micro-batch alone, would depend on how the step was cut up.
-    """
+    """Accumulates metrics as sums, counts and maxima on the device, so that a mean is over all tokens of the step."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # (sum, count) by name
         self._maxima: dict[str, Tensor] = {}
 
     def mean(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values under ``mask`` to the mean ``name``."""
         total, count = values.detach()[mask].double().sum(), mask.sum(dtype=torch.float64)
         self._sums[name] = self._sums.get(name, 0) + torch.stack([total, count])
 
     def max(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Let ``name`` be the largest value seen under ``mask``."""
         largest = torch.where(mask, values.detach().double(), -math.inf).max()
         self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 
     def add(self, other: "Statistics") -> None:
-        """Add the sums, counts and maxima of ``other``."""
         for name, total in other._sums.items():
             self._sums[name] = self._sums.get(name, 0) + total
         for name, largest in other._maxima.items():

@@ -54,7 +54,6 @@ class DatasetConfig(Schema, block="dataset"):
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The embedded task has sizes of its own."""
         return cast(type[Self], EmbeddedConfig) if values.get("name") == "embedded" else cls
 
 
@@ -66,7 +65,6 @@ class EmbeddedConfig(DatasetConfig):
     num_test: int = key("test problems to make", within="[1, inf)")
 
     def __post_init__(self) -> None:
-        """Refuse a path, which nothing would read."""
         super().__post_init__()
         for name, split in (("num_validation", "validation"), ("num_test", "test")):
             if getattr(self, name) > (num := len(embedded.tales()[split])):
@@ -85,10 +83,7 @@ class Prompt:
 
 
 def check(config: DatasetConfig, *, training: bool = False) -> None:
-    """Refuse a path that does not exist or holds no known format, and ``training`` on a test set. Raises ConfigError.
-
-    A test set has no training split: MATH-500, ASDiv, and a path that holds test problems only. Without network.
-    """
+    """Refuse a path without known files, and ``training`` where there is no training split. Raises ConfigError."""
     if isinstance(config, EmbeddedConfig):
         return
     if config.path is None and config.name == "jsonl":
@@ -104,10 +99,7 @@ def check(config: DatasetConfig, *, training: bool = False) -> None:
 
 
 def digests(config: DatasetConfig) -> dict[str, str]:
-    """SHA-256 of each file of ``dataset.path``, or the commit of each hub repository. Raises ConfigError.
-
-    Empty for the embedded task, which the configuration alone determines.
-    """
+    """SHA-256 of each file of ``dataset.path``, or the commit of each hub repository. Raises ConfigError."""
     return _digests(config.name, config.path)
 
 
@@ -119,12 +111,11 @@ def _digests(name: str, path: str | None) -> dict[str, str]:
 
 
 def load(config: DatasetConfig, seed: int) -> Splits:
-    """All problems of a data set; a few MB at most, downloaded if need be.
+    """All problems of a data set, downloaded if need be. Raises ConfigError.
 
     As in the paper's protocol (arXiv 2509.21282) the training problems are shuffled by the run's seed and the last
-    ``num_validation`` held out: 7000 and 473 for GSM8K. Of a source with a validation file, and of the embedded task,
-    the first ``num_validation`` validation problems are taken. Training problems with the question of a held-out
-    problem are left out. The same ``shots`` of them, with every seed, are held out as examples. Raises ConfigError.
+    ``num_validation`` held out: 7000 and 473 for GSM8K. Where there is a validation split, its first problems are
+    taken. The same ``shots`` of the training problems, with every seed, are held out as examples.
     """
     check(config)
     if isinstance(config, EmbeddedConfig):
@@ -153,13 +144,12 @@ def load(config: DatasetConfig, seed: int) -> Splits:
 
 
 def load_set(config: DatasetConfig, name: str, folder: str | None) -> list[Problem]:
-    """The problems of one test set by a data set's name, or by a path as dataset=jsonl has it. Raises ConfigError.
+    """The problems of one test set by its name, from ``folder/name`` or the hub, or by a path as dataset=jsonl has it.
 
-    Read from ``folder/name``, or without a folder from the hub; of a user's own files the test problems, or the only
-    file.
+    Of a user's own files the test problems, or the only file. Raises ConfigError.
     """
     if name == "embedded":
-        return _limit(embedded.load("test", len(embedded.tales()["test"])), config.test_limit)
+        return _limit(embedded.load("test"), config.test_limit)
     located = sources.locate(*_place(name, folder))
     tests = [split for split in located if split[1] == "test"] or located[: int(name not in sources.SETS)]
     if not tests:
@@ -201,8 +191,7 @@ def encode(
 ) -> tuple[list[Prompt], int]:
     """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
 
-    ``today`` is what ``prompt_date`` returned. Raises ConfigError where the chat template refuses a prompt, or leaves
-    the system prompt out.
+    Raises ConfigError where the chat template refuses a prompt, or leaves the system prompt out.
     """
     questions = [problem.question for problem in problems]
     form = partial(render, tokenizer, today=today, prompt=config.prompt, shots=shots)
@@ -215,10 +204,7 @@ def encode(
 
 
 def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:
-    """Problems number ``start`` to ``start + count`` of an endless sequence of epochs, each a shuffle of all problems.
-
-    Epoch e is a permutation drawn from (seed, e) alone, so the position in the data is one integer.
-    """
+    """Problems number ``start`` to ``start + count`` of endless epochs, each a shuffle drawn from (seed, epoch) alone."""
     epochs = range(start // num_problems, (start + count - 1) // num_problems + 1)
     indices = [index for epoch in epochs for index in _permutation(num_problems, seed, Stream.ORDER, epoch)]
     return indices[start % num_problems :][:count]
@@ -237,12 +223,8 @@ def _limit(problems: list[Problem], num: int | None) -> list[Problem]:
 
 def _without(train: list[Problem], held_out: Iterable[Problem]) -> list[Problem]:
     """The training problems whose question, in any case and spacing, is not that of a held-out problem."""
-
-    def words(problem: Problem) -> str:
-        return " ".join(problem.question.lower().split())
-
-    held_out_questions = {words(problem) for problem in held_out}
-    remaining = [problem for problem in train if words(problem) not in held_out_questions]
+    questions = {tuple(problem.question.lower().split()) for problem in held_out}
+    remaining = [problem for problem in train if tuple(problem.question.lower().split()) not in questions]
     if len(remaining) < len(train):
         log.warning("left out %d training problems that are held-out problems too", len(train) - len(remaining))
     return remaining

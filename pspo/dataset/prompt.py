@@ -17,13 +17,8 @@ from pspo.dataset.problem import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-PLAIN = "Question: {question}\nAnswer:"
-"""The prompt of a model without a chat template, such as many a base model."""
-
-ROLES = ("user", "assistant")
-
-CLOCK = "strftime_now"
-"""The one function by which transformers lets a chat template see the clock, as Llama 3.2's does."""
+PLAIN = "Question: {question}\nAnswer:"  # the prompt of a model without a chat template, such as many a base model
+CLOCK = "strftime_now"  # the one function by which transformers lets a chat template see the clock
 
 
 def render(
@@ -34,11 +29,8 @@ def render(
 
     By the tokenizer's chat template, in which each of ``shots`` is a turn of the user and one of the assistant. With
     ``prompt``, and where the tokenizer has no chat template, as plain text: ``prompt`` or else ``PLAIN`` with the
-    question in the place of {question}, behind the system prompt and the examples, parted by empty lines.
-
-    An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does. A
-    template that prints the date prints ``today``, by default the day of the call. Raises ConfigError where the
-    template refuses.
+    question in the place of {question}, behind the system prompt and the examples. A template that prints the date
+    prints ``today``, by default the day of the call. Raises ConfigError where the template refuses.
     """
     if prompt is not None or not tokenizer.chat_template:
         form = prompt or PLAIN
@@ -49,10 +41,10 @@ def render(
     template = (_clock(today) if today else "") + _template(tokenizer)
     if not questions:
         return []
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    turns = [(shot.question, shot.solution) for shot in shots]
-    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
-    messages = [[*system, *talk, {"role": "user", "content": question}] for question in questions]
+    turns = [("system", system_prompt)] if system_prompt else []
+    turns += [turn for shot in shots for turn in (("user", shot.question), ("assistant", shot.solution))]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    messages = [[*talk, {"role": "user", "content": question}] for question in questions]
     try:
         ids = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -70,8 +62,7 @@ def render(
 def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
     """The day that all prompts of a group print, or None where the chat template does not print the date.
 
-    The group's first run writes the file ``prompt_date`` into the group's directory. A run that is resumed on another
-    day, and an arm that begins on another day, so see the same prompts. Raises ConfigError.
+    The group's first run writes it into the file ``prompt_date`` of the group's directory. Raises ConfigError.
     """
     if not tokenizer.chat_template or CLOCK not in _template(tokenizer):
         return None
@@ -96,10 +87,7 @@ def _template(tokenizer: "Tokenizer") -> str:
 
 
 def _clock(today: date) -> str:
-    """A macro that replaces ``CLOCK`` in the template behind it, as transformers 5.23 passes strings only.
-
-    It replaces every directive that ``strftime`` can know, such as ``%d`` and ``%-d``, by the day's text.
-    """
+    """A macro that replaces ``CLOCK`` in the template behind it: each directive of ``strftime`` by the day's text."""
     directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
     replaced = "".join(f"|replace({directive!r}, {today.strftime(directive)!r})" for directive in directives)
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"

@@ -26,7 +26,6 @@ class Row:
     where: str
 
     def error(self, reason: str) -> ConfigError:
-        """The error for a row that cannot be used."""
         return ConfigError(f"{self.where}: {reason}")
 
     def text(self, *names: str) -> str:
@@ -67,10 +66,9 @@ class Source:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # theirs -> ours
 
     def find(self, path: Path) -> dict[str, list[Path]]:
-        """The files of each split, by our names, under ``path``, a file or a folder.
+        """The files of each split, by our names, under ``path``, a file or a folder. Raises ConfigError.
 
-        A file belongs to a split by its own name or by that of a folder above it. Raises ConfigError where no wanted
-        split is there, or a split in two formats.
+        A file belongs to a split by its own name or by that of a folder above it.
         """
         formats, files = ", ".join(READERS), dict[str, list[Path]]()
         with _readable(path):
@@ -79,12 +77,14 @@ class Source:
             if not path.exists():
                 raise ConfigError(f"dataset.path={str(path)!r} does not exist; give the file or folder with the data")
             lone = path if path.is_file() else path / self.whole
-            root = path / self.subset if (path / self.subset).is_dir() else path
-            for file in [lone] if lone.is_file() else sorted(root.rglob("*")):
-                split = _split(file.relative_to(root) if file != lone else Path(file.name))
-                split = self.splits.get(split or (self.lone if file == lone else ""))
-                if split and file.suffix in READERS and file.is_file():
-                    files.setdefault(split, []).append(file)
+            if lone.is_file():
+                splits = {lone: _split(Path(lone.name)) or self.lone}
+            else:
+                root = path / self.subset if (path / self.subset).is_dir() else path
+                splits = {file: _split(file.relative_to(root)) for file in sorted(root.rglob("*"))}
+            for file, split in splits.items():
+                if split in self.splits and file.suffix in READERS and file.is_file():
+                    files.setdefault(self.splits[split], []).append(file)
         if not files:
             wanted = " or ".join([self.whole, *self.splits] if self.whole else self.splits)
             raise ConfigError(
@@ -164,8 +164,7 @@ def locate(name: str, path: str | None) -> list[tuple[Source, str, list[Path]]]:
     """Source, split and files of each split of data set ``name``: under ``path``, else in the hub's cache.
 
     Fetched where the cache lacks them. Raises ConfigError. Not ``datasets.load_dataset``: offline it reads only a copy
-    that it has itself prepared before, not the files of ``hf download`` or of a copied cache, and without a network it
-    retries for 23 s (datasets 5.2.0).
+    that it has itself prepared before, not the files of ``hf download`` or of a copied cache.
     """
 
     def place(source: Source) -> Path:
@@ -192,13 +191,12 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     return list(problems.values())
 
 
-def _split(relative: Path) -> str | None:
+def _split(relative: Path) -> str:
     matches = map(SPLIT.fullmatch, (relative.stem, *relative.parts[:-1]))
-    return next((match[1] for match in matches if match), None)
+    return next((match[1] for match in matches if match), "")
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """The rows of one file, in order. Raises ConfigError, naming the file and the line, on what cannot be read."""
     with _readable(path):
         for row in READERS[path.suffix](path):
             if not isinstance(row.fields, dict):

@@ -176,6 +176,6 @@ def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[P
     for task, run in zip(tasks, runs, strict=True):
         row = {"task": task, "directory": str(run.directory), "overrides": run.overrides}
         rows.setdefault(run.group / ".submitit" / folder.name, []).append(row)
-    for place in rows:
+    for place, of_group in rows.items():
         place.mkdir(parents=True, exist_ok=True)
-        write_json(place / "runs.json", about | {"command": runs[0].command, "runs": rows[place]})
+        write_json(place / "runs.json", about | {"command": runs[0].command, "runs": of_group})

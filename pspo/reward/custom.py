@@ -16,16 +16,14 @@ from pspo.base.schema import ConfigError, build, key
 from pspo.dataset import Problem
 from pspo.reward.base import Answered, Reward, RewardError, Score
 
-GOLD_SAMPLE = 16
-"""Gold answers that are graded against themselves by a user's own reward, which may be slow."""
+GOLD_SAMPLE = 16  # gold answers that are graded against themselves by a user's own reward, which may be slow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(Reward):
     """A user's function of (completion's text, problem), called for each, or a subclass of ``Reward``, for a batch.
 
-    The function returns a number, which is correct from 1 on, or a ``Score``. Raises RewardError where the user's code
-    raises or returns something else.
+    The function returns a number, which is correct from 1 on, or a ``Score``; all else is a RewardError.
     """
 
     refuses_wrong_golds = False  # a user's own reward may be about something else
@@ -34,27 +32,22 @@ class Custom(Reward):
     options: dict[str, Any] = key("further arguments of your function, or the keys of your class, by name")
 
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
-        if not completions:
-            return []
         if not isinstance(self._own, Reward):
             results = [self._call(f"problem {c.problem.id}", c.text, c.problem) for c in completions]
-            return list(map(self._score, results, completions))
-        batch = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
-        results = self._call(batch, completions)
-        if not isinstance(results, Sequence) or len(results) != len(completions):
-            raise self._error(f"must return a list of {len(completions)} scores, got {results!r}", batch)
-        return list(map(self._score, results, completions))
+        elif completions:
+            batch = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
+            results = self._call(batch, completions)
+            if not isinstance(results, Sequence) or len(results) != len(completions):
+                raise self._error(f"must return a list of {len(completions)} scores, got {results!r}", batch)
+        return list(map(self._score, results, completions)) if completions else []
 
     def check(self) -> None:
-        """Import the user's code and make the reward. Raises ConfigError."""
         assert callable(self._own)
 
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
-        """As ``Reward.ungradable``, of the first ``GOLD_SAMPLE`` problems alone."""
         return super().ungradable(problems[:GOLD_SAMPLE])
 
     def source_files(self) -> list[Path]:
-        """The file that holds the function or class; files that it imports are not known."""
         return user_code.source_files(self.function)
 
     @functools.cached_property

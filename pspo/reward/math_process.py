@@ -21,18 +21,14 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Derivative, Limit, MatrixBase, Pow, binomial, exp, factorial, factorial2
 from sympy.concrete.expr_with_limits import ExprWithLimits
 
-MEMORY_BYTES = 2**31
-"""Address space of a fork; beyond it Linux refuses memory, and the answers count as different."""
-MAX_COST = 2000
-"""Digits and terms, by ``cost``, up to which an expression is compared: x^{2000} is, 9^{9^9} is not."""
-WAITING, BEGUN, DIFFERENT, EQUAL = range(4)
-"""The states of a pair."""
-WARM_UP = (
+MAX_FORK_BYTES = 2**31  # of address space; beyond it Linux refuses memory, and the answers count as different
+MAX_COST = 2000  # digits and terms, by ``cost``, up to which an expression is compared: x^{2000} is, 9^{9^9} is not
+WAITING, BEGUN, DIFFERENT, EQUAL = range(4)  # the states of a pair
+WARM_UP = (  # teach the parser its grammar, once for all forks: the first expression of a kind takes 100 ms
     r"\frac{1}{2}", r"\left( 3, \frac{\pi}{2} \right)", r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"x \in [-2, 7)",
     r"\{1 \pm \sqrt{5}, -2\}", r"\text{Evelyn}", r"x^3 + 3x - 6 = 0", r"(-\infty, 2) \cup (3, \infty)", r"2^{n} - 1",
     r"\sin^2 x + 3 - 4i", r"3\sqrt[3]{13}", r"50\%", r"1, 2 \text{ and } 3", r"x \le 5", r"\log_2 x - (4!)! + e^{2^3}",
 )  # fmt: skip
-"""Expressions that teach the parser its grammar, once for all forks: the first expression of a kind takes 100 ms."""
 
 
 @functools.lru_cache(256)
@@ -96,7 +92,7 @@ def _fork(pairs: Sequence[Sequence[str]], part: Sequence[int], timeout_s: float,
         for standard in range(3):
             os.dup2(nowhere, standard)
         if sys.platform == "linux":
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_FORK_BYTES, MAX_FORK_BYTES))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in part:
             signal.setitimer(signal.ITIMER_REAL, timeout_s)

@@ -28,14 +28,10 @@ from pspo.host.environment import choose_threads
 from pspo.reward.answer import extract, number, same
 from pspo.reward.base import Answered, Reward, RewardError, Score, score_of
 
-MAX_TEXT_CHARACTERS = 2**15
-"""Characters at the end of a completion that are read."""
-MAX_EXTRA_CHARACTERS = 100
-"""An answer that is parsed has at most this many characters more than twice the gold answer's."""
-MAX_ANSWER_DEPTH = 5
-"""Brackets within brackets of an answer that is parsed, as each may double the time; MATH-500's golds have 2."""
-MIN_PAIRS_PER_FORK = 16
-"""Pairs that pay for another fork of the grading process, which compares them at the same time."""
+MAX_TEXT_CHARACTERS = 2**15  # at the end of a completion that are read
+MAX_EXTRA_CHARACTERS = 100  # of an answer that is parsed, above twice the gold answer's
+MAX_ANSWER_DEPTH = 5  # brackets within brackets, as each may double the time; MATH-500's golds have 2
+MIN_PAIRS_PER_FORK = 16  # that pay for another fork of the grading process
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)", re.MULTILINE)
 _SAID = re.compile("answer", re.IGNORECASE)
 _FORMULA = re.compile(r"(?<!\\)\$([^$]+)\$|\\\(((?:(?!\\\)).)+)|\\\[((?:(?!\\\]).)+)", re.DOTALL)
@@ -58,16 +54,13 @@ class Math(Reward):
     )
 
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
-        golds = [completion.problem.answer for completion in completions]
-        answers = [answer_of(c.text[-MAX_TEXT_CHARACTERS:], gold) for c, gold in zip(completions, golds, strict=True)]
-        pairs = [(gold, answer) for gold, (answer, _) in zip(golds, answers, strict=True)]
-        rule = {pair: by_rule(*pair) for pair in pairs}
-        undecided = [pair for pair, verdict in rule.items() if verdict is None]
-        verdicts = rule | dict(zip(undecided, compare(undecided, self.timeout_s), strict=True))
-        return [
-            score_of(verdicts[gold, answer], bool(answer), in_format, self.format_bonus)
-            for gold, (answer, in_format) in zip(golds, answers, strict=True)
-        ]
+        answers = [answer_of(c.text[-MAX_TEXT_CHARACTERS:], c.problem.answer) for c in completions]
+        pairs = [(c.problem.answer, answer) for c, (answer, _) in zip(completions, answers, strict=True)]
+        verdicts = {pair: by_rule(*pair) for pair in pairs}
+        undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
+        verdicts |= dict(zip(undecided, compare(undecided, self.timeout_s), strict=True))
+        graded = zip(pairs, answers, strict=True)
+        return [score_of(verdicts[pair], bool(answer), asked, self.format_bonus) for pair, (answer, asked) in graded]
 
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
         """The problems whose gold answer is no plain number and, to math-verify, no expression equal to itself."""
