@@ -178,8 +178,8 @@ def _hydra() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if is_set_up else hydra.initialize_config_dir(str(CONF), version_base="1.3")
 
 
+# Keys and blocks that answers to held-out problems may have otherwise than the run whose weights give them.
 FOR_ANSWERS = ("evaluate", "dataset", "reward", "device", "threads", "rollout.max_rows", "seed")
-"""Keys and blocks that answers to held-out problems may have otherwise than the run whose weights give them."""
 
 
 def for_answers(run: Path, overrides: Sequence[str]) -> Config:
@@ -191,13 +191,12 @@ def for_answers(run: Path, overrides: Sequence[str]) -> Config:
     return build(Config, _replaced(run / "config.yaml", _values("config", overrides), names))
 
 
-REMEDIES = {
+REMEDIES = {  # by group: what to write where a path, a function or a name on the hub was given as the option
     "model": "model=hf model.hub_id={0}, or model.path={0} for a folder",
     "dataset": "dataset=jsonl dataset.path={0}",
     "reward": "reward=custom reward.function={0}",
     "objective": "objective=custom objective.function={0}",
 }
-"""By group: the overrides to write where a path, a function or a name on the hub was given as the option."""
 
 
 def explained(error: Exception) -> ConfigError:

@@ -39,7 +39,6 @@ class Phase:
             self.tell()
 
     def __call__(self, done: float, info: str = "") -> None:
-        """Note how many units are done, with a word on how it goes."""
         self.done, self.info = done, info
         self.line.update(escape(str(self)))
 
@@ -54,7 +53,7 @@ class Phase:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the end at the mean pace since the phase began; None before the first unit, or without a total."""
+        """Seconds to the end at the mean pace; None before the first unit, or without a total."""
         if self.total is None or self.done <= self.first:
             return None
         return (time.monotonic() - self.begun) * (self.total - self.done) / (self.done - self.first)

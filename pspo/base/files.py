@@ -15,8 +15,7 @@ import yaml
 from pspo.base.schema import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""The folder of YAML files: inside an installed wheel's package, in a checkout beside the package."""
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel, or in a checkout
 
 
 class SaveError(RuntimeError):
@@ -48,8 +47,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
     return {}
 
 
@@ -128,7 +127,7 @@ class JsonLines:
         path.touch()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line; it is with the operating system when this returns. Raises ValueError for NaN and infinity."""
+        """Add one line. Raises ValueError for NaN and infinity."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -28,8 +28,7 @@ class Schema:
     """Base of every configuration block; ``class Rollout(Schema, block="rollout")`` names where its keys live."""
 
     block: ClassVar[str] = ""
-    kinds: ClassVar[Mapping[str, Any]]
-    """On the base class of a block that is one of several kinds: the class of each ``name``, or what finds it."""
+    kinds: ClassVar[Mapping[str, Any]]  # of a block of several kinds: the class of each ``name``, or what finds it
 
     def __init_subclass__(cls, block: str | None = None) -> None:
         super().__init_subclass__()
@@ -56,7 +55,6 @@ class Schema:
         return f"{cls.block}.{name}" if cls.block else name
 
     def refuse(self, name: str, reason: str) -> ConfigError:
-        """The error for a field whose value does not fit the others."""
         return ConfigError(f"{self.dotted(name)}={getattr(self, name)!r}: {reason}")
 
 
@@ -94,7 +92,7 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
 
 
 def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
-    """The error for a misspelt name, with all known names and the nearest; ``lr`` is near to optimizer.lr in ``tree``."""
+    """The error for a misspelt name, with the nearest of the known names and of the ends of the keys in ``tree``."""
     known, tree = list(known), sorted(tree, key=lambda key: key.count("."))
     near = [key for key in tree if key.endswith(f".{name}")]
     near = [key for key in near if key.count(".") == near[0].count(".")]  # optimizer.lr, not model.warm_start.lr
@@ -115,8 +113,7 @@ def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str,
             yield cls.dotted(name), cls.__dataclass_fields__[name], value
 
 
-as_dict = dataclasses.asdict
-"""The configuration tree as plain dictionaries, lists and scalars, for files."""
+as_dict = dataclasses.asdict  # the configuration tree as plain dictionaries, lists and scalars
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -130,7 +127,7 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
     if not _fits(value, hint):
-        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in _options(hint))
+        several = isinstance(value, list) and list not in map(typing.get_origin, _options(hint))
         advice = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
         advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
         raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{advice}")
@@ -138,9 +135,8 @@ def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
     if value is not None and (interval := about.get("within")):
         low, high = map(float, interval[1:-1].split(","))
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
+        is_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+        if not (low < value < high or is_end):
             why = f": {about['why']}" if about["why"] else ""
             raise ConfigError(f"{name} must be in {interval}, got {value!r}{why}")
 

@@ -88,14 +88,13 @@ def check(config: DatasetConfig, *, training: bool = False) -> None:
         return
     if config.path is None and config.name == "jsonl":
         raise config.refuse("path", "dataset=jsonl needs dataset.path=<file, or folder with train.jsonl>")
-    known = present = [split for source in sources.SETS[config.name] for split in source.splits.values()]
+    splits = [split for source in sources.SETS[config.name] for split in source.splits.values()]
     if config.path is not None:
-        present = [split for _, split, _ in sources.locate(config.name, config.path)]
-    if training and "train" not in present:
-        if "train" in known:
-            raise config.refuse("path", "holds test problems only: add a train file, or set budget.steps=0 to evaluate")
-        near, remedy = "math" if config.name == "math500" else "gsm8k", "or set budget.steps=0 to evaluate"
-        raise ConfigError(f"dataset={config.name} is a test set: train on dataset={near}, {remedy}")
+        splits = [split for _, split, _ in sources.locate(config.name, config.path)]
+    if training and "train" not in splits:
+        near, place = "math" if config.name == "math500" else "gsm8k", f" in {config.path}" if config.path else ""
+        remedy = f"train on dataset={near}, add a train file, or set budget.steps=0 to evaluate"
+        raise ConfigError(f"dataset={config.name} is a test set{place}: {remedy}")
 
 
 def digests(config: DatasetConfig) -> dict[str, str]:
@@ -204,7 +203,7 @@ def encode(
 
 
 def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:
-    """Problems number ``start`` to ``start + count`` of endless epochs, each a shuffle drawn from (seed, epoch) alone."""
+    """Problems number ``start`` to ``start + count`` of endless epochs, each a shuffle drawn from (seed, epoch)."""
     epochs = range(start // num_problems, (start + count - 1) // num_problems + 1)
     indices = [index for epoch in epochs for index in _permutation(num_problems, seed, Stream.ORDER, epoch)]
     return indices[start % num_problems :][:count]

@@ -19,9 +19,7 @@ from pspo.base.files import PACKAGE, write_json
 from pspo.base.schema import ConfigError, dotted
 
 RECORD = "environment.json"
-COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")
-"""The dotted keys, or beginnings of keys, that may change a run's numbers; the commit and the kernel do not."""
-
+COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")  # may change the numbers
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PACKAGES = ("hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers", "wandb")
 

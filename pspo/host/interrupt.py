@@ -16,11 +16,8 @@ from types import FrameType
 from pspo.base.console import log
 from pspo.host import slurm
 
-STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}
-"""Exit statuses: 75 is sysexits' EX_TEMPFAIL, "try again"; 143 is what shells call the end by SIGTERM."""
-
-MARGIN = 1.5
-"""A checkpoint is due when the job has less time left than this many times its longest step and save."""
+STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}  # sysexits' EX_TEMPFAIL; what shells call the end by SIGTERM
+MARGIN = 1.5  # a checkpoint is due when the job has less time left than this many times its longest step and save
 
 _received: signal.Signals | None = None
 _deferred = False

@@ -7,12 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-TIMEOUT_S = 20.0
-"""Longest wait in seconds for a command of SLURM; a slower controller counts as no answer."""
-
-UNKNOWN = "unknown to SLURM"
-"""The state of a job that SLURM, when asked, does not know (any more)."""
-
+TIMEOUT_S = 20.0  # longest wait for a command of SLURM; a slower controller counts as no answer
+UNKNOWN = "unknown to SLURM"  # the state of a job that SLURM, when asked, does not know (any more)
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
@@ -29,17 +25,14 @@ class JobState:
 
     @property
     def waiting(self) -> bool:
-        """Whether the job has yet to start, for the first time or again."""
         return self.state in WAITING
 
     @property
     def active(self) -> bool:
-        """Whether the job may have a process."""
         return self.state in ACTIVE
 
     @property
     def alive(self) -> bool:
-        """Whether the job waits or may have a process."""
         return self.waiting or self.active
 
 
@@ -121,6 +114,4 @@ def _state(word: str, code: str = "", derived: str = "", restarts: str = "0", re
 def _status(code: str) -> tuple[int, int]:
     """Exit code and signal, from sacct's ``1:0`` or from squeue's wait status."""
     exit_code, colon, number = code.partition(":")
-    if colon:
-        return int(exit_code), int(number)
-    return divmod(int(code), 256) if code.isdigit() else (0, 0)
+    return (int(exit_code), int(number)) if colon else divmod(int(code or 0), 256)

@@ -33,7 +33,6 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """The name of the run."""
         return (self.directory if self.command == "run" else self.directory.parents[2]).name
 
     @property
@@ -43,7 +42,6 @@ class Planned:
 
     @property
     def label(self) -> str:
-        """The arm in words, "" for none."""
         return " ".join(f"{factor}={name}" for factor, name in self.arm.items())
 
 
@@ -91,8 +89,7 @@ class RunsFailed(RuntimeError):
     """Some runs of a sweep did not reach their end; the others did."""
 
 
-Outcome = float | RunsFailed | None
-"""Of one job: the number for the sweeper, its failure, or None where the launcher does not wait for the job."""
+Outcome = float | RunsFailed | None  # the number for the sweeper, its failure, or None for a job not waited for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +105,6 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         log_to_console()
         self.check()
         runs = list({run.directory: run for run in planned}.values())
-        if len(runs) < len(planned):
-            log.warning("%d of %d jobs are the same run as another one", len(planned) - len(runs), len(planned))
         queued = self._queued(runs)
         runs = [replace(run, state="queued") if run.directory in queued else run for run in runs]
         again = ("new", "resume", "again", *(["failed"] if self.retry_failed else []))
@@ -154,7 +149,6 @@ HINTS = {
     "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
     "changed": "changed: done, but from other code, data, reward or model; rerun=changed makes it again",
 }
-"""What the state of a run that is not made means."""
 
 
 def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:

@@ -1,5 +1,6 @@
 """Slots on this machine: one run per slot at a time, each a process of its own."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,11 +18,8 @@ from pspo.host.environment import processors
 from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import failure
 
-POLL_S = 0.2
-"""Seconds between two looks at the processes of the slots."""
-
-STOP_TIMEOUT_S = 60.0
-"""Longest time in seconds that runs may take to save when the launcher is stopped; they are killed then."""
+POLL_S = 0.2  # between two looks at the processes of the slots
+STOP_TIMEOUT_S = 60.0  # longest time for runs to save when the launcher is stopped; they are killed then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,6 @@ class Local(Launcher):
     interpreter = (sys.executable, "-m")  # a slot adds the command's module and its overrides
 
     def check(self) -> None:
-        """Raise ConfigError where there are not enough GPUs or processors for the slots."""
         slots, gpus, here = self._num_slots(), self._num_gpus(), len(_gpus())
         if slots * gpus > here:
             remedy = "set hydra.launcher.gpus=0 or fewer hydra.launcher.slots"
@@ -78,13 +75,15 @@ class Local(Launcher):
                 for slot in range(self._num_slots()):
                     if slot in busy and busy[slot][1].poll() is not None:
                         number, _ = busy.pop(slot)
-                        _log_end(todo[number], folder / f"{number}_0_log.err")
+                        is_done, reason = (todo[number].directory / "DONE").is_file(), failure(todo[number].directory)
+                        end = "done" if is_done else f"failed: {reason or f'see {folder}/{number}_0_log.err'}"
+                        log.log(logging.INFO if is_done else logging.ERROR, "%s: %s", todo[number].name, end)
                     if slot not in busy and waiting:
                         number = waiting.pop(0)
                         busy[slot] = number, self._start(slot, todo[number], folder / f"{number}_0_log")
                         tasks[number] = str(number)
                         record_runs(self, "local", folder, todo, tasks)
-                        log.info("started  %d of %d: %s", number + 1, len(todo), todo[number].name)
+                        log.info("%s: started, %d of %d", todo[number].name, number + 1, len(todo))
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             _stop([process for _, process in busy.values()])
@@ -108,13 +107,6 @@ class Local(Launcher):
                 return subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
         finally:
             _pin(ours)
-
-
-def _log_end(run: Planned, log_file: Path) -> None:
-    if (run.directory / "DONE").is_file():
-        log.info("done     %s", run.name)
-    else:
-        log.error("failed   %s: %s", run.name, failure(run.directory) or f"see {log_file}")
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:

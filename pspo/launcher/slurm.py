@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,8 @@ from pspo.host import slurm
 from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import result
 
-NO_LIMIT = 10**6
-"""Requeues that submitit allows: a job that is preempted often must not use them up."""
-
-POLL_S = 10.0
-"""Pause in seconds between two questions to SLURM while waiting."""
-
+NO_LIMIT = 10**6  # requeues that submitit allows: a job that is preempted often must not use them up
+POLL_S = 10.0  # between two questions to SLURM while waiting
 NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exclude", "comment")
 
 
@@ -94,7 +90,6 @@ class Slurm(Launcher):
         return self.gpus
 
     def check(self) -> None:
-        """Raise ConfigError where there is no sbatch, or no such partition."""
         if not self.dry_run and shutil.which("sbatch") is None:
             where = "run this on a login node of the cluster, or here with hydra/launcher=local"
             raise ConfigError(f"hydra/launcher=slurm: no sbatch on the path; {where}")
@@ -142,8 +137,11 @@ class Slurm(Launcher):
 
     def _submit(self, array: list[Planned], folder: Path, parameters: dict[str, Any]) -> list[submitit.Job[Any]]:
         """Submit and record one of a sweep's arrays."""
-        try:
-            with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats sbatch
+        cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+        outside = clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext()
+        try:  # sbatch would take the variables of a job that this process is part of for wishes
+            with outside, contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what sbatch says
+                os.environ |= cluster
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
                 executor.update_parameters(**parameters)
                 jobs = executor.submit_array([Job(run.overrides, run.command) for run in array])
@@ -206,12 +204,3 @@ def _wait(tasks: Mapping[Path, str]) -> dict[Path, str]:
                 log.info("%s: %s", directory.name, "DONE" if (directory / "DONE").is_file() else words[directory])
         ended_before = ended
     return words
-
-
-@contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Hide the variables of the job that this process is part of, if any, as sbatch would take them for wishes."""
-    cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext():
-        os.environ |= cluster
-        yield
