@@ -47,7 +47,7 @@ def job_end() -> float | None:
     job, end = current_job(), os.environ.get("SLURM_JOB_END_TIME", "")
     if job is None or end.isdigit():
         return None if job is None else float(end)
-    answer = call("squeue", "--noheader", f"--jobs={job}", "--format=%e").stdout.strip()  # SLURM before 22.05
+    answer = _call("squeue", "--noheader", f"--jobs={job}", "--format=%e").stdout.strip()  # SLURM before 22.05
     try:
         return datetime.fromisoformat(answer).timestamp()
     except ValueError:  # N/A, NONE
@@ -61,13 +61,13 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
         return {}
     jobs = f"--jobs={','.join(sorted({job_id.partition('_')[0] for job_id in wanted}))}"
     fields = "JobArrayID:64|,State:32|,exit_code:32|,DerivedEC:32|,RestartCnt:16|,Reason:64"
-    queue = call("squeue", "--noheader", "--array", "--states=all", jobs, f"--Format={fields}")
+    queue = _call("squeue", "--noheader", "--array", "--states=all", jobs, f"--Format={fields}")
     if queue.returncode and "Invalid job id" not in queue.stderr:
         return {}
     lines = queue.stdout.splitlines()
     if wanted - {line.partition("|")[0].strip() for line in lines}:  # squeue lists ended jobs for minutes only
         columns = "--format=JobID,State,ExitCode,DerivedExitCode"
-        lines = call("sacct", "--parsable2", "--allocations", columns, jobs).stdout.splitlines() + lines
+        lines = _call("sacct", "--parsable2", "--allocations", columns, jobs).stdout.splitlines() + lines
     states = dict.fromkeys(wanted, JobState(UNKNOWN))
     for line in lines:
         job_id, *cells = (cell.strip() for cell in line.split("|"))
@@ -84,16 +84,16 @@ def is_gone(job_id: str) -> bool:
 
 def cancel(job_ids: Sequence[str]) -> str:
     """Cancel jobs; returns scancel's complaint, or ""."""
-    return call("scancel", *job_ids).stderr.strip()
+    return _call("scancel", *job_ids).stderr.strip()
 
 
 def max_array_size() -> int | None:
     """How many jobs an array may have on this cluster (``MaxArraySize``); None where SLURM cannot be asked."""
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config").stdout, re.MULTILINE)
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
     return max(1, int(match[1])) if match else None  # 0 switches arrays off
 
 
-def call(*command: str) -> subprocess.CompletedProcess[str]:
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of SLURM; one that is not there or does not answer in time has failed, without output."""
     plain = os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:

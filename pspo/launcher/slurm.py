@@ -93,14 +93,6 @@ class Slurm(Launcher):
         if not self.dry_run and shutil.which("sbatch") is None:
             where = "run this on a login node of the cluster, or here with hydra/launcher=local"
             raise ConfigError(f"hydra/launcher=slurm: no sbatch on the path; {where}")
-        if self.partition is None or shutil.which("sinfo") is None:
-            return
-        sinfo = slurm.call("sinfo", "--noheader", "--format=%R")
-        if sinfo.returncode:
-            raise ConfigError(f"SLURM does not answer ({sinfo.stderr.strip()}); try again, or ask its administrators")
-        known = sorted(set(sinfo.stdout.split()))
-        for name in set(self.partition.split(",")) - set(known):
-            raise self.refuse("partition", f"this cluster has no partition {name}; it has {', '.join(known)}")
 
     def _queued(self, runs: list[Planned]) -> dict[Path, str]:
         tasks: dict[str, Path] = {}

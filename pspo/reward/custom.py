@@ -9,8 +9,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pspo.base import user_code
 from pspo.base.schema import ConfigError, build, key
 from pspo.dataset import Problem
@@ -76,9 +74,7 @@ class Custom(Reward):
     def _score(self, result: Any, completion: Answered) -> Score:
         score = result if isinstance(result, Score) else Score(result, False, {"custom": result}, True)
         numbers = [score.reward, *score.components.values()] if isinstance(score.components, Mapping) else [None]
-        flags = [score.correct, score.parsed, score.timed_out, *([] if score.strict is None else [score.strict])]
-        are_flags = all(isinstance(flag, bool | np.bool_) for flag in flags)
-        if not are_flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
+        if not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
             reason = f"must return a finite number or a Score of finite numbers, got {result!r}"
             raise self._error(reason, f"problem {completion.problem.id}")
         components = {str(name): float(value) for name, value in score.components.items()}  # NumPy's are no JSON
