@@ -330,7 +330,7 @@ def test_failures_are_told_apart_and_stop_nobody(node, settings):
 
 @pytest.mark.slurm
 def test_bad_input_is_one_sentence_before_anything_is_submitted(node, settings, monkeypatch):
-    with pytest.raises(ConfigError, match="sbatch refuses: .*partition"):
+    with pytest.raises(ConfigError, match=r"sbatch refuses: .*partition"):
         submit(settings[0], partition="nowhere")
     assert not list(Path("outputs").glob("*/.submitit/*/runs.json"))
     known = {path for path in os.environ["PATH"].split(":") if not shutil.which("sbatch", path=path)}

@@ -127,7 +127,7 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
     """Refuse a value of the wrong type, outside its choices, or outside its interval. Raises ConfigError."""
     if not _fits(value, hint):
-        several = isinstance(value, list) and list not in map(typing.get_origin, _options(hint))
+        several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in _options(hint))
         advice = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
         advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
         raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{advice}")
