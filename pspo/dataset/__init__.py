@@ -7,21 +7,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 from pspo.base.files import digest
 from pspo.base.schema import ConfigError, Schema, key, unknown
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
-from pspo.dataset.problem import Problem, Problems, Splits
-from pspo.dataset.prompt import prompt_date, render
+from pspo.dataset.problem import Problem, Splits
+from pspo.dataset.prompt import Prompt, encode, prompt_date, render
 from pspo.host import hub
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
     "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "check_set", "digests", "encode", "load",
@@ -71,15 +66,6 @@ class EmbeddedConfig(DatasetConfig):
                 raise self.refuse(name, f"there are {num} different ones")
         if self.path is not None:
             raise self.refuse("path", "dataset=embedded is made, not read; use dataset=jsonl for a file of your own")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A problem, its rendered question, and in training its place in the data order."""
-
-    problem: Problem
-    token_ids: list[int]
-    place: int = 0
 
 
 def check(config: DatasetConfig, *, training: bool = False) -> None:
@@ -183,23 +169,6 @@ def _place(name: str, folder: str | None) -> tuple[str, str | None]:
     if not Path(folder, name).exists():
         raise ConfigError(f"evaluate.path={folder!r} has no {name}; give a folder that holds one for each data set")
     return name, str(Path(folder, name))
-
-
-def encode(
-    tokenizer: "Tokenizer", config: DatasetConfig, problems: Problems, today: date | None = None, shots: Problems = ()
-) -> tuple[list[Prompt], int]:
-    """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
-
-    Raises ConfigError where the chat template refuses a prompt, or leaves the system prompt out.
-    """
-    questions = [problem.question for problem in problems]
-    form = partial(render, tokenizer, today=today, prompt=config.prompt, shots=shots)
-    rendered = form(config.system_prompt, questions)
-    if config.system_prompt and rendered[:1] == form("", questions[:1]) != []:
-        raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
-    prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
-    short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
-    return short, len(prompts) - len(short)
 
 
 def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:

@@ -3,7 +3,9 @@
 import contextlib
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,13 +14,24 @@ from jinja2 import TemplateError
 
 from pspo.base.files import write_text
 from pspo.base.schema import ConfigError
-from pspo.dataset.problem import Problem
+from pspo.dataset.problem import Problem, Problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from pspo.dataset import DatasetConfig
+
 PLAIN = "Question: {question}\nAnswer:"  # the prompt of a model without a chat template, such as many a base model
 CLOCK = "strftime_now"  # the one function by which transformers lets a chat template see the clock
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem, its rendered question, and in training its place in the data order."""
+
+    problem: Problem
+    token_ids: list[int]
+    place: int = 0
 
 
 def render(
@@ -55,8 +68,26 @@ def render(
             with contextlib.suppress(ConfigError):
                 render(tokenizer, "", questions[:1], today)
                 remedy = 'it writes prompts without a system message alone; set dataset.system_prompt=""'
-        raise ConfigError(f"the chat template of {_name(tokenizer)} refuses: {error}; {remedy}") from error
+        name = tokenizer.name_or_path or "this model"
+        raise ConfigError(f"the chat template of {name} refuses: {error}; {remedy}") from error
     return cast(list[list[int]], ids)
+
+
+def encode(
+    tokenizer: "Tokenizer", config: "DatasetConfig", problems: Problems, today: date | None = None, shots: Problems = ()
+) -> tuple[list[Prompt], int]:
+    """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
+
+    Raises ConfigError where the chat template refuses a prompt, or leaves the system prompt out.
+    """
+    questions = [problem.question for problem in problems]
+    form = partial(render, tokenizer, today=today, prompt=config.prompt, shots=shots)
+    rendered = form(config.system_prompt, questions)
+    if config.system_prompt and rendered[:1] == form("", questions[:1]) != []:
+        raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
+    prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
+    return short, len(prompts) - len(short)
 
 
 def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
@@ -83,7 +114,9 @@ def _template(tokenizer: "Tokenizer") -> str:
     except ValueError:  # several with names
         several = f"the chat templates {', '.join(sorted(tokenizer.chat_template))} and none named default"
         remedy = "put a chat_template.jinja into the model's folder, or set dataset.prompt"
-        raise ConfigError(f"the tokenizer of {_name(tokenizer)} has {several}; {remedy}") from None
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has {several}; {remedy}"
+        ) from None
 
 
 def _clock(today: date) -> str:
@@ -91,7 +124,3 @@ def _clock(today: date) -> str:
     directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
     replaced = "".join(f"|replace({directive!r}, {today.strftime(directive)!r})" for directive in directives)
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
-
-
-def _name(tokenizer: "Tokenizer") -> str:
-    return tokenizer.name_or_path or "this model"

@@ -20,7 +20,6 @@ from pspo.base.schema import ConfigError, dotted
 
 RECORD = "environment.json"
 COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")  # may change the numbers
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 PACKAGES = ("hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers", "wandb")
 
 
@@ -42,8 +41,8 @@ def settle(threads: int) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**28)
+        mallopt(-3, 2**25)  # malloc.h's M_MMAP_THRESHOLD
+        mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
 
 
 def choose_device(configured: str) -> torch.device:

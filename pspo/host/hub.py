@@ -17,10 +17,8 @@ def commit(repo: str, kind: str, asked: str) -> str:
         raise ConfigError(f"{asked} is not in the cache; run `python -m pspo.prefetch {asked}`") from error
 
 
-def locate(
-    repo: str, patterns: list[str], check: Callable[[Path], object], asked: str, kind: str, instead: str
-) -> Path:
-    """The local snapshot of ``repo``, a "model" or "dataset"; ``check`` raises ConfigError where files are missing.
+def locate(repo: str, patterns: list[str], test: Callable[[Path], object], asked: str, kind: str, instead: str) -> Path:
+    """The local snapshot of ``repo``, a "model" or "dataset"; ``test`` raises ConfigError where files are missing.
 
     The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
     that drops its packets. ``asked``, the key, and ``instead``, what to write without a network, are for errors.
@@ -28,7 +26,7 @@ def locate(
 
     def snapshot(local_files_only: bool) -> Path:
         path = Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns, local_files_only=local_files_only))
-        check(path)
+        test(path)
         return path
 
     try:

@@ -129,12 +129,10 @@ def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | N
 def _process(owner: int) -> subprocess.Popen[str]:
     """The grading process of the process with the id ``owner``; a fork of that one needs its own."""
     code = "import sys; sys.path.append(sys.argv[1]); import math_process; math_process.serve()"
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, str(Path(__file__).parent)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    atexit.register(_stop, process)
-    return process
+    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    atexit.register(_stop, child)
+    return child
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
