@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import hydra
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pspo import dataset, model
 from pspo.advantage import Advantage
-from pspo.base.files import CONF
+from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import ConfigError, S, Schema, as_dict, build, key, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
@@ -102,7 +101,7 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 def read(path: Path) -> Config:
     """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError, also for another version's."""
     try:
-        return build(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        return build(Config, read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path} was written by another version of pspo, with other keys: {error}") from error
 
@@ -215,8 +214,15 @@ def explained(error: Exception) -> ConfigError:
 
 
 def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The typed tree of ``values``, which Hydra composed under the command line's ``overrides``. Raises ConfigError."""
-    values = _with_source(values, overrides)
+    """The typed tree of ``values``, which Hydra composed under the command line's ``overrides``. Raises ConfigError.
+
+    Under ``continue_from`` the settings of that run, except for the keys that an override has set; under an experiment,
+    which sets keys in many blocks, all keys are compared with that run's.
+    """
+    path = Path(os.path.expanduser(str(values["continue_from"])), "config.yaml")
+    names = [*_names(overrides), "continue_from", "rerun"]
+    if values["continue_from"] and path.is_file() and all(name.split(".")[0] in values for name in names):
+        values = _replaced(path, values, names)
     smoothing, objective = values["smoothing"], values["objective"]
     alpha, constant = smoothing.get("alpha"), Smoothing.select(smoothing).constant
     if not (alpha is None and constant) and not getattr(Objective.select(objective), "takes_alpha", True):
@@ -227,15 +233,6 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         also = f"but objective.alpha={objective.get('alpha')} is set as well; give one of them"
         raise ConfigError(f"smoothing={smoothing['name']} sets alpha to {alpha}, {also}")
     return build(Config, values)
-
-
-def _with_source(values: Mapping[str, Any], overrides: Sequence[str]) -> Mapping[str, Any]:
-    """Under ``continue_from`` the settings of that run, except for the keys of ``values`` that an override has set."""
-    path = Path(os.path.expanduser(str(values["continue_from"])), "config.yaml")
-    names = [*_names(overrides), "continue_from", "rerun"]
-    if not (values["continue_from"] and path.is_file() and all(name.split(".")[0] in values for name in names)):
-        return values  # an experiment sets keys in many blocks: then all keys are compared with that run's
-    return _replaced(path, values, names)
 
 
 def _names(overrides: Iterable[str]) -> list[str]:

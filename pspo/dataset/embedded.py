@@ -62,7 +62,7 @@ def load(split: str, num: int | None = None) -> list[Problem]:
 def make(tale: Tale, variant: int) -> Problem:
     """The problem with id ``embedded/<family>/<a>-<b>-<c>/<variant>``."""
     family, values, name = FAMILIES[tale[0]], _solve(tale), f"embedded/{TALE_NAME.format(*tale)}/{variant}"
-    dice = _digest(name)
+    dice = hashlib.sha256(name.encode()).digest()
     person, things, bag = (words[dice[i] % len(words)] for i, words in enumerate((NAMES, THINGS, BAGS)))
     words = {"name": person, "things": things, "bag": bag, "bags": f"{bag}s"}
     first, second = (
@@ -78,7 +78,7 @@ def tales() -> dict[str, list[Tale]]:
     """The tales of the splits "train", "validation" and "test"."""
     every = itertools.product(FAMILIES, NUMBERS, NUMBERS, NUMBERS)
     usable = [tale for tale in every if all(1 <= _solve(tale)[result] <= LARGEST_RESULT for result in "xy")]
-    usable.sort(key=lambda tale: _digest(TALE_NAME.format(*tale)))
+    usable.sort(key=lambda tale: hashlib.sha256(TALE_NAME.format(*tale).encode()).digest())
     test = int(TEST_SHARE * len(usable))
     held_out = test + int(VALIDATION_SHARE * len(usable))
     return {"test": usable[:test], "validation": usable[test:held_out], "train": usable[held_out:]}
@@ -91,7 +91,3 @@ def _solve(tale: Tale) -> dict[str, int]:
         m, n = values[step[0]], values[step[2]]
         values[result] = {"+": m + n, "-": m - n, "*": m * n, "/": 0 if m % n else m // n}[step[1]]
     return values
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

@@ -1,8 +1,6 @@
 """What a completion is worth. How its answer is found and compared is told in ``pspo/reward/answer.py``."""
 
-import yaml
-
-from pspo.base.files import CONF
+from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build
 from pspo.reward.base import Answered, Attempt, Paper, Plain, Reward, RewardError, Score
 from pspo.reward.custom import Custom
@@ -13,8 +11,7 @@ Reward.kinds = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
 
 def default_reward(name: str) -> Reward:
     """A reward with the values of its option under ``conf/reward``."""
-    values = yaml.safe_load((CONF / "reward" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return build(Reward, values)  # type: ignore[type-abstract]
+    return build(Reward, read_yaml(CONF / "reward" / f"{name}.yaml"))  # type: ignore[type-abstract]
 
 
 __all__ = ["Answered", "Attempt", "Paper", "Plain", "Reward", "RewardError", "Score", "default_reward"]

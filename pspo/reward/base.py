@@ -103,10 +103,9 @@ class Plain(Reward):
 class Paper(Reward):
     """The published shaping: 1 if correct, + 0.05 for the format, − 0.2 without an answer, clipped to [0, 1].
 
-    Source: arXiv 2509.21282. So the bonus never helps a correct answer, the − 0.2 never shows, and in a group that is
-    all wrong the bonus alone is normalised to the weight of correctness, as in the published reward. Two slips of the
-    published code are mended: no bonus for one character after ``####`` (``#### 8``), and the first ``####`` taken
-    though it be a heading.
+    Source: arXiv 2509.21282. As published, the bonus never helps a correct answer, and in a group that is all wrong it
+    is normalised to the weight of correctness. Two slips of the published code are mended: no bonus for one character
+    after ``####``, and the first ``####`` taken though it be a heading.
     """
 
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
