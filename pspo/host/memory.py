@@ -42,8 +42,7 @@ def halving(name: str, size: int, advice: str, work: Callable[[int], T]) -> tupl
                 raise
             reason = str(error).partition("\n")[0]
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if attempt == size:
             log.warning("%s=%d does not fit into memory (%s): trying %d", name, size, reason, half)
     remedy = f"set {name}={max(1, size // 4)} or lower, {advice}"

@@ -29,8 +29,8 @@ POLL_S = 10.0  # between two questions to SLURM while waiting
 NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exclude", "comment")
 
 
-class Job:
-    """One job: compose, validate and make the run, or the evaluation, of some overrides.
+class Job(submitit.helpers.Checkpointable):
+    """One job: compose, validate and make the run, or the evaluation, of overrides; submitit requeues it as it is.
 
     It holds its overrides alone: after the loss of a node SLURM starts the pickle of the submission again.
     """
@@ -48,10 +48,6 @@ class Job:
         from pspo.run.job import run
 
         return result(run(compose(self.overrides), self.overrides))
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit queues again after a signal: the same job."""
-        return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,10 +97,7 @@ def by_rule(gold: str, answer: str) -> bool | None:
 
 
 def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | None]:
-    """Whether math-verify finds gold and answer equal, for each pair; None where that took too long or crashed.
-
-    Raises RewardError where the grading process cannot run.
-    """
+    """Whether math-verify finds each pair of gold and answer equal; None where it took too long. Raises RewardError."""
     if not pairs:
         return []
     formulas = [[f"${' '.join(text.replace('$', '').split())}$" for text in pair] for pair in pairs]
@@ -118,10 +115,8 @@ def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | N
         raise
     if not line:
         _process.cache_clear()
-        raise RewardError(
-            f"the process that grades for reward=math ended with status {process.wait()}: mend what it wrote above, or "
-            "give this job more memory, and run the same command again"
-        )
+        remedy = "mend what it wrote above, or give this job more memory, and run the same command again"
+        raise RewardError(f"the process that grades for reward=math ended with status {process.wait()}: {remedy}")
     return list(json.loads(line))
 
 
