@@ -98,7 +98,7 @@ class Local(Launcher):
         """
         ours, gpus = processors(), _gpus()[slot * self._num_gpus() : (slot + 1) * self._num_gpus()]
         each = len(ours) // self._num_slots()
-        environment = os.environ | {"OMP_NUM_THREADS": str(each), "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(each), "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         environment.pop("SLURM_CPUS_PER_TASK", None)
         _pin(ours[slot * each : (slot + 1) * each])  # the process started next inherits them
         try:
@@ -123,16 +123,11 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _gpus() -> list[int]:
-    """The GPUs that this process may use, by their numbers in CUDA_VISIBLE_DEVICES."""
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return list(range(torch.cuda.device_count()))
-    try:
-        return [int(name) for name in visible.split(",") if name.strip()]
-    except ValueError as error:
-        reason = "hydra/launcher=local needs the GPUs by number, such as 0,1"
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: {reason}") from error
+    names = map(str, range(torch.cuda.device_count())) if visible is None else visible.split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def _pin(numbers: list[int]) -> None:
