@@ -111,7 +111,7 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         todo = [run for run in runs if run.state in again]
         hints = [HINTS[state] for state in HINTS if any(run.state == state for run in runs if run not in todo)]
         if self.dry_run:
-            show(runs, f"{counted(runs)}; {len(todo)} to run", *hints, self._cost(len(todo)), *self._notes(todo))
+            show(runs, f"{counted(runs)}; {len(todo)} to run", *hints, *self._notes(todo))
             return [None] * len(planned)
         for hint in hints:
             log.warning(hint)
@@ -120,7 +120,7 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ConfigError where the launcher cannot work: no SLURM, no such partition, too few GPUs or processors."""
+        """Raise ConfigError where the launcher cannot work: no SLURM, too few GPUs or processors."""
 
     def _queued(self, runs: list[Planned]) -> dict[Path, str]:
         """Directories of the runs that an earlier submission has brought into a queue, with their jobs."""
@@ -131,16 +131,11 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         """Make the runs ``todo`` of all ``runs``; the outcomes of all by directory."""
 
     @abstractmethod
-    def _num_gpus(self) -> int:
-        """GPUs of one run."""
-
-    @abstractmethod
     def _notes(self, todo: list[Planned]) -> list[str]:
-        """Further lines for a dry run to print."""
+        """What a dry run prints below the runs, the cost first."""
 
-    def _cost(self, num_runs: int) -> str:
-        hours, gpus = self.hours_per_run, self._num_gpus()
-        if hours is None:
+    def _cost(self, num_runs: int, gpus: int) -> str:
+        if (hours := self.hours_per_run) is None:
             return "cost: set hydra.launcher.hours_per_run=<estimate> to see GPU-hours"
         return f"cost: {num_runs} runs x {hours:g} h x {gpus} GPU = {num_runs * hours * gpus:g} GPU-hours"
 

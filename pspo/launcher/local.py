@@ -50,7 +50,7 @@ class Local(Launcher):
         slots = min(self._num_slots(), max(1, len(todo)))
         each = f"{len(processors()) // self._num_slots()} processors and {self._num_gpus()} GPUs"
         hours = f"; about {-(-len(todo) // slots) * self.hours_per_run:g} h in all" if self.hours_per_run else ""
-        return [f"{slots} at a time, each with {each}{hours}"]
+        return [self._cost(len(todo), self._num_gpus()), f"{slots} at a time, each with {each}{hours}"]
 
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
         log.info("%s; %d to run, %d at a time", counted(runs), len(todo), self._num_slots())

@@ -82,9 +82,6 @@ class Slurm(Launcher):
             if not isinstance(value, str | int | float):
                 raise ConfigError(f"hydra.launcher.additional.{name} must be text, a number or true, got {value!r}")
 
-    def _num_gpus(self) -> int:
-        return self.gpus
-
     def check(self) -> None:
         if not self.dry_run and shutil.which("sbatch") is None:
             where = "run this on a login node of the cluster, or here with hydra/launcher=local"
@@ -142,7 +139,7 @@ class Slurm(Launcher):
         return jobs
 
     def _notes(self, todo: list[Planned]) -> list[str]:
-        notes = []
+        notes = [self._cost(len(todo), self.gpus)]
         for array, folder, parameters in self._arrays(todo):
             command = f"{sys.executable} -u -m submitit.core._submit {folder}"
             notes += ["", _make_sbatch_string(command=command, folder=folder, map_count=len(array), **parameters)]
