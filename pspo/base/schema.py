@@ -28,7 +28,7 @@ class Schema:
     """Base of every configuration block; ``class Rollout(Schema, block="rollout")`` names where its keys live."""
 
     block: ClassVar[str] = ""
-    kinds: ClassVar[Mapping[str, Any]]  # of a block of several kinds: the class of each ``name``, or what finds it
+    kinds: ClassVar[Mapping[str, Any]]  # of a block of several kinds: the class of each ``name``, or a function to it
 
     def __init_subclass__(cls, block: str | None = None) -> None:
         super().__init_subclass__()

@@ -48,13 +48,13 @@ class Planned:
 def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
     """One entry for each job, in order. Raises ConfigError if any does not compose, or if two arms are the same run."""
     overrides = [[override.lstrip("+") for override in job] for job in jobs]
-    checked, runs, seen = set(), [], dict[tuple[str, str, str], Planned]()
+    checked, runs, seen = set[str](), [], dict[tuple[str, str, str], Planned]()
     for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
         blocks = map(as_dict, (config.dataset, config.model, config.reward, config.evaluate))
-        looked_at = json.dumps([config.output_dir, config.group, config.budget.total > 0, *blocks])
-        if looked_at not in checked:
+        inputs = json.dumps([config.output_dir, config.group, config.budget.total > 0, *blocks])
+        if inputs not in checked:
             check(config)
-            checked.add(looked_at)
+            checked.add(inputs)
         same = (config.output_dir, config.group, identity(config))
         before = seen.get(same)
         directory = run_directory(config, job) if before is None else before.directory

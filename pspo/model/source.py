@@ -33,7 +33,7 @@ def locate(config: ModelConfig, convert: bool = True) -> Path:
         repository, instead = str(config.hub_id), "give model.path=<directory>"
         setting = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
         whole = functools.partial(check_directory, setting=setting)
-        return hub.locate(repository, FILES, whole, asked=setting, kind="model", instead=instead)
+        return hub.locate(repository, FILES, whole, setting=setting, kind="model", instead=instead)
     path, setting = _local(config.path), f"model.path={config.path}"
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a completion is worth. How its answer is found and compared is told in ``pspo/reward/answer.py``."""
+"""What a completion is worth; ``pspo/reward/answer.py`` says how its answer is extracted and compared."""
 
 from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build

@@ -60,7 +60,7 @@ class Math(Reward):
         undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
         verdicts |= dict(zip(undecided, compare(undecided, self.timeout_s), strict=True))
         graded = zip(pairs, answers, strict=True)
-        return [score_of(verdicts[pair], bool(answer), asked, self.format_bonus) for pair, (answer, asked) in graded]
+        return [score_of(verdicts[pair], bool(answer), strict, self.format_bonus) for pair, (answer, strict) in graded]
 
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
         """The problems whose gold answer is no plain number and, to math-verify, no expression equal to itself."""
@@ -70,13 +70,13 @@ class Math(Reward):
 
 
 def answer_of(text: str, gold: str) -> tuple[str, bool]:
-    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether as asked."""
+    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether in the asked format."""
     lines, plain = _LINE.findall(text), extract(text) or ""
-    asked = boxed(lines[-1]) or lines[-1].strip() if lines else boxed(text)
+    formatted = boxed(lines[-1]) or lines[-1].strip() if lines else boxed(text)
     if number(gold) is not None and number(plain) is not None:
-        return plain, bool(asked)
-    if asked:
-        return asked, True
+        return plain, bool(formatted)
+    if formatted:
+        return formatted, True
     said = [match.end() for match in _SAID.finditer(text)][-1:]
     formulas = [*_FORMULA.finditer(text)]
     chosen = [formula for formula in formulas if said and formula.start() >= said[0]][:1] or formulas[-1:]
