@@ -9,21 +9,19 @@ from huggingface_hub import errors, snapshot_download
 from pspo.base.schema import ConfigError
 
 
-def commit(repo: str, kind: str, setting: str) -> str:
+def commit(repo: str, kind: str, words: str) -> str:
     """The commit of the cached snapshot of ``repo``; no network. Raises ConfigError where the cache has none."""
     try:
         return Path(snapshot_download(repo, repo_type=kind, local_files_only=True)).name
     except errors.LocalEntryNotFoundError as error:
-        raise ConfigError(f"{setting} is not in the cache; run `python -m pspo.prefetch {setting}`") from error
+        raise ConfigError(f"{words} is not in the cache; run `python -m pspo.prefetch {words}`") from error
 
 
-def locate(
-    repo: str, patterns: list[str], test: Callable[[Path], object], setting: str, kind: str, instead: str
-) -> Path:
+def locate(repo: str, patterns: list[str], test: Callable[[Path], object], words: str, kind: str, instead: str) -> Path:
     """The local snapshot of ``repo``, a "model" or "dataset"; ``test`` raises ConfigError where files are missing.
 
     The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
-    that drops its packets. ``setting`` and ``instead``, what to write without a network, are for errors.
+    that drops its packets. ``words``, which choose it, and ``instead``, where there is no network, are for errors.
     """
 
     def snapshot(local_files_only: bool) -> Path:
@@ -36,8 +34,8 @@ def locate(
             return snapshot(local_files_only=True)
         return snapshot(local_files_only=False)
     except errors.HFValidationError as error:
-        raise ConfigError(f"{setting} is no name of a repository, such as Qwen/Qwen2.5-0.5B") from error
+        raise ConfigError(f"{words} is no name of a repository, such as Qwen/Qwen2.5-0.5B") from error
     except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # httpx's base
         reason = f"is not in the cache and cannot be downloaded ({type(error).__name__})"
-        remedy = f"run `python -m pspo.prefetch {setting}` on a node with internet that shares this cache (HF_HOME)"
-        raise ConfigError(f"{setting} {reason}; {remedy}, or {instead}") from error
+        remedy = f"run `python -m pspo.prefetch {words}` on a node with internet that shares this cache (HF_HOME)"
+        raise ConfigError(f"{words} {reason}; {remedy}, or {instead}") from error

@@ -70,7 +70,7 @@ class Math(Reward):
 
 
 def answer_of(text: str, gold: str) -> tuple[str, bool]:
-    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether in the asked format."""
+    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether in the format."""
     lines, plain = _LINE.findall(text), extract(text) or ""
     formatted = boxed(lines[-1]) or lines[-1].strip() if lines else boxed(text)
     if number(gold) is not None and number(plain) is not None:
