@@ -24,11 +24,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pspo.base.command import answering
-from pspo.base.files import CONF, write_json
+from pspo.base.files import CONF, read_keys, write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
 from pspo.config import in_quotes, quoted
 from pspo.launcher import Planned, make_plan
-from pspo.launcher.settings import read_keys
 
 SWEEPS = CONF.parent / "sweeps"
 """The files that come with pspo: beside ``conf/``, in a checkout and in an installed wheel."""

@@ -76,18 +76,19 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 
 # Whatever columns are asked for, it answers with these: readers go by the header.
 SACCT = r"""#!/bin/sh
-ids=
+ids= asked=$*
 while [ $# -gt 0 ]; do
   case $1 in -j | --jobs) shift; ids=$ids,$1 ;; --jobs=*) ids=$ids,${1#*=} ;; esac
   shift
 done
-echo 'JobID|State|NodeList|ExitCode|DerivedExitCode'
+{ echo 'JobID|State|NodeList|ExitCode|DerivedExitCode'
 squeue --noheader --array --states=all \
   --Format='JobArrayID:64|,State:64|,NodeList:64|,exit_code:64|,DerivedEC:64' | sed 's/ *|/|/g' |
   awk -F'|' -v OFS='|' -v ids="$ids," '
     function status(code) { return int(code / 256) ":" code % 128 }
     { split($1, p, "_") }
     index(ids, "," $1 ",") || index(ids, "," p[1] ",") { print $1, $2, $3, status($4), status($5) }'
+} | case $asked in *ExitCode*) cut -d'|' -f1,2,4,5 ;; *) cat ;; esac
 """
 
 

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from pspo import dataset
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
-from pspo.dataset.files import Row
 from pspo.dataset.problem import Problem, boxed, worked
+from pspo.dataset.sources import Row
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
@@ -170,7 +170,7 @@ def test_svamp_in_one_file_is_a_test_set():
     assert test[0].question.endswith("on each pack How much do you have to pay to buy each pack?")
     assert all(re.fullmatch(r"\d+", problem.answer) for problem in test)
     dataset.check(config("svamp"), training=True)
-    with pytest.raises(ConfigError, match=r"svamp': holds test problems only: .* budget\.steps=0"):
+    with pytest.raises(ConfigError, match=r"dataset=svamp is a test set in \S+svamp: train on .*budget\.steps=0"):
         dataset.check(made, training=True)
 
 
@@ -197,7 +197,8 @@ def test_math500_is_a_test_set_and_its_golds_stand_in_boxes():
     with pytest.raises(ConfigError) as caught:
         dataset.check(made, training=True)
     assert str(caught.value) == (
-        "dataset=math500 is a test set: train on dataset=math, or set budget.steps=0 to evaluate"
+        f"dataset=math500 is a test set in {DATA / 'math500'}: train on dataset=math, add a train file, or set "
+        "budget.steps=0 to evaluate"
     )
 
 
@@ -439,9 +440,9 @@ def test_broken_line_is_named(tmp_path, line, message):
         ("svamp", "SVAMP.json", b'[{"ID": "\\ud800"}]', "SVAMP.json is not JSON in UTF-8"),
         ("gsm8k", "train.jsonl", '{"question": "a"}'.encode("utf-16"), "line 1 is not JSON in UTF-8|answer is missing"),
         ("gsm8k", "train.jsonl", b"\x1f\x8b\x08\x00", "line 1 is not JSON in UTF-8"),  # compressed
-        ("gsm8k", "train.jsonl.gz", b"\x1f\x8b\x08\x00", "holds no train, validation or test file"),
-        ("math500", "train.jsonl", b"{}", "holds no test file, only train; dataset=math500 needs it"),
-        ("svamp", "notes.json", b"{}", "holds no SVAMP.json or train, validation or test file"),
+        ("gsm8k", "train.jsonl.gz", b"\x1f\x8b\x08\x00", "holds no train or test file in one of the formats"),
+        ("math500", "train.jsonl", b"{}", "holds no test file in one of the formats .*; dataset=math500 needs one"),
+        ("svamp", "notes.json", b"{}", "holds no SVAMP.json or train or test file"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, file, content, message):
@@ -490,7 +491,7 @@ def test_what_the_system_refuses_is_one_sentence(tmp_path, monkeypatch):
 
 def test_a_folder_is_no_data_file(tmp_path):
     (tmp_path / "train.jsonl").mkdir()
-    with pytest.raises(ConfigError, match="holds no train, validation or test file"):
+    with pytest.raises(ConfigError, match="holds no train or validation or test file"):
         dataset.check(config("jsonl", path=str(tmp_path)))
     write(tmp_path / "train.jsonl" / "train.jsonl", {"question": "1+1?", "answer": 2})
     assert sizes(dataset.load(config("jsonl", path=str(tmp_path), num_validation=0), seed=0)) == (1, 0, {})

@@ -747,9 +747,7 @@ def huge(text, problem): return 10**400
 def words(text, problem): return "1"
 def undefined(text, problem): return Score(float("nan"), True, {}, True)
 def broken(text, problem): return Score(1.0, True, {"part": None}, True)
-def vague(text, problem): return Score(1.0, True, {}, True, strict="yes")
 def bare(text, problem): return Score(1.0, True, None, True)
-def unsure(text, problem): return Score(1.0, None, {}, True)
 def raising(text, problem): raise KeyError("no\\nkey")
 def stopping(text, problem): return next(iter(()))
 def one_argument(text): return 1
@@ -867,7 +865,7 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     assert [score.reward for score in scores] == [97, 98, 97, 98]
 
 
-RESULTS = ["nothing", "infinite", "huge", "words", "undefined", "broken", "bare", "unsure", "vague", "later", "Wrong"]
+RESULTS = ["nothing", "infinite", "huge", "words", "undefined", "broken", "bare", "later", "Wrong"]
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")

@@ -118,8 +118,8 @@ def test_gold_answers_that_cannot_be_graded_are_counted_and_not_refused(caplog):
     golds = [problem("\\frac{1}{2}"), problem("\\frac{", id="q2"), problem("5"), problem("\\sum_{n=1}^{9} n", id="q4")]
     assert [p.id for p in PATIENT.ungradable(golds)] == ["q2", "q4"]
     PATIENT.check_gold(golds)
-    assert "2 of 4 gold answers" in caplog.text
-    assert "of problem q2" in caplog.text
+    assert "problem q2: the gold answer" in caplog.text
+    assert "there are 2 such problems" in caplog.text
     assert [s.correct for s in grade(("\\boxed{\\frac{}", "\\frac{"), ("#### \\frac{", "\\frac{"))] == [False, True]
 
 
@@ -146,7 +146,7 @@ math_process.serve()
 def fake(answers, timeout_s):
     command = [sys.executable, "-P", "-c", FAKE, str(Path(verify.__file__).parent)]
     pairs = [("same", answer) for answer in answers.split()]
-    requests = [json.dumps({"timeout_s": timeout_s, "pairs": part}) + "\n" for part in (pairs[:3], pairs[3:])]
+    requests = [json.dumps([part, timeout_s, 2]) + "\n" for part in (pairs[:3], pairs[3:])]
     done = subprocess.run(command, input="".join(requests), capture_output=True, text=True, check=True)
     return list(itertools.chain.from_iterable(map(json.loads, done.stdout.splitlines())))
 
@@ -169,7 +169,7 @@ def test_an_answer_that_hangs_scores_nothing_and_is_counted_and_the_next_is_grad
 
 def test_a_grading_process_that_is_gone_is_told_and_another_takes_its_place():
     grade(("#### \\frac12\\pi", "\\frac{\\pi}{2}"))
-    process = verify._process(os.getpid(), 0)
+    process = verify._process(os.getpid())
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     with pytest.raises(RewardError, match="ended with status -9"):

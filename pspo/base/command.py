@@ -7,8 +7,6 @@ from typing import NoReturn
 
 from pspo.base.files import PACKAGE
 
-INTERRUPTED = 130  # exit status of a shell's command that Ctrl-C, signal 2, has ended
-
 
 def overview() -> str:
     """Every module that can be run as ``python -m <module>``, one a line, with the first line of its docstring."""
@@ -36,7 +34,7 @@ def answering(*expected: type[Exception], stopped: str = "stopped") -> Iterator[
     except expected as error:
         leave(error, 2)
     except KeyboardInterrupt:
-        leave(stopped, INTERRUPTED)
+        leave(stopped, 130)  # as a shell's command that signal 2 has ended
 
 
 def leave(sentence: object, status: int) -> NoReturn:

@@ -24,9 +24,8 @@ TELL_S = 30.0  # seconds between two reports of the phase, in a log and in .phas
 class Phase:
     """A part of the work that a person waits for: ``with Phase("training", 30, unit="steps") as phase: ... phase(12)``.
 
-    Without ``with`` a phase lasts until the next phase. A phase inside a phase that counts, as a validation in the
-    training, gets a line only if it is current when a line is due. ``total`` is None in a phase that does not count;
-    ``done`` units of it were done before the phase.
+    Without ``with`` it lasts until the next phase. Inside a phase that counts, as a validation in the training, a phase
+    gets a line only if one is due. ``total`` is None in a phase that does not count; ``done`` units come from before.
     """
 
     current: ClassVar["Phase | None"] = None
@@ -40,7 +39,6 @@ class Phase:
             self.tell()
 
     def __call__(self, done: float, info: str = "") -> None:
-        """Note how many units are done, with a word on how it goes."""
         self.done, self.info = done, info
         self.line.update(escape(str(self)))
 
@@ -55,11 +53,10 @@ class Phase:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the end at the mean pace since the phase began; None before the first unit, or without a total."""
-        done = self.done - self.first
-        if self.total is None or done <= 0:
+        """Seconds to the end at the mean pace; None before the first unit, or without a total."""
+        if self.total is None or self.done <= self.first:
             return None
-        return (time.monotonic() - self.begun) * (self.total - self.done) / done
+        return (time.monotonic() - self.begun) * (self.total - self.done) / (self.done - self.first)
 
     def __str__(self) -> str:
         share = f", {100 * self.done / self.total:.0f} %" if self.total else ""
@@ -90,19 +87,26 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{left:02d}"
 
 
+class _ConsoleHandler(logging.Handler):
+    """Prints above the phase's line; not wrapped, so that a path can be copied; no traceback, which is in run.log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (hasattr(record, "phase") and console.is_terminal):  # where the phase has its own line
+            style = "yellow" if record.levelno >= logging.WARNING else "dim"
+            console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def log_to_console() -> None:
     """Send the log to the console."""
-    log.addHandler(CONSOLE_HANDLER)
+    if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
+        log.addHandler(_ConsoleHandler())
     log.setLevel(logging.INFO)
     log.propagate = False
 
 
 @contextlib.contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Send the log to a file as well, and write the phase every ``TELL_S``, there and in ``.phase`` of its folder.
-
-    A line begins with ``time/`` and the time in UTC.
-    """
+    """Send the log to a file as well, and write the phase every ``TELL_S``, there and in ``.phase`` of its folder."""
     handler = logging.FileHandler(path, encoding="utf-8")
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "time/%Y-%m-%dT%H:%M:%S+00:00")
     formatter.converter = time.gmtime
@@ -110,7 +114,13 @@ def log_to_file(path: Path) -> Iterator[None]:
     log.addHandler(handler)
     Phase.file, ended = path.with_name(".phase"), threading.Event()
     Phase.file.unlink(missing_ok=True)  # of a process that was killed
-    thread = threading.Thread(target=_tell, args=(ended,), daemon=True)
+
+    def tell() -> None:
+        while not ended.wait(TELL_S):
+            if Phase.current is not None:
+                Phase.current.tell()
+
+    thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     try:
         yield
@@ -121,22 +131,3 @@ def log_to_file(path: Path) -> Iterator[None]:
         Phase.file = Phase.current = None
         log.removeHandler(handler)
         handler.close()
-
-
-def _tell(ended: threading.Event) -> None:
-    while not ended.wait(TELL_S):
-        if Phase.current is not None:
-            Phase.current.tell()
-
-
-class _ConsoleHandler(logging.Handler):
-    """Prints above the phase's line; not wrapped, so that a path can be copied; no traceback, which is in run.log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if hasattr(record, "phase") and console.is_terminal:
-            return  # the phase's own line is there
-        style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-CONSOLE_HANDLER = _ConsoleHandler()

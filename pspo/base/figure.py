@@ -1,7 +1,6 @@
 """One look for all figures of the package, the names at the right ends of curves, and PNG files."""
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,16 +8,13 @@ from matplotlib import rc_params_from_file, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pspo.base.files import write_bytes
+
 STYLE = Path(__file__).with_name("figure.mplstyle")
 
-styled = style.context(STYLE)
-"""Decorator: the figures that a function draws have the look of ``figure.mplstyle``."""
-
-COLORS: list[str] = rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]
-"""The style's cycle of colours as ``#rrggbb``, for pages that matplotlib does not draw."""
-
-BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "C3"
-"""The first colours of the style's cycle."""
+styled = style.context(STYLE)  # decorator: the figures that a function draws have the look of ``figure.mplstyle``
+COLORS: list[str] = rc_params_from_file(STYLE)["axes.prop_cycle"].by_key()["color"]  # the style's cycle as ``#rrggbb``
+BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "C3"  # the first colours of the style's cycle
 
 
 def png(figure: Figure, dpi: int) -> bytes:
@@ -29,17 +25,12 @@ def png(figure: Figure, dpi: int) -> bytes:
 
 
 def write_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Write the figure; a reader sees the old file or the new one, never a part."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(png(figure, dpi))
-    new.replace(path)
+    """Write the figure as a whole file."""
+    write_bytes(path, png(figure, dpi))
 
 
 def name_curves(axes: Axes, names: Sequence[tuple[float, str, str]], spacing: float) -> None:
-    """Write names at the right edge of the axes, each as near to its curve's end as the other names allow.
-
-    ``names`` are (y at the curve's end, text, colour); ``spacing``, a share of the axes' height, parts two names.
-    """
+    """Write names, (y at the curve's end, text, colour), right of the axes, ``spacing`` of their height apart."""
     axes.set_ylim(axes.get_ylim())
     ordered = sorted(names, key=lambda name: name[0])
     heights = [(axes.transScale + axes.transLimits).transform((1.0, y))[1] for y, _, _ in ordered]

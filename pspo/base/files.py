@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
+from pspo.base.schema import ConfigError
+
 PACKAGE = Path(__file__).parents[1]
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-"""The folder of YAML files: inside an installed wheel's package, in a checkout beside the package."""
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel, or in a checkout
 
 
 class SaveError(RuntimeError):
@@ -22,15 +23,20 @@ class SaveError(RuntimeError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, at any instant and after any crash, sees the old text or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file in UTF-8 as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, at any instant and after any crash, sees the old content or the new one."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        _sync(beside)
-        beside.replace(path)
+        new.write_bytes(content)
+        _sync(new)
+        new.replace(path)
         _sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -41,8 +47,8 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
     return {}
 
 
@@ -50,24 +56,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def new_directory(directory: Path) -> Iterator[Path]:
     """An empty directory to fill, which takes the place of ``directory`` when the block ends, flushed to the disk.
 
-    If the block fails, ``directory`` stays as it was and no other file is left. One process at a time, as the files
-    that a killed process left are removed.
+    If the block fails, ``directory`` stays as it was. One process at a time: what a killed one left is removed.
     """
-    beside, old = (directory.with_name(f".{directory.name}.{word}") for word in ("new", "old"))
-    shutil.rmtree(beside, ignore_errors=True)
+    new, old = (directory.with_name(f".{directory.name}.{word}") for word in ("new", "old"))
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for path in (beside, *beside.rglob("*")):
+        new.mkdir(parents=True)
+        yield new
+        for path in (new, *new.rglob("*")):
             _sync(path)
         if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
             directory.rename(old)
-        beside.rename(directory)
+        new.rename(directory)
         _sync(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -81,8 +86,7 @@ def _sync(path: Path) -> None:
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal; a process reads an unchanged file once."""
-    about = path.stat()
-    return _digest(path, about.st_mtime_ns, about.st_size)
+    return _digest(path, path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @functools.cache
@@ -94,6 +98,17 @@ def _digest(path: Path, modified_ns: int, size: int) -> str:
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, by libyaml where PyYAML has it: ten times as fast. Raises yaml.YAMLError."""
     return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def read_keys(path: Path, which: str, loader: Any = yaml.SafeLoader) -> dict[str, Any]:
+    """The keys in a YAML file, {} where it is empty. Raises ConfigError, which says ``which`` keys belong there."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys{which}")
+    return values
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -112,20 +127,20 @@ class JsonLines:
         path.touch()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line; it is with the operating system when this returns. Raises ValueError for NaN and infinity."""
+        """Add one line. Raises ValueError for NaN and infinity."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         return read_lines(self.path)
 
+    def num_rows(self) -> int:
+        return self.path.read_bytes().count(b"\n")
+
     def sync(self) -> int:
         """Flush the appended lines to the disk; returns the number of lines."""
         _sync(self.path)
         return self.num_rows()
-
-    def num_rows(self) -> int:
-        return self.path.read_bytes().count(b"\n")
 
     def cut(self, num_rows: int) -> None:
         """Drop all lines but the first ``num_rows``. Lines are counted, as their bytes may depend on the clock."""

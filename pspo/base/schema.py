@@ -1,8 +1,7 @@
 """Typed configuration keys.
 
-A block of the configuration is a frozen dataclass that stands in the module that uses it and owns its fields, their
-ranges and their one-line meanings; the values stand in ``conf/`` and nowhere else. ``build`` turns plain mappings into
-that tree and refuses, in one sentence, what does not fit.
+A block of the configuration is a frozen dataclass that stands in the module that uses it; the values stand in ``conf/``
+and nowhere else. ``build`` turns plain mappings into that tree and refuses, in one sentence, what does not fit.
 """
 
 import dataclasses
@@ -20,10 +19,7 @@ class ConfigError(ValueError):
 
 
 def key(meaning: str, *, within: str | None = None, why: str | None = None, path: bool = False) -> Any:
-    """Declare one configuration key: its one-line meaning and, for numbers, an interval such as ``[0, 1)``.
-
-    ``why`` gives the reason for the interval in its error. In a ``path`` the home directory may be written ``~``.
-    """
+    """Declare one key: its meaning, for numbers an interval such as ``[0, 1)`` and why, whether ``~`` is expanded."""
     return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why, "path": path})
 
 
@@ -32,8 +28,7 @@ class Schema:
     """Base of every configuration block; ``class Rollout(Schema, block="rollout")`` names where its keys live."""
 
     block: ClassVar[str] = ""
-    kinds: ClassVar[Mapping[str, Any]]
-    """On the base class of a block that is one of several kinds: the class of each ``name``, or what finds it."""
+    kinds: ClassVar[Mapping[str, Any]]  # of a block of several kinds: the class of each ``name``, or a function to it
 
     def __init_subclass__(cls, block: str | None = None) -> None:
         super().__init_subclass__()
@@ -42,9 +37,8 @@ class Schema:
 
     def __post_init__(self) -> None:
         """Check every field's type and interval. Raises ConfigError."""
-        hints = fields_of(type(self))
-        for field in dataclasses.fields(self):
-            _check(self.dotted(field.name), getattr(self, field.name), hints[field.name], field.metadata)
+        for name, hint in fields_of(type(self)).items():
+            _check(self.dotted(name), getattr(self, name), hint, self.__dataclass_fields__[name].metadata)
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -61,7 +55,6 @@ class Schema:
         return f"{cls.block}.{name}" if cls.block else name
 
     def refuse(self, name: str, reason: str) -> ConfigError:
-        """The error for a field whose value does not fit the others."""
         return ConfigError(f"{self.dotted(name)}={getattr(self, name)!r}: {reason}")
 
 
@@ -71,7 +64,7 @@ S = TypeVar("S", bound=Schema)
 def fields_of(cls: type[Schema]) -> dict[str, Any]:
     """Field name -> resolved type, in order of declaration."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def build(cls: type[S], values: Mapping[str, Any]) -> S:
@@ -83,27 +76,23 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
             inner = f".{next(iter(value))}" if isinstance(value, Mapping) and value else ""
             tree = [dotted for dotted, _, _ in keys_of(cls, values)]
             raise unknown(cls.dotted(name) + inner, [cls.dotted(known) for known in hints], tree=tree)
-    missing = [cls.dotted(name) for name in hints if values.get(name, "???") == "???"]  # OmegaConf's mark
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value; set it with {missing[0]}=<value>")
-    checked = {}
-    for field in dataclasses.fields(cls):
-        value, hint = values[field.name], hints[field.name]
+    built = {}
+    for name, hint in hints.items():
+        value = values.get(name, "???")
+        if isinstance(value, str) and value == "???":  # OmegaConf's mark
+            raise ConfigError(f"{cls.dotted(name)} has no value; set it with {cls.dotted(name)}=<value>")
         if isinstance(value, Mapping) and (block := _block(hint)):
             value = build(block, value)
         elif type(value) is int and float in _options(hint):
             value = float(value)
-        elif isinstance(value, str) and field.metadata.get("path"):
+        elif isinstance(value, str) and cls.__dataclass_fields__[name].metadata.get("path"):
             value = os.path.expanduser(value)
-        checked[field.name] = value
-    return cls(**checked)
+        built[name] = value
+    return cls(**built)
 
 
 def unknown(name: str, known: Iterable[str], noun: str = "key", tree: Sequence[str] = ()) -> ConfigError:
-    """The error for a misspelt name, with the nearest known name and all known names.
-
-    The name is compared with the last part of a key in ``tree`` too: ``lr`` is near to ``optimizer.lr``.
-    """
+    """The error for a misspelt name, with the nearest of the known names and of the ends of the keys in ``tree``."""
     known, tree = list(known), sorted(tree, key=lambda key: key.count("."))
     near = [key for key in tree if key.endswith(f".{name}")]
     near = [key for key in near if key.count(".") == near[0].count(".")]  # optimizer.lr, not model.warm_start.lr
@@ -124,8 +113,7 @@ def keys_of(cls: type[Schema], values: Mapping[str, Any]) -> Iterator[tuple[str,
             yield cls.dotted(name), cls.__dataclass_fields__[name], value
 
 
-as_dict = dataclasses.asdict
-"""The configuration tree as plain dictionaries, lists and scalars, for files."""
+as_dict = dataclasses.asdict  # the configuration tree as plain dictionaries, lists and scalars
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,9 +135,8 @@ def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
     if value is not None and (interval := about.get("within")):
         low, high = map(float, interval[1:-1].split(","))
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
+        is_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+        if not (low < value < high or is_end):
             why = f": {about['why']}" if about["why"] else ""
             raise ConfigError(f"{name} must be in {interval}, got {value!r}{why}")
 

@@ -39,9 +39,7 @@ def source_files(named: str) -> list[Path]:
 
 @functools.cache
 def _import_file(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(str(file), file)  # its path is a name that no other file has
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(str(file), file)  # its path is a name that no other file has
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a dataclass in the file looks itself up there
     spec.loader.exec_module(module)

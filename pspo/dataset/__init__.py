@@ -5,23 +5,18 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 from pspo.base.files import digest
 from pspo.base.schema import ConfigError, Schema, key, unknown
 from pspo.base.stream import Stream, generator
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, Splits
-from pspo.dataset.prompt import prompt_date, render
+from pspo.dataset.prompt import Prompt, encode, prompt_date, render
 from pspo.host import hub
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
     "DatasetConfig", "EmbeddedConfig", "Problem", "Prompt", "Splits", "check", "check_set", "digests", "encode", "load",
@@ -54,7 +49,6 @@ class DatasetConfig(Schema, block="dataset"):
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        """The embedded task has sizes of its own."""
         return cast(type[Self], EmbeddedConfig) if values.get("name") == "embedded" else cls
 
 
@@ -66,7 +60,6 @@ class EmbeddedConfig(DatasetConfig):
     num_test: int = key("test problems to make", within="[1, inf)")
 
     def __post_init__(self) -> None:
-        """Refuse a path, which nothing would read."""
         super().__post_init__()
         for name, split in (("num_validation", "validation"), ("num_test", "test")):
             if getattr(self, name) > (num := len(embedded.tales()[split])):
@@ -75,54 +68,39 @@ class EmbeddedConfig(DatasetConfig):
             raise self.refuse("path", "dataset=embedded is made, not read; use dataset=jsonl for a file of your own")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A problem, its rendered question, and in training its place in the data order."""
-
-    problem: Problem
-    token_ids: list[int]
-    place: int = 0
-
-
 def check(config: DatasetConfig, *, training: bool = False) -> None:
-    """Refuse a path that does not exist or holds no known format, and ``training`` on a test set.
-
-    A test set is a source without a training split: MATH-500, ASDiv, and a path that holds test problems only, such as
-    the authors' SVAMP.json. Reads no rows, no network. Raises ConfigError.
-    """
+    """Refuse a path without known files, and ``training`` where there is no training split. Raises ConfigError."""
     if isinstance(config, EmbeddedConfig):
         return
     if config.path is None and config.name == "jsonl":
         raise config.refuse("path", "dataset=jsonl needs dataset.path=<file, or folder with train.jsonl>")
-    known = present = [split for source in sources.SETS[config.name] for split in source.splits.values()]
+    splits = [split for source in sources.SETS[config.name] for split in source.splits.values()]
     if config.path is not None:
-        present = [split for _, split, _ in sources.locate(config.name, config.path)]
-    if training and "train" not in present:
-        if "train" in known:
-            raise config.refuse("path", "holds test problems only: add a train file, or set budget.steps=0 to evaluate")
-        near, remedy = "math" if config.name == "math500" else "gsm8k", "or set budget.steps=0 to evaluate"
-        raise ConfigError(f"dataset={config.name} is a test set: train on dataset={near}, {remedy}")
+        splits = [split for _, split, _ in sources.locate(config.name, config.path)]
+    if training and "train" not in splits:
+        near, place = "math" if config.name == "math500" else "gsm8k", f" in {config.path}" if config.path else ""
+        remedy = f"train on dataset={near}, add a train file, or set budget.steps=0 to evaluate"
+        raise ConfigError(f"dataset={config.name} is a test set{place}: {remedy}")
 
 
 def digests(config: DatasetConfig) -> dict[str, str]:
-    """The identity of the files read: SHA-256 of each file of ``dataset.path``, or the commit of each hub repository.
+    """SHA-256 of each file of ``dataset.path``, or the commit of each hub repository. Raises ConfigError."""
+    return _digests(config.name, config.path)
 
-    Empty for the embedded task, which the configuration alone determines. Raises ConfigError.
-    """
-    if config.path is None:
-        asked, repos = f"dataset={config.name}", [source.repo for source in sources.SETS.get(config.name, [])]
-        return {repo: hub.commit(repo, "dataset", asked) for repo in repos}
-    return {str(path): digest(path) for *_, paths in sources.locate(config.name, config.path) for path in paths}
+
+def _digests(name: str, path: str | None) -> dict[str, str]:
+    if path is None:
+        repos = [source.repo for source in sources.SETS.get(name, [])]
+        return {repo: hub.commit(repo, "dataset", f"dataset={name}") for repo in repos}
+    return {str(file): digest(file) for *_, files in sources.locate(name, path) for file in files}
 
 
 def load(config: DatasetConfig, seed: int) -> Splits:
-    """All problems of a data set; a few MB at most, downloaded if need be.
+    """All problems of a data set, downloaded if need be. Raises ConfigError.
 
     As in the paper's protocol (arXiv 2509.21282) the training problems are shuffled by the run's seed and the last
-    ``num_validation`` held out: 7000 and 473 for GSM8K. Of a source with a validation file, and of the embedded task,
-    whose splits are fixed, the first ``num_validation`` validation problems are taken. Training problems with the
-    question of a held-out problem, word for word, are left out; a test set has none. The same ``shots`` of them, with
-    every seed, are held out as examples. Raises ConfigError.
+    ``num_validation`` held out: 7000 and 473 for GSM8K. Where there is a validation split, its first problems are
+    taken. The same ``shots`` of the training problems, with every seed, are held out as examples.
     """
     check(config)
     if isinstance(config, EmbeddedConfig):
@@ -137,90 +115,64 @@ def load(config: DatasetConfig, seed: int) -> Splits:
     shots = _limit([problem for problem in train if problem.solution], config.shots)
     if len(shots) < config.shots:
         raise config.refuse("shots", f"there are only {len(shots)} training problems with a solution")
-    train = [problem for problem in train if problem not in shots] if shots else train
-    num, validation = config.num_validation, pool.get("validation", [])
-    if train and "validation" not in pool:
-        if len(train) <= num:
+    train = [problem for problem in train if problem not in shots]
+    num, validation = config.num_validation, pool.get("validation")
+    if validation is None:
+        if 0 < len(train) <= num:
             raise config.refuse("num_validation", f"must be less than the {len(train)} training problems")
         shuffled = [train[i] for i in _permutation(len(train), seed, Stream.SPLIT)]
         train, validation = shuffled[: len(train) - num], shuffled[len(train) - num :]
-    elif "validation" in pool and len(validation) < num:
+    elif len(validation) < num:
         raise config.refuse("num_validation", f"there are only {len(validation)} validation problems")
-    validation = validation[:num]
     limited = {name: _limit(rows, config.test_limit) for name, rows in test.items()}
-    return Splits(_without(train, validation), validation, limited, shots)
+    return Splits(_without(train, validation[:num]), validation[:num], limited, shots)
 
 
 def load_set(config: DatasetConfig, name: str, folder: str | None) -> list[Problem]:
-    """The problems of one test set by a data set's name, or by a path as dataset=jsonl has it.
+    """The problems of one test set by its name, from ``folder/name`` or the hub, or by a path as dataset=jsonl has it.
 
-    Read from ``folder/name``, or without a folder from the hub; of a user's own files the test problems, or the only
-    file. Raises ConfigError.
+    Of a user's own files the test problems, or the only file. Raises ConfigError.
     """
     if name == "embedded":
-        return _limit(embedded.load("test", len(embedded.tales()["test"])), config.test_limit)
+        return _limit(embedded.load("test"), config.test_limit)
     located = sources.locate(*_place(name, folder))
-    tests = [found for found in located if found[1] == "test"] or located[: int(name not in sources.SETS)]
+    tests = [split for split in located if split[1] == "test"] or located[: int(name not in sources.SETS)]
     if not tests:
         raise ConfigError(
             f"evaluate.sets: {name} in {folder} has no test problems; give a folder that holds test files"
         )
-    return _limit([problem for found in tests for problem in sources.read(*found)], config.test_limit)
+    return _limit([problem for split in tests for problem in sources.read(*split)], config.test_limit)
 
 
 def check_set(name: str, folder: str | None) -> None:
     """Refuse an unknown test set, or a path that holds none, without network. Raises ConfigError."""
-    known, path = (name, None) if name == "embedded" else _place(name, folder)
+    known, path = _place(name, folder)
     if path is not None:
         sources.locate(known, path)
 
 
 def set_digests(name: str, folder: str | None) -> dict[str, str]:
     """As ``digests``, for a test set of ``load_set``; known names and existing paths alone. Raises ConfigError."""
-    if name == "embedded":
-        return {}
-    known, path = _place(name, folder)
-    if path is None:
-        return {source.repo: hub.commit(source.repo, "dataset", f"dataset={name}") for source in sources.SETS[known]}
-    return {str(file): digest(file) for *_, files in sources.locate(known, path) for file in files}
+    return _digests(*_place(name, folder))
 
 
 def _place(name: str, folder: str | None) -> tuple[str, str | None]:
-    """The data set and the path, None for the hub, that the name of a test set means. Raises ConfigError."""
-    if name in sources.SETS and name != "jsonl":
-        if folder is not None and not Path(folder, name).exists():
-            raise ConfigError(f"evaluate.path={folder!r} has no {name}; give a folder that holds one for each data set")
-        return name, None if folder is None else str(Path(folder, name))
-    if re.search(r"[/.]", name):
-        return "jsonl", os.path.expanduser(name)
-    known = [*(known for known in sources.SETS if known != "jsonl"), "embedded", "validation"]
-    raise ConfigError(f"{unknown(name, known, 'evaluate.sets')}, or the path of a file of your own")
-
-
-def encode(
-    tokenizer: "Tokenizer", config: DatasetConfig, problems: list[Problem], today: date | None = None,
-    shots: Sequence[Problem] = (),
-) -> tuple[list[Prompt], int]:  # fmt: skip
-    """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
-
-    ``today`` is what ``prompt_date`` returned. Raises ConfigError where the chat template refuses a prompt, or leaves
-    the system prompt out.
-    """
-    questions = [problem.question for problem in problems]
-    form = partial(render, tokenizer, today=today, prompt=config.prompt, shots=shots)
-    rendered = form(config.system_prompt, questions)
-    if config.system_prompt and rendered[:1] == form("", questions[:1]) != []:
-        raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
-    prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
-    short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
-    return short, len(prompts) - len(short)
+    """The data set and the path, None without files of ours, that the name of a test set means. Raises ConfigError."""
+    known = [*(known for known in sources.SETS if known != "jsonl"), "embedded"]
+    if name not in known:
+        if re.search(r"[/.]", name):
+            return "jsonl", os.path.expanduser(name)
+        refusal = unknown(name, [*known, "validation"], "evaluate.sets")
+        raise ConfigError(f"{refusal}, or the path of a file of your own")
+    if folder is None or name == "embedded":
+        return name, None
+    if not Path(folder, name).exists():
+        raise ConfigError(f"evaluate.path={folder!r} has no {name}; give a folder that holds one for each data set")
+    return name, str(Path(folder, name))
 
 
 def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:
-    """Problems number ``start`` to ``start + count`` of an endless sequence of epochs, each a shuffle of all problems.
-
-    Epoch e is a permutation drawn from (seed, e) alone, so the position in the data is one integer.
-    """
+    """Problems number ``start`` to ``start + count`` of endless epochs, each a shuffle drawn from (seed, epoch)."""
     epochs = range(start // num_problems, (start + count - 1) // num_problems + 1)
     indices = [index for epoch in epochs for index in _permutation(num_problems, seed, Stream.ORDER, epoch)]
     return indices[start % num_problems :][:count]
@@ -239,12 +191,8 @@ def _limit(problems: list[Problem], num: int | None) -> list[Problem]:
 
 def _without(train: list[Problem], held_out: Iterable[Problem]) -> list[Problem]:
     """The training problems whose question, in any case and spacing, is not that of a held-out problem."""
-
-    def words(problem: Problem) -> str:
-        return " ".join(problem.question.lower().split())
-
-    held_out_questions = {words(problem) for problem in held_out}
-    remaining = [problem for problem in train if words(problem) not in held_out_questions]
+    questions = {tuple(problem.question.lower().split()) for problem in held_out}
+    remaining = [problem for problem in train if tuple(problem.question.lower().split()) not in questions]
     if len(remaining) < len(train):
         log.warning("left out %d training problems that are held-out problems too", len(train) - len(remaining))
     return remaining

@@ -1,8 +1,8 @@
 """The embedded task: two-step word problems in GSM8K's form, written by this module, so that a run needs no download.
 
 A problem is a tale, which is a story family with three numbers of 2 to 10, and the words that the story is told in. A
-hash assigns each tale to one split for ever: no tale stands in two splits, and the test set is the same for every seed
-and every size of the training set. A hash of the problem's id draws its person, things and container.
+hash assigns each tale to one split for ever, so that the test set is the same for every seed and every size of the
+training set. A hash of the problem's id draws its person, things and container.
 """
 
 import functools
@@ -50,19 +50,19 @@ LARGEST_RESULT = 100  # so that a policy has few sums and products to learn, and
 TEST_SHARE, VALIDATION_SHARE = 1 / 8, 1 / 16  # of all tales; the rest is for training
 
 Tale = tuple[str, int, int, int]  # family, a, b, c
+TALE_NAME = "{}/{}-{}-{}"
 
 
-def load(split: str, num: int) -> list[Problem]:
-    """The first ``num`` problems of a split; after its last tale the first one comes again in other words."""
+def load(split: str, num: int | None = None) -> list[Problem]:
+    """The first ``num`` problems, or all, of a split; after its last tale the first one comes again in other words."""
     dealt = tales()[split]
-    return [make(dealt[i % len(dealt)], i // len(dealt)) for i in range(num)]
+    return [make(dealt[i % len(dealt)], i // len(dealt)) for i in range(len(dealt) if num is None else num)]
 
 
 def make(tale: Tale, variant: int) -> Problem:
     """The problem with id ``embedded/<family>/<a>-<b>-<c>/<variant>``."""
-    family, values = FAMILIES[tale[0]], _solve(tale)
-    name = f"embedded/{_name(tale)}/{variant}"
-    dice = _digest(name)
+    family, values, name = FAMILIES[tale[0]], _solve(tale), f"embedded/{TALE_NAME.format(*tale)}/{variant}"
+    dice = hashlib.sha256(name.encode()).digest()
     person, things, bag = (words[dice[i] % len(words)] for i, words in enumerate((NAMES, THINGS, BAGS)))
     words = {"name": person, "things": things, "bag": bag, "bags": f"{bag}s"}
     first, second = (
@@ -78,9 +78,9 @@ def tales() -> dict[str, list[Tale]]:
     """The tales of the splits "train", "validation" and "test"."""
     every = itertools.product(FAMILIES, NUMBERS, NUMBERS, NUMBERS)
     usable = [tale for tale in every if all(1 <= _solve(tale)[result] <= LARGEST_RESULT for result in "xy")]
-    usable.sort(key=lambda tale: _digest(_name(tale)))
-    test, held_out = (int(share * len(usable)) for share in (TEST_SHARE, VALIDATION_SHARE))
-    held_out += test
+    usable.sort(key=lambda tale: hashlib.sha256(TALE_NAME.format(*tale).encode()).digest())
+    test = int(TEST_SHARE * len(usable))
+    held_out = test + int(VALIDATION_SHARE * len(usable))
     return {"test": usable[:test], "validation": usable[test:held_out], "train": usable[held_out:]}
 
 
@@ -91,11 +91,3 @@ def _solve(tale: Tale) -> dict[str, int]:
         m, n = values[step[0]], values[step[2]]
         values[result] = {"+": m + n, "-": m - n, "*": m * n, "/": 0 if m % n else m // n}[step[1]]
     return values
-
-
-def _name(tale: Tale) -> str:
-    return "{}/{}-{}-{}".format(*tale)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

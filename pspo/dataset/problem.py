@@ -1,22 +1,22 @@
 """The records that every data set is read into, and the notation of their answers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer; ``id`` is unique and stable, the sampler's random numbers are keyed by it.
-
-    ``extra`` holds every further column of the problem's row by name, as its file has it; a reward may read them.
-    """
+    """One question with its gold answer; ``id`` is unique and stable, the sampler's random numbers are keyed by it."""
 
     id: str
     question: str
     answer: str  # the final answer only: "18"
     solution: str = ""  # gold working that ends in "#### 18"; "" where the source has none
-    extra: Mapping[str, object] = field(default_factory=dict, hash=False)
+    extra: Mapping[str, object] = field(default_factory=dict, hash=False)  # every further column of its row, by name
+
+
+Problems = Sequence[Problem]
 
 
 @dataclass(frozen=True)

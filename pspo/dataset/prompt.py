@@ -3,7 +3,9 @@
 import contextlib
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,18 +14,24 @@ from jinja2 import TemplateError
 
 from pspo.base.files import write_text
 from pspo.base.schema import ConfigError
-from pspo.dataset.problem import Problem
+from pspo.dataset.problem import Problem, Problems
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-PLAIN = "Question: {question}\nAnswer:"
-"""The prompt of a model without a chat template, such as many a base model."""
+    from pspo.dataset import DatasetConfig
 
-ROLES = ("user", "assistant")
+PLAIN = "Question: {question}\nAnswer:"  # the prompt of a model without a chat template, such as many a base model
+CLOCK = "strftime_now"  # the one function by which transformers lets a chat template see the clock
 
-CLOCK = "strftime_now"
-"""The one function by which transformers lets a chat template see the clock, as Llama 3.2's does."""
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem, its rendered question, and in training its place in the data order."""
+
+    problem: Problem
+    token_ids: list[int]
+    place: int = 0
 
 
 def render(
@@ -34,11 +42,8 @@ def render(
 
     By the tokenizer's chat template, in which each of ``shots`` is a turn of the user and one of the assistant. With
     ``prompt``, and where the tokenizer has no chat template, as plain text: ``prompt`` or else ``PLAIN`` with the
-    question in the place of {question}, behind the system prompt and the examples, parted by empty lines.
-
-    An empty ``system_prompt`` sends no system message; a template may then put in one of its own, as Qwen's does. A
-    template that prints the date prints ``today``, by default the day of the call. Raises ConfigError where the
-    template refuses.
+    question in the place of {question}, behind the system prompt and the examples. A template that prints the date
+    prints ``today``, by default the day of the call. Raises ConfigError where the template refuses.
     """
     if prompt is not None or not tokenizer.chat_template:
         form = prompt or PLAIN
@@ -49,10 +54,10 @@ def render(
     template = (_clock(today) if today else "") + _template(tokenizer)
     if not questions:
         return []
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    turns = [(shot.question, shot.solution) for shot in shots]
-    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
-    messages = [[*system, *talk, {"role": "user", "content": question}] for question in questions]
+    turns = [("system", system_prompt)] if system_prompt else []
+    turns += [turn for shot in shots for turn in (("user", shot.question), ("assistant", shot.solution))]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    messages = [[*talk, {"role": "user", "content": question}] for question in questions]
     try:
         ids = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -63,15 +68,32 @@ def render(
             with contextlib.suppress(ConfigError):
                 render(tokenizer, "", questions[:1], today)
                 remedy = 'it writes prompts without a system message alone; set dataset.system_prompt=""'
-        raise ConfigError(f"the chat template of {_name(tokenizer)} refuses: {error}; {remedy}") from error
+        name = tokenizer.name_or_path or "this model"
+        raise ConfigError(f"the chat template of {name} refuses: {error}; {remedy}") from error
     return cast(list[list[int]], ids)
+
+
+def encode(
+    tokenizer: "Tokenizer", config: "DatasetConfig", problems: Problems, today: date | None = None, shots: Problems = ()
+) -> tuple[list[Prompt], int]:
+    """The prompts of at most ``max_prompt_tokens``, in order, and the number of longer ones, which are dropped.
+
+    Raises ConfigError where the chat template refuses a prompt, or leaves the system prompt out.
+    """
+    questions = [problem.question for problem in problems]
+    form = partial(render, tokenizer, today=today, prompt=config.prompt, shots=shots)
+    rendered = form(config.system_prompt, questions)
+    if config.system_prompt and rendered[:1] == form("", questions[:1]) != []:
+        raise config.refuse("system_prompt", 'the model\'s chat template leaves it out; set dataset.system_prompt=""')
+    prompts = [Prompt(problem, token_ids) for problem, token_ids in zip(problems, rendered, strict=True)]
+    short = [prompt for prompt in prompts if len(prompt.token_ids) <= config.max_prompt_tokens]
+    return short, len(prompts) - len(short)
 
 
 def prompt_date(tokenizer: "Tokenizer", group_directory: Path) -> date | None:
     """The day that all prompts of a group print, or None where the chat template does not print the date.
 
-    The group's first run writes the file ``prompt_date`` into the group's directory. A run that is resumed on another
-    day, and an arm that begins on another day, so see the same prompts. Raises ConfigError.
+    The group's first run writes it into the file ``prompt_date`` of the group's directory. Raises ConfigError.
     """
     if not tokenizer.chat_template or CLOCK not in _template(tokenizer):
         return None
@@ -92,18 +114,13 @@ def _template(tokenizer: "Tokenizer") -> str:
     except ValueError:  # several with names
         several = f"the chat templates {', '.join(sorted(tokenizer.chat_template))} and none named default"
         remedy = "put a chat_template.jinja into the model's folder, or set dataset.prompt"
-        raise ConfigError(f"the tokenizer of {_name(tokenizer)} has {several}; {remedy}") from None
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has {several}; {remedy}"
+        ) from None
 
 
 def _clock(today: date) -> str:
-    """A macro that replaces ``CLOCK`` in the template behind it, as transformers 5.23 passes strings only.
-
-    It replaces every directive that ``strftime`` can know, such as ``%d`` and ``%-d``, by the day's text.
-    """
+    """A macro that replaces ``CLOCK`` in the template behind it: each directive of ``strftime`` by the day's text."""
     directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
     replaced = "".join(f"|replace({directive!r}, {today.strftime(directive)!r})" for directive in directives)
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
-
-
-def _name(tokenizer: "Tokenizer") -> str:
-    return tokenizer.name_or_path or "this model"

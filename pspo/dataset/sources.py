@@ -1,18 +1,55 @@
-"""The real data sets: the repository, the files and the rows of each."""
+"""The real data sets: the repository, the files and the rows of each; JSON, JSON lines, Parquet, Arrow and XML."""
 
+import contextlib
+import json
+import math
 import re
-from collections.abc import Callable
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pspo.base.schema import ConfigError
-from pspo.dataset import files
-from pspo.dataset.files import READERS, Row
 from pspo.dataset.problem import Problem, boxed, worked
 from pspo.host import hub
 
 # train.jsonl, train-00000-of-00001.parquet and the folder train, but not train_socratic.jsonl
 SPLIT = re.compile(r"(train|validation|test)(-\d+-of-\d+.*)?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The named fields of one problem and the place they were read from."""
+
+    fields: Mapping[str, object]
+    where: str
+
+    def error(self, reason: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {reason}")
+
+    def text(self, *names: str) -> str:
+        """The value of the first of ``names`` that the row has: text that is not blank. Raises ConfigError."""
+        for name in names:
+            value = self.fields.get(name)
+            if isinstance(value, str) and value.strip():
+                return value.strip()
+            if value is not None:
+                raise self.error(f"{name} must be text that is not blank, got {value!r}")
+        raise self.error(f"{' or '.join(names)} is missing; the row has {', '.join(self.fields) or 'no fields'}")
+
+    def scalar(self, name: str) -> str:
+        """Like ``text``, and a number is taken too: 51.0 becomes "51"."""
+        value = self.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return self.text(name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.error(f"{name} must be a finite number, got {value!r}")
+        return str(int(value)) if value == int(value) else str(value)
+
+    def has(self, name: str) -> bool:
+        """Whether the row has an optional field, not null and not empty."""
+        return self.fields.get(name) not in (None, "")
 
 
 @dataclass(frozen=True)
@@ -29,46 +66,35 @@ class Source:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # theirs -> ours
 
     def find(self, path: Path) -> dict[str, list[Path]]:
-        """The files of each split, by our names, under ``path``, a file or a folder.
+        """The files of each split, by our names, under ``path``, a file or a folder. Raises ConfigError.
 
-        A file belongs to a split by its own name or by that of a folder above it. Raises ConfigError where no wanted
-        split is there, or a split in two formats.
+        A file belongs to a split by its own name or by that of a folder above it.
         """
-        with files.readable(path):
-            theirs = self._find(path)
-        ours = {self.splits[split]: paths for split, paths in theirs.items() if split in self.splits}
-        if not ours:
-            wanted = " or ".join(self.splits)
-            raise ConfigError(f"{path} holds no {wanted} file, only {', '.join(theirs)}; dataset={self.name} needs it")
-        return ours
-
-    def _find(self, path: Path) -> dict[str, list[Path]]:
-        formats = ", ".join(READERS)
-        if path.is_file():
-            if path.suffix not in READERS:
+        formats, files = ", ".join(READERS), dict[str, list[Path]]()
+        with _readable(path):
+            if path.is_file() and path.suffix not in READERS:
                 raise ConfigError(f"dataset.path={str(path)!r}: the format must be one of {formats}")
-            return {_split(Path(path.name)) or self.lone: [path]}
-        if not path.is_dir():
-            raise ConfigError(f"dataset.path={str(path)!r} does not exist; give the file or folder that holds the data")
-        if self.whole and (path / self.whole).is_file():
-            return {self.lone: [path / self.whole]}
-        root = path / self.subset if (path / self.subset).is_dir() else path
-        theirs: dict[str, list[Path]] = {}
-        for file in sorted(root.rglob("*")):
-            split = _split(file.relative_to(root))
-            if split and file.suffix in READERS and file.is_file():
-                theirs.setdefault(split, []).append(file)
-        if not theirs:
+            if not path.exists():
+                raise ConfigError(f"dataset.path={str(path)!r} does not exist; give the file or folder with the data")
+            lone = path if path.is_file() else path / self.whole
+            if lone.is_file():
+                splits = {lone: _split(Path(lone.name)) or self.lone}
+            else:
+                root = path / self.subset if (path / self.subset).is_dir() else path
+                splits = {file: _split(file.relative_to(root)) for file in sorted(root.rglob("*"))}
+            for file, split in splits.items():
+                if split in self.splits and file.suffix in READERS and file.is_file():
+                    files.setdefault(self.splits[split], []).append(file)
+        if not files:
+            wanted = " or ".join([self.whole, *self.splits] if self.whole else self.splits)
             raise ConfigError(
-                f"{path} holds no {self.whole and f'{self.whole} or '}train, validation or test file in one of the "
-                f"formats {formats}; set dataset.path to a folder with such files, as in train.jsonl or "
-                "main/test-00000-of-00001.parquet"
+                f"{path} holds no {wanted} file in one of the formats {formats}; dataset={self.name} needs one, as in "
+                "train.jsonl or main/test-00000-of-00001.parquet"
             )
-        for split, paths in theirs.items():
-            suffixes = sorted({file.suffix for file in paths})
-            if len(suffixes) > 1:
+        for split, paths in files.items():
+            if len(suffixes := sorted({file.suffix for file in paths})) > 1:
                 raise ConfigError(f"{path} holds {split} as {' and as '.join(suffixes)}; keep one of them there")
-        return theirs
+        return files
 
 
 def gsm8k(row: Row) -> Problem:
@@ -138,16 +164,14 @@ def locate(name: str, path: str | None) -> list[tuple[Source, str, list[Path]]]:
     """Source, split and files of each split of data set ``name``: under ``path``, else in the hub's cache.
 
     Fetched where the cache lacks them. Raises ConfigError. Not ``datasets.load_dataset``: offline it reads only a copy
-    that it has itself prepared before, not the files of ``hf download`` or of a copied cache, and without a network it
-    retries for 23 s (datasets 5.2.0).
+    that it has itself prepared before, not the files of ``hf download`` or of a copied cache.
     """
 
     def place(source: Source) -> Path:
         if path is not None:  # MATH stands in two repositories, so in two folders
             return Path(path) / source.repo.partition("/")[2] if len(SETS[name]) > 1 else Path(path)
-        asked, instead = f"dataset={name}", "set dataset.path=<folder with the files>"
-        patterns = ["*.parquet", "*.jsonl"]
-        return hub.locate(source.repo, patterns, source.find, asked=asked, kind="dataset", instead=instead)
+        instead = "set dataset.path=<folder with the files>"
+        return hub.locate(source.repo, ["*.parquet", "*.jsonl"], source.find, f"dataset={name}", "dataset", instead)
 
     return [(source, *split) for source in SETS[name] for split in source.find(place(source)).items()]
 
@@ -155,7 +179,7 @@ def locate(name: str, path: str | None) -> list[tuple[Source, str, list[Path]]]:
 def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     """The problems of one split, with ids ``<source>/<split>/<own name or index>``. Raises ConfigError."""
     problems: dict[str, Problem] = {}
-    for row in (row for path in paths for row in files.read(path)):
+    for row in (row for path in paths for row in _rows(path)):
         problem = source.parse(row)
         name = problem.id or str(len(problems))
         if name in problems:
@@ -167,6 +191,74 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     return list(problems.values())
 
 
-def _split(relative: Path) -> str | None:
+def _split(relative: Path) -> str:
     matches = map(SPLIT.fullmatch, (relative.stem, *relative.parts[:-1]))
-    return next((match[1] for match in matches if match), None)
+    return next((match[1] for match in matches if match), "")
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with _readable(path):
+        for row in READERS[path.suffix](path):
+            if not isinstance(row.fields, dict):
+                raise row.error(f"must be an object with named fields, got {type(row.fields).__name__}")
+            yield row
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn the errors of the system and of the file formats' libraries for an unreadable file into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, ET.ParseError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        remedy = "mend its name or permissions, or copy it again (a Git LFS pointer is not data)"
+        raise ConfigError(f"{path} cannot be read: {reason}; {remedy}") from error
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:  # bytes, so that only \n ends a line
+        places = ((line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
+        yield from (Row(_parse(line, where), where) for line, where in places)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    content = _parse(path.read_bytes(), str(path))
+    for number, item in enumerate(content if isinstance(content, list) else [content], start=1):
+        yield Row(item, f"{path} item {number}")
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        parsed = json.loads(content)
+        json.dumps(parsed, ensure_ascii=False).encode()  # fails for half a character, a lone "\\ud800"
+    except (ValueError, RecursionError) as error:  # ValueError: also for an integer of more digits than Python reads
+        reason = str(error).partition(";")[0]
+        raise ConfigError(f"{where} is not JSON in UTF-8: {reason}; repair or remove it") from error
+    return parsed
+
+
+def _xml(path: Path) -> Iterator[Row]:
+    for number, problem in enumerate(ET.parse(path).getroot().iter("Problem"), start=1):
+        texts = {child.tag: child.text or "" for child in problem}
+        fields = {name.lower(): text for name, text in (problem.attrib | texts).items()}
+        yield Row(fields, f"{path} problem {problem.get('ID', number)}")
+
+
+def _table(path: Path) -> Iterator[Row]:
+    import pyarrow  # here, as it is slow to import
+    from pyarrow import parquet
+
+    arrow = path.suffix == ".arrow"  # as ``save_to_disk`` of the package datasets writes it
+    table = pyarrow.ipc.open_stream(path).read_all() if arrow else parquet.ParquetFile(path).read()
+    for number, values in enumerate(zip(*table.columns, strict=True), start=1):
+        where = f"{path} row {number}"
+        try:
+            fields = {name: value.as_py() for name, value in zip(table.column_names, values, strict=True)}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{where} is not UTF-8: {error}; repair or remove it") from error
+        yield Row(fields, where)
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _table, ".arrow": _table, ".xml": _xml}

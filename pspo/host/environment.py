@@ -19,52 +19,49 @@ from pspo.base.files import PACKAGE, write_json
 from pspo.base.schema import ConfigError, dotted
 
 RECORD = "environment.json"
-COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")
-"""The dotted keys, or beginnings of keys, that may change a run's numbers; the commit and the kernel do not."""
+COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")  # may change the numbers
+PACKAGES = ("hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers", "wandb")
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-PACKAGES = ("datasets", "hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers",
-            "wandb")  # fmt: skip
+
+def processors() -> list[int]:
+    """The processors that this process may use, by number."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 def choose_threads(configured: int | None) -> int:
     """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or processors)
+    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or len(processors()))
 
 
 def settle(threads: int) -> None:
-    """Set the number of CPU threads, and keep freed memory for the next step, which needs as much again.
+    """Set the number of CPU threads, and let glibc keep freed memory for the next step, which needs as much again.
 
-    glibc would return freed blocks of some MiB to the kernel, which clears them anew: a twentieth of a tiny policy's
-    step. Another C library is left as it is.
+    The kernel would clear blocks that are returned to it: a twentieth of a tiny policy's step.
     """
     torch.set_num_threads(threads)
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**28)
+        mallopt(-3, 2**25)  # malloc.h's M_MMAP_THRESHOLD
+        mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
 
 
 def choose_device(configured: str) -> torch.device:
     """The configured device; auto is a GPU if there is one. Raises ConfigError for a GPU that is absent."""
     if configured == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device=cuda, but this process sees no GPU; ask SLURM for one (--gres=gpu:1) or set device=auto"
-        )
+        raise ConfigError("device=cuda, but this process sees no GPU; ask for one (--gres=gpu:1) or set device=auto")
     return torch.device("cuda" if configured != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def describe(threads: int, device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run, and to judge why it may differ."""
-    tracked = _git("ls-files", "--error-unmatch", "environment.py")  # else it is installed inside another repository
-    commit = _git("rev-parse", "HEAD") if tracked else None
-    changes = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
-    uncommitted = None if changes is None else bool(changes)
+    is_tracked = _git("ls-files", "--error-unmatch", "environment.py")  # else it lies inside another repository
+    git = _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") if is_tracked else ""
+    commit, _, changes = git.partition("-")
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"^model name\s*:\s*(.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    code = {"commit": commit, "uncommitted_changes": bool(changes)} if commit else {}
     return {
-        "code": {"sha256": code_digest(), "commit": commit, "uncommitted_changes": uncommitted},
+        "code": {"sha256": code_digest(), "commit": None, "uncommitted_changes": None} | code,
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -87,11 +84,8 @@ def record(directory: Path, entry: dict[str, Any]) -> list[str]:
     entries = history(directory)
     write_json(directory / RECORD, [*entries, entry])
     before, now = dotted(entries[-1] if entries else {}), dotted(entry)
-    return [
-        f"{name} was {before[name]}, is {now[name]}"
-        for name in now
-        if name.startswith(COMPARED) and before.get(name, now[name]) != now[name]
-    ]
+    changed = [name for name in now if name.startswith(COMPARED) and before.get(name, now[name]) != now[name]]
+    return [f"{name} was {before[name]}, is {now[name]}" for name in changed]
 
 
 @functools.cache
@@ -103,16 +97,14 @@ def code_digest(package: Path = PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return ""
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None

@@ -1,10 +1,9 @@
 """Stopping a run: signals, noted at any time and obeyed where stopping is safe, and the end of the job's time.
 
 SIGUSR2 (SLURM's ``--signal``, submitit, a preemption): save, then call the handler installed before ours; submitit's
-handler requeues the job. Without such a handler the process leaves with ``STATUS[SIGUSR2]``.
-SIGTERM (scancel): save, and leave with a status that requeues nothing. A cancelled job stays cancelled.
-But a job that SLURM still calls RUNNING at a SIGTERM is being preempted, without a SIGUSR2. SLURM requeues it only if
-it does not end by itself within its grace time, so that SIGTERM is handled as SIGUSR2.
+requeues the job. Without such a handler the process leaves with ``STATUS[SIGUSR2]``.
+SIGTERM (scancel): save, and leave with a status that requeues nothing. But where SLURM still calls the job RUNNING it
+is a preemption without a SIGUSR2, which ends the job for ever if it leaves by itself, so it is handled as SIGUSR2.
 """
 
 import contextlib
@@ -17,22 +16,15 @@ from types import FrameType
 from pspo.base.console import log
 from pspo.host import slurm
 
-STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}
-"""Exit statuses: 75 is sysexits' EX_TEMPFAIL, "try again"; 143 is what shells call the end by SIGTERM."""
-
-MARGIN = 1.5
-"""A checkpoint is due when the job has less time left than this many times its longest step and save."""
+STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}  # sysexits' EX_TEMPFAIL; what shells call the end by SIGTERM
+MARGIN = 1.5  # a checkpoint is due when the job has less time left than this many times its longest step and save
 
 _received: signal.Signals | None = None
 _deferred = False
 
 
 class Interrupted(BaseException):
-    """A signal asks this process to stop. No ``Exception``, so that nothing takes it for a failure."""
-
-    def __init__(self, signum: signal.Signals) -> None:
-        super().__init__(f"stopped by {signum.name}")
-        self.signum = signum
+    """The signal that is its argument asks this process to stop; no ``Exception``, as it is no failure."""
 
 
 def check() -> None:
@@ -56,8 +48,8 @@ def deferred() -> Iterator[None]:
 def caught() -> Iterator[None]:
     """Note the signals while the block runs; when it was left by ``Interrupted``, requeue or leave the process.
 
-    Only a process's main thread gets signals; in another thread this does nothing. A signal after the block's last
-    ``check`` stops the next block: the next run of a multirun.
+    In another thread than the main one, which gets no signals, this does nothing. A signal after the block's last
+    ``check`` stops the next run of a multirun.
     """
     global _received
     if threading.current_thread() is not threading.main_thread():
@@ -68,13 +60,13 @@ def caught() -> Iterator[None]:
         yield
         return
     except Interrupted as interrupted:
-        signum, _received = interrupted.signum, None
+        signum, _received = interrupted.args[0], None
     finally:
         for each, handler in earlier.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
     job = slurm.current_job()
     state = slurm.job_states([job]).get(job) if job and signum == signal.SIGTERM else None
-    if state is not None and state.state == "RUNNING":  # a job cancelled or out of time is COMPLETING
+    if state and state.state == "RUNNING":  # a job cancelled or out of time is COMPLETING
         log.warning("SIGTERM to a job that SLURM still calls running: a preemption")
         signum = signal.SIGUSR2
     requeue = earlier[signum]

@@ -42,11 +42,8 @@ def halving(name: str, size: int, advice: str, work: Callable[[int], T]) -> tupl
                 raise
             reason = str(error).partition("\n")[0]
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         if attempt == size:
             log.warning("%s=%d does not fit into memory (%s): trying %d", name, size, reason, half)
-    raise NoRoomError(
-        f"{name}={size} does not fit into memory, nor does half of it ({reason}); set {name}={max(1, size // 4)} or "
-        f"lower, {advice}"
-    )
+    remedy = f"set {name}={max(1, size // 4)} or lower, {advice}"
+    raise NoRoomError(f"{name}={size} does not fit into memory, nor does half of it ({reason}); {remedy}")

@@ -7,47 +7,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-TIMEOUT_S = 20.0
-"""Longest wait in seconds for a command of SLURM; a slower controller counts as no answer."""
-
-UNKNOWN = "unknown to SLURM"
-"""The state of a job that SLURM, when asked, does not know (any more)."""
-
+TIMEOUT_S = 20.0  # longest wait for a command of SLURM; a slower controller counts as no answer
+UNKNOWN = "unknown to SLURM"  # the state of a job that SLURM, when asked, does not know (any more)
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job or array task.
+    """One job or array task."""
 
-    Attributes:
-        state: SLURM's word, such as PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, OUT_OF_MEMORY; or UNKNOWN.
-        signal: number of the signal that ended the job, or the job's step where only the step was killed; 0 for none.
-        exit_code: exit code of the batch script, 0 before its end.
-        restarts: number of requeues; 0 where SLURM does not report it.
-        reason: SLURM's word for why the job waits or failed.
-    """
-
-    state: str
-    signal: int = 0
-    exit_code: int = 0
-    restarts: int = 0
-    reason: str = ""
+    state: str  # SLURM's word, such as PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED; or UNKNOWN
+    signal: int = 0  # that ended the job, or the job's step where only the step was killed; 0 for none
+    exit_code: int = 0  # of the batch script, 0 before its end
+    restarts: int = 0  # number of requeues; 0 where SLURM does not report it
+    reason: str = ""  # SLURM's word for why the job waits or failed
 
     @property
     def waiting(self) -> bool:
-        """Whether the job has yet to start, for the first time or again."""
         return self.state in WAITING
 
     @property
     def active(self) -> bool:
-        """Whether the job may have a process."""
         return self.state in ACTIVE
 
     @property
     def alive(self) -> bool:
-        """Whether the job waits or may have a process."""
         return self.waiting or self.active
 
 
@@ -62,9 +47,9 @@ def job_end() -> float | None:
     job, end = current_job(), os.environ.get("SLURM_JOB_END_TIME", "")
     if job is None or end.isdigit():
         return None if job is None else float(end)
-    queue = _run("squeue", "--noheader", f"--jobs={job}", "--format=%e")
+    answer = _call("squeue", "--noheader", f"--jobs={job}", "--format=%e").stdout.strip()  # SLURM before 22.05
     try:
-        return datetime.fromisoformat(queue.stdout.strip()).timestamp()
+        return datetime.fromisoformat(answer).timestamp()
     except ValueError:  # N/A, NONE
         return None
 
@@ -74,17 +59,21 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
     wanted = set(job_ids)
     if not wanted:
         return {}
+    jobs = f"--jobs={','.join(sorted({job_id.partition('_')[0] for job_id in wanted}))}"
     fields = "JobArrayID:64|,State:32|,exit_code:32|,DerivedEC:32|,RestartCnt:16|,Reason:64"
-    queue = _run("squeue", "--noheader", "--array", "--states=all", _jobs(wanted), f"--Format={fields}")
+    queue = _call("squeue", "--noheader", "--array", "--states=all", jobs, f"--Format={fields}")
     if queue.returncode and "Invalid job id" not in queue.stderr:
         return {}
+    lines = queue.stdout.splitlines()
+    if wanted - {line.partition("|")[0].strip() for line in lines}:  # squeue lists ended jobs for minutes only
+        columns = "--format=JobID,State,ExitCode,DerivedExitCode"
+        lines = _call("sacct", "--parsable2", "--allocations", columns, jobs).stdout.splitlines() + lines
     states = dict.fromkeys(wanted, JobState(UNKNOWN))
-    for line in queue.stdout.splitlines():
-        job_id, state, code, derived, restarts, reason = (cell.strip() for cell in line.split("|"))
-        states[job_id] = _state(state, code, derived, int(restarts), reason)
-    if forgotten := {job_id for job_id in wanted if states[job_id].state == UNKNOWN}:  # squeue lists minutes only
-        states |= _accounted(forgotten)
-    return {job_id: states[job_id] for job_id in wanted}
+    for line in lines:
+        job_id, *cells = (cell.strip() for cell in line.split("|"))
+        if job_id in wanted:
+            states[job_id] = _state(*cells)
+    return states
 
 
 def is_gone(job_id: str) -> bool:
@@ -95,51 +84,34 @@ def is_gone(job_id: str) -> bool:
 
 def cancel(job_ids: Sequence[str]) -> str:
     """Cancel jobs; returns scancel's complaint, or ""."""
-    return _run("scancel", *job_ids).stderr.strip()
+    return _call("scancel", *job_ids).stderr.strip()
 
 
 def max_array_size() -> int | None:
     """How many jobs an array may have on this cluster (``MaxArraySize``); None where SLURM cannot be asked."""
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config").stdout, re.MULTILINE)
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
     return max(1, int(match[1])) if match else None  # 0 switches arrays off
 
 
-def _jobs(job_ids: set[str]) -> str:
-    return f"--jobs={','.join(sorted({job_id.partition('_')[0] for job_id in job_ids}))}"
-
-
-def _accounted(job_ids: set[str]) -> dict[str, JobState]:
-    """States of ended jobs, where the cluster has accounting; of two rows with one id, as after a requeue, the last."""
-    columns = "--format=JobID,State,ExitCode,DerivedExitCode"
-    header, *lines = _run("sacct", "--parsable2", "--allocations", columns, _jobs(job_ids)).stdout.splitlines() or [""]
-    rows = [dict(zip(header.split("|"), line.split("|"), strict=False)) for line in lines]
-    return {
-        row["JobID"]: _state(row["State"], row.get("ExitCode", ""), row.get("DerivedExitCode", ""), 0, "")
-        for row in rows
-        if row["JobID"] in job_ids
-    }
-
-
-def _state(word: str, code: str, derived: str, restarts: int, reason: str) -> JobState:
-    exit_code, number = _status(code)
-    if exit_code > 128 and not number:  # a shell's way to say that its child was killed
-        number = exit_code - 128
-    name = word.partition(" ")[0].rstrip("+")  # of "CANCELLED by 0"
-    return JobState(name, number or _status(derived)[1], exit_code, restarts, "" if reason == "None" else reason)
-
-
-def _status(code: str) -> tuple[int, int]:
-    """Exit code and signal, from sacct's ``1:0`` or from squeue's wait status."""
-    first, colon, second = code.partition(":")
-    if colon:
-        return int(first), int(second)
-    return divmod(int(first), 256) if first.isdigit() else (0, 0)
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
     """Run a command of SLURM; one that is not there or does not answer in time has failed, without output."""
     plain = os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=plain)
     except (OSError, subprocess.TimeoutExpired):
         return subprocess.CompletedProcess(command, 1, "", f"{command[0]} cannot be run or does not answer")
+
+
+def _state(word: str, code: str = "", derived: str = "", restarts: str = "0", reason: str = "None") -> JobState:
+    """A job's state from the cells of squeue or, without the last two, of sacct."""
+    exit_code, number = _status(code)
+    if exit_code > 128 and not number:  # a shell's way to say that its child was killed
+        number = exit_code - 128
+    name = word.partition(" ")[0].rstrip("+")  # of "CANCELLED by 0"
+    return JobState(name, number or _status(derived)[1], exit_code, int(restarts), "" if reason == "None" else reason)
+
+
+def _status(code: str) -> tuple[int, int]:
+    """Exit code and signal, from sacct's ``1:0`` or from squeue's wait status."""
+    exit_code, colon, number = code.partition(":")
+    return (int(exit_code), int(number)) if colon else divmod(int(code or 0), 256)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pspo.base.console import log, log_to_console
 from pspo.base.files import write_json
@@ -32,7 +33,6 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """The name of the run."""
         return (self.directory if self.command == "run" else self.directory.parents[2]).name
 
     @property
@@ -40,30 +40,29 @@ class Planned:
         """Where the launcher keeps its records and logs: the group, or a folder of evaluations in it."""
         return self.directory.parent if self.command == "run" else self.directory.parents[3] / ".evaluate"
 
+    @property
+    def label(self) -> str:
+        return " ".join(f"{factor}={name}" for factor, name in self.arm.items())
+
 
 def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] = ()) -> list[Planned]:
     """One entry for each job, in order. Raises ConfigError if any does not compose, or if two arms are the same run."""
     overrides = [[override.lstrip("+") for override in job] for job in jobs]
-    checked, runs, seen = set(), [], dict[tuple[str, str, str], Planned]()
+    checked, runs, seen = set[str](), [], dict[tuple[str, str, str], Planned]()
     for job, config, arm in zip(overrides, compose_all(overrides), arms or [{} for _ in jobs], strict=True):
-        parts = [
-            config.output_dir,
-            config.group,
-            *map(as_dict, (config.dataset, config.model, config.reward, config.evaluate)),
-        ]
-        looked_at = json.dumps([*parts, config.budget.total > 0])
-        if looked_at not in checked:
+        blocks = map(as_dict, (config.dataset, config.model, config.reward, config.evaluate))
+        inputs = json.dumps([config.output_dir, config.group, config.budget.total > 0, *blocks])
+        if inputs not in checked:
             check(config)
-            checked.add(looked_at)
+            checked.add(inputs)
         same = (config.output_dir, config.group, identity(config))
         before = seen.get(same)
         directory = run_directory(config, job) if before is None else before.directory
         run = Planned(overrides=job, directory=directory, state=earlier.look(config, directory).state, arm=arm)
         if arm and before:
-            raise ConfigError(
-                f"two arms are one and the same run, {directory.name}: {_words(before)} and {_words(run)}; "
-                "either they differ in nothing, or an override takes away what they differ in"
-            )
+            why = "either they differ in nothing, or an override takes away what they differ in"
+            arms_of_run = f"{directory.name}: {before.label} and {run.label}"
+            raise ConfigError(f"two arms are one and the same run, {arms_of_run}; {why}")
         seen[same] = run
         runs.append(run)
     return runs
@@ -72,7 +71,7 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
 def show(runs: Sequence[Planned], *notes: str) -> None:
     """Print the table of runs and the notes below it."""
     shared = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
-    names = [_words(run) or " ".join(each for each in run.overrides if each not in shared) for run in runs]
+    names = [run.label or " ".join(each for each in run.overrides if each not in shared) for run in runs]
     width = max(map(len, names), default=0) + 2
     lines = [f"{run.state:<8}{name:<{width}}{run.directory}" for run, name in zip(runs, names, strict=True)]
     sys.stdout.write("\n".join([*lines, "", *(notes or [counted(runs)])]) + "\n")
@@ -86,16 +85,11 @@ def counted(runs: Sequence[Planned]) -> str:
     return f"{len(runs)} run{'s' * (len(runs) != 1)}: {', '.join(counts)}"
 
 
-def _words(run: Planned) -> str:
-    return " ".join(f"{factor}={name}" for factor, name in run.arm.items())
-
-
 class RunsFailed(RuntimeError):
     """Some runs of a sweep did not reach their end; the others did."""
 
 
-Outcome = float | RunsFailed | None
-"""Of one job: the number for the sweeper, its failure, or None where the launcher does not wait for the job."""
+Outcome = float | RunsFailed | None  # the number for the sweeper, its failure, or None for a job not waited for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,23 +105,22 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         log_to_console()
         self.check()
         runs = list({run.directory: run for run in planned}.values())
-        if len(runs) < len(planned):
-            log.warning("%d of %d jobs are the same run as another one", len(planned) - len(runs), len(planned))
         queued = self._queued(runs)
         runs = [replace(run, state="queued") if run.directory in queued else run for run in runs]
         again = ("new", "resume", "again", *(["failed"] if self.retry_failed else []))
         todo = [run for run in runs if run.state in again]
+        hints = [HINTS[state] for state in HINTS if any(run.state == state for run in runs if run not in todo)]
         if self.dry_run:
-            show(runs, f"{counted(runs)}; {len(todo)} to run", *_hints(runs), self._cost(len(todo)), *self._notes(todo))
+            show(runs, f"{counted(runs)}; {len(todo)} to run", *hints, *self._notes(todo))
             return [None] * len(planned)
-        for hint in _hints([run for run in runs if run not in todo]):
+        for hint in hints:
             log.warning(hint)
         outcomes = self._run(runs, todo)
         return [outcomes.get(run.directory) for run in planned]
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ConfigError where the launcher cannot work: no SLURM, no such partition, too few GPUs or processors."""
+        """Raise ConfigError where the launcher cannot work: no SLURM, too few GPUs or processors."""
 
     def _queued(self, runs: list[Planned]) -> dict[Path, str]:
         """Directories of the runs that an earlier submission has brought into a queue, with their jobs."""
@@ -138,27 +131,19 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
         """Make the runs ``todo`` of all ``runs``; the outcomes of all by directory."""
 
     @abstractmethod
-    def _num_gpus(self) -> int:
-        """GPUs of one run."""
-
-    @abstractmethod
     def _notes(self, todo: list[Planned]) -> list[str]:
-        """Further lines for a dry run to print."""
+        """What a dry run prints below the runs, the cost first."""
 
-    def _cost(self, num_runs: int) -> str:
-        if self.hours_per_run is None:
+    def _cost(self, num_runs: int, gpus: int) -> str:
+        if (hours := self.hours_per_run) is None:
             return "cost: set hydra.launcher.hours_per_run=<estimate> to see GPU-hours"
-        gpus = self._num_gpus()
-        total = num_runs * self.hours_per_run * gpus
-        return f"cost: {num_runs} runs x {self.hours_per_run:g} h x {gpus} GPU = {total:g} GPU-hours"
+        return f"cost: {num_runs} runs x {hours:g} h x {gpus} GPU = {num_runs * hours * gpus:g} GPU-hours"
 
 
-def _hints(runs: Sequence[Planned]) -> list[str]:
-    meanings = {
-        "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
-        "changed": "changed: done, but from other code, data, reward or model; rerun=changed makes it again",
-    }
-    return [meaning for state, meaning in meanings.items() if any(run.state == state for run in runs)]
+HINTS = {
+    "failed": "failed: its last attempt raised an error; hydra.launcher.retry_failed=true runs it again",
+    "changed": "changed: done, but from other code, data, reward or model; rerun=changed makes it again",
+}
 
 
 def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path, Outcome]:
@@ -176,13 +161,10 @@ def outcomes(runs: Sequence[Planned], reasons: Mapping[Path, str]) -> dict[Path,
 def record_runs(launcher: Launcher, cluster: str, folder: Path, runs: Sequence[Planned], tasks: Sequence[str]) -> None:
     """Write ``.submitit/<job id>/runs.json`` in the group of every run: which task is which run."""
     about = {"cluster": cluster, "job_id": folder.name, "folder": str(folder), "launcher": as_dict(launcher)}
-    about["command"] = runs[0].command
-    for parent in {run.group for run in runs}:
-        rows = [
-            {"task": task, "directory": str(run.directory), "overrides": run.overrides}
-            for task, run in zip(tasks, runs, strict=True)
-            if run.group == parent
-        ]
-        place = parent / ".submitit" / folder.name
+    rows: dict[Path, list[dict[str, Any]]] = {}
+    for task, run in zip(tasks, runs, strict=True):
+        row = {"task": task, "directory": str(run.directory), "overrides": run.overrides}
+        rows.setdefault(run.group / ".submitit" / folder.name, []).append(row)
+    for place, of_group in rows.items():
         place.mkdir(parents=True, exist_ok=True)
-        write_json(place / "runs.json", about | {"runs": rows})
+        write_json(place / "runs.json", about | {"command": runs[0].command, "runs": of_group})

@@ -1,5 +1,6 @@
 """Slots on this machine: one run per slot at a time, each a process of its own."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -13,14 +14,12 @@ import torch
 
 from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
+from pspo.host.environment import processors
 from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import failure
 
-POLL_S = 0.2
-"""Seconds between two looks at the processes of the slots."""
-
-STOP_TIMEOUT_S = 60.0
-"""Longest time in seconds that runs may take to save when the launcher is stopped; they are killed then."""
+POLL_S = 0.2  # between two looks at the processes of the slots
+STOP_TIMEOUT_S = 60.0  # longest time for runs to save when the launcher is stopped; they are killed then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +32,12 @@ class Local(Launcher):
     interpreter = (sys.executable, "-m")  # a slot adds the command's module and its overrides
 
     def check(self) -> None:
-        """Raise ConfigError where there are not enough GPUs or processors for the slots."""
-        slots, gpus, processors = self._num_slots(), self._num_gpus(), _processors()
-        if slots * gpus > len(_gpus()):
-            raise ConfigError(
-                f"hydra.launcher.gpus={gpus} in {slots} slots: there are {len(_gpus())} GPUs here; set "
-                "hydra.launcher.gpus=0 or fewer hydra.launcher.slots"
-            )
-        if slots > len(processors):
-            raise ConfigError(
-                f"hydra.launcher.slots={slots}: there are {len(processors)} processors here, and a slot needs one"
-            )
+        slots, gpus, here = self._num_slots(), self._num_gpus(), len(_gpus())
+        if slots * gpus > here:
+            remedy = "set hydra.launcher.gpus=0 or fewer hydra.launcher.slots"
+            raise ConfigError(f"hydra.launcher.gpus={gpus} in {slots} slots: there are {here} GPUs here; {remedy}")
+        if slots > (here := len(processors())):
+            raise self.refuse("slots", f"there are {here} processors here, and a slot needs one")
 
     def _num_slots(self) -> int:
         gpus = self._num_gpus()
@@ -54,11 +48,9 @@ class Local(Launcher):
 
     def _notes(self, todo: list[Planned]) -> list[str]:
         slots = min(self._num_slots(), max(1, len(todo)))
-        each = f"{len(_processors()) // self._num_slots()} processors and {self._num_gpus()} GPUs"
-        hours = (
-            "" if self.hours_per_run is None else f"; about {-(-len(todo) // slots) * self.hours_per_run:g} h in all"
-        )
-        return [f"{slots} at a time, each with {each}{hours}"]
+        each = f"{len(processors()) // self._num_slots()} processors and {self._num_gpus()} GPUs"
+        hours = f"; about {-(-len(todo) // slots) * self.hours_per_run:g} h in all" if self.hours_per_run else ""
+        return [self._cost(len(todo), self._num_gpus()), f"{slots} at a time, each with {each}{hours}"]
 
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
         log.info("%s; %d to run, %d at a time", counted(runs), len(todo), self._num_slots())
@@ -75,24 +67,26 @@ class Local(Launcher):
         except OSError as error:
             raise ConfigError(f"cannot write {folder.parent} ({error.strerror}); set output_dir=<directory>") from error
         log.info("logs in %s", folder)
-        num_slots, tasks, waiting = self._num_slots(), [""] * len(todo), list(range(len(todo)))
-        busy: dict[int, tuple[int, float, subprocess.Popen[bytes]]] = {}
+        tasks, waiting = [""] * len(todo), list(range(len(todo)))
+        busy: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the runs would go on without us
         try:
             while waiting or busy:
-                for slot in range(num_slots):
-                    if slot in busy and busy[slot][-1].poll() is not None:
-                        number, begun, _ = busy.pop(slot)
-                        _log_end(todo[number], time.monotonic() - begun, folder / f"{number}_0_log.err")
+                for slot in range(self._num_slots()):
+                    if slot in busy and busy[slot][1].poll() is not None:
+                        number, _ = busy.pop(slot)
+                        is_done, reason = (todo[number].directory / "DONE").is_file(), failure(todo[number].directory)
+                        end = "done" if is_done else f"failed: {reason or f'see {folder}/{number}_0_log.err'}"
+                        log.log(logging.INFO if is_done else logging.ERROR, "%s: %s", todo[number].name, end)
                     if slot not in busy and waiting:
                         number = waiting.pop(0)
-                        process = self._start(slot, todo[number], folder / f"{number}_0_log")
-                        busy[slot], tasks[number] = (number, time.monotonic(), process), str(number)
+                        busy[slot] = number, self._start(slot, todo[number], folder / f"{number}_0_log")
+                        tasks[number] = str(number)
                         record_runs(self, "local", folder, todo, tasks)
-                        log.info("started  %d of %d: %s", number + 1, len(todo), todo[number].name)
+                        log.info("%s: started, %d of %d", todo[number].name, number + 1, len(todo))
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            _stop([process for *_, process in busy.values()])
+            _stop([process for _, process in busy.values()])
             raise
         finally:
             signal.signal(signal.SIGTERM, handler)
@@ -102,24 +96,17 @@ class Local(Launcher):
 
         A run takes one thread per processor of its slot; thread numbers of SLURM and the shell are meant for all slots.
         """
-        processors, gpus = _processors(), _gpus()[slot * self._num_gpus() : (slot + 1) * self._num_gpus()]
-        each = len(processors) // self._num_slots()
-        environment = os.environ | {"OMP_NUM_THREADS": str(each), "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        ours, gpus = processors(), _gpus()[slot * self._num_gpus() : (slot + 1) * self._num_gpus()]
+        each = len(ours) // self._num_slots()
+        environment = os.environ | {"OMP_NUM_THREADS": str(each), "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         environment.pop("SLURM_CPUS_PER_TASK", None)
-        _pin(processors[slot * each : (slot + 1) * each])  # the process started next inherits them
+        _pin(ours[slot * each : (slot + 1) * each])  # the process started next inherits them
         try:
             with logs.with_suffix(".out").open("wb") as out, logs.with_suffix(".err").open("wb") as err:
                 command = [*self.interpreter, f"pspo.{run.command}", *run.overrides]
                 return subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
         finally:
-            _pin(processors)
-
-
-def _log_end(run: Planned, seconds: float, log_file: Path) -> None:
-    if (run.directory / "DONE").is_file():
-        log.info("done     %s (%.0f s)", run.name, seconds)
-    else:
-        log.error("failed   %s: %s", run.name, failure(run.directory) or f"see {log_file}")
+            _pin(ours)
 
 
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -136,21 +123,13 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _gpus() -> list[int]:
-    """The GPUs that this process may use, by their numbers in CUDA_VISIBLE_DEVICES."""
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return list(range(torch.cuda.device_count()))
-    names = [name.strip() for name in visible.split(",") if name.strip()]
-    if not all(name.isdigit() for name in names):
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: hydra/launcher=local needs the GPUs by number, such as 0,1")
-    return [int(name) for name in names]
+    names = map(str, range(torch.cuda.device_count())) if visible is None else visible.split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
-def _processors() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
-
-
-def _pin(processors: list[int]) -> None:
+def _pin(numbers: list[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, processors)
+        os.sched_setaffinity(0, numbers)

@@ -1,14 +1,14 @@
 """Arrays of SLURM jobs for a sweep, through submitit: one, or several where the cluster bounds the size of an array."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,15 @@ from pspo.host import slurm
 from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import result
 
-NO_LIMIT = 10**6
-"""Requeues that submitit allows: a job that is preempted often must not use them up."""
-
-POLL_S = (1.0, 30.0)
-"""First and longest pause in seconds between two questions to SLURM while waiting."""
-
+NO_LIMIT = 10**6  # requeues that submitit allows: a job that is preempted often must not use them up
+POLL_S = 10.0  # between two questions to SLURM while waiting
 NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exclude", "comment")
 
 
-class Job:
-    """One job: compose, validate and make the run, or the evaluation, of some overrides.
+class Job(submitit.helpers.Checkpointable):
+    """One job: compose, validate and make the run, or the evaluation, of overrides; submitit requeues it as it is.
 
-    After the loss of a node SLURM starts the pickle of the submission again, so that a job holds its overrides alone;
-    the directory and the newest checkpoint of its run are looked up on the disk.
+    It holds its overrides alone: after the loss of a node SLURM starts the pickle of the submission again.
     """
 
     def __init__(self, overrides: Sequence[str], command: str = "run") -> None:
@@ -53,10 +48,6 @@ class Job:
         from pspo.run.job import run
 
         return result(run(compose(self.overrides), self.overrides))
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit queues again after a signal: the same job."""
-        return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,68 +82,51 @@ class Slurm(Launcher):
             if not isinstance(value, str | int | float):
                 raise ConfigError(f"hydra.launcher.additional.{name} must be text, a number or true, got {value!r}")
 
-    def _num_gpus(self) -> int:
-        return self.gpus
-
     def check(self) -> None:
-        """Raise ConfigError where there is no sbatch, or no such partition."""
         if not self.dry_run and shutil.which("sbatch") is None:
-            raise ConfigError(
-                "hydra/launcher=slurm: no sbatch on the path; run this on a login node of the cluster, or here with "
-                "hydra/launcher=local"
-            )
-        if self.partition is None or shutil.which("sinfo") is None:
-            return
-        sinfo = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True, check=False)
-        if sinfo.returncode:
-            raise ConfigError(f"SLURM does not answer ({sinfo.stderr.strip()}); try again, or ask its administrators")
-        known = sorted(set(sinfo.stdout.split()))
-        for name in self.partition.split(","):
-            if name not in known:
-                raise self.refuse("partition", f"this cluster has no partition {name}; it has {', '.join(known)}")
+            where = "run this on a login node of the cluster, or here with hydra/launcher=local"
+            raise ConfigError(f"hydra/launcher=slurm: no sbatch on the path; {where}")
 
     def _queued(self, runs: list[Planned]) -> dict[Path, str]:
         tasks: dict[str, Path] = {}
         for parent in {run.group for run in runs}:
             for path in parent.glob(".submitit/*/runs.json"):
                 record = json.loads(path.read_text())
-                if record["cluster"] == "slurm":
-                    is_run = record.get("command", "run") == "run"  # whose group may have been moved
-                    places = {row["task"]: Path(row["directory"]) for row in record["runs"]}
-                    tasks |= {task: parent / place.name if is_run else place for task, place in places.items()}
+                is_run = record.get("command", "run") == "run"  # whose group may have been moved
+                for row in record["runs"] if record["cluster"] == "slurm" else ():
+                    directory = Path(row["directory"])
+                    tasks[row["task"]] = parent / directory.name if is_run else directory
         wanted = {run.directory for run in runs}
         states = slurm.job_states(task for task, directory in tasks.items() if directory in wanted)
         return {tasks[task]: task for task, state in states.items() if state.alive}
 
     def _run(self, runs: list[Planned], todo: list[Planned]) -> Mapping[Path, Outcome]:
-        tasks, num_submitted = self._queued(runs), 0
-        lines = [f"{counted(runs)}; {len(todo)} submitted"]
+        tasks, lines, num_submitted = self._queued(runs), [f"{counted(runs)}; {len(todo)} submitted"], 0
         for array, folder, parameters in self._arrays(todo):
             try:
                 jobs = self._submit(array, folder, parameters)
             except ConfigError as error:
-                if not num_submitted:
-                    raise
                 rest = f"{num_submitted} of {len(todo)} runs are in the queue, and this command submits the others"
-                raise ConfigError(f"{error}; {rest}") from error
+                raise ConfigError(f"{error}; {rest}" if num_submitted else str(error)) from error
             tasks |= {run.directory: job.job_id for run, job in zip(array, jobs, strict=True)}
             num_submitted += len(array)
             lines += [f"jobs   {jobs[0].paths.folder.name}, {len(array)} in all", f"logs   {jobs[0].paths.folder}"]
         groups = sorted({str(run.directory.parent) for run in runs if run.command == "run"})
         sys.stdout.write("\n".join([*lines, *(f"watch  python -m pspo.status {group}" for group in groups)]) + "\n")
         sys.stdout.flush()
-        if not self.wait:
-            return {}
         try:
-            return outcomes(runs, _wait(tasks))
+            return outcomes(runs, _wait(tasks)) if self.wait else {}
         except KeyboardInterrupt:
             log.warning("the jobs go on; scancel, or python -m pspo.status --cancel outputs/<group>, ends them")
             raise
 
     def _submit(self, array: list[Planned], folder: Path, parameters: dict[str, Any]) -> list[submitit.Job[Any]]:
         """Submit and record one of a sweep's arrays."""
-        try:
-            with _outside_of_jobs():
+        cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+        outside = clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext()
+        try:  # sbatch would take the variables of a job that this process is part of for wishes
+            with outside, contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what sbatch says
+                os.environ |= cluster
                 executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
                 executor.update_parameters(**parameters)
                 jobs = executor.submit_array([Job(run.overrides, run.command) for run in array])
@@ -165,7 +139,7 @@ class Slurm(Launcher):
         return jobs
 
     def _notes(self, todo: list[Planned]) -> list[str]:
-        notes = []
+        notes = [self._cost(len(todo), self.gpus)]
         for array, folder, parameters in self._arrays(todo):
             command = f"{sys.executable} -u -m submitit.core._submit {folder}"
             notes += ["", _make_sbatch_string(command=command, folder=folder, map_count=len(array), **parameters)]
@@ -203,25 +177,15 @@ def _wait(tasks: Mapping[Path, str]) -> dict[Path, str]:
 
     submitit's own ``result()`` waits for ever for a job that was cancelled or killed, where there is no accounting.
     """
-    (pause, longest), waiting, seen, ended = POLL_S, dict(tasks), set[str](), dict[Path, str]()
+    waiting, ended_before, words = dict(tasks), set[str](), dict[Path, str]()
     while waiting:
-        time.sleep(pause)
+        time.sleep(POLL_S)
         states = slurm.job_states(waiting.values())
-        over = {job for job, state in states.items() if not state.alive}
+        ended = {job for job, state in states.items() if not state.alive}
         for directory, job in list(waiting.items()):
-            if job in seen & over:
+            if job in ended_before & ended:
                 del waiting[directory]
-                ended[directory] = f"job {job} is {states[job].state}"
-                log.info("%s: %s", directory.name, "DONE" if (directory / "DONE").is_file() else ended[directory])
-        pause = POLL_S[0] if over - seen else min(1.5 * pause, longest)
-        seen = over
-    return ended
-
-
-@contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Hide the variables of the job that this process is part of, if any, as sbatch would take them for wishes."""
-    cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env() if "SLURM_JOB_ID" in os.environ else contextlib.nullcontext():
-        os.environ |= cluster
-        yield
+                words[directory] = f"job {job} is {states[job].state}"
+                log.info("%s: %s", directory.name, "DONE" if (directory / "DONE").is_file() else words[directory])
+        ended_before = ended
+    return words

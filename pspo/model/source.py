@@ -33,7 +33,7 @@ def locate(config: ModelConfig, convert: bool = True) -> Path:
         repository, instead = str(config.hub_id), "give model.path=<directory>"
         setting = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
         whole = functools.partial(check_directory, setting=setting)
-        return hub.locate(repository, FILES, whole, asked=setting, kind="model", instead=instead)
+        return hub.locate(repository, FILES, whole, words=setting, kind="model", instead=instead)
     path, setting = _local(config.path), f"model.path={config.path}"
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -57,7 +57,7 @@ def digests(config: ModelConfig) -> dict[str, str]:
         return {}
     if config.path is None:
         repository = str(config.hub_id)
-        return {repository: hub.commit(repository, "model", asked=f"model=hf model.hub_id={repository}")}
+        return {repository: hub.commit(repository, "model", words=f"model=hf model.hub_id={repository}")}
     path = locate(config, convert=False)
     files = [path] if path.is_file() else sorted(file for pattern in FILES for file in path.glob(pattern))
     return {str(file): digest(file) for file in files}

@@ -1,25 +1,17 @@
-"""What a completion is worth. How its answer is found and compared is told in ``pspo/reward/answer.py``."""
+"""What a completion is worth; ``pspo/reward/answer.py`` says how its answer is extracted and compared."""
 
-import yaml
-
-from pspo.base.files import CONF
+from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build
-from pspo.reward.base import Answered, Attempt, Reward, RewardError, Score
+from pspo.reward.base import Answered, Attempt, Paper, Plain, Reward, RewardError, Score
 from pspo.reward.custom import Custom
-from pspo.reward.graded import Paper, Plain
 from pspo.reward.verify import Math
 
-REWARDS: dict[str, type[Reward]] = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
-Reward.kinds = REWARDS
+Reward.kinds = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
 
 
 def default_reward(name: str) -> Reward:
     """A reward with the values of its option under ``conf/reward``."""
-    values = yaml.safe_load((CONF / "reward" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return build(Reward, values)  # type: ignore[type-abstract]
+    return build(Reward, read_yaml(CONF / "reward" / f"{name}.yaml"))  # type: ignore[type-abstract]
 
 
-__all__ = [
-    "REWARDS", "Answered", "Attempt", "Custom", "Math", "Paper", "Plain", "Reward", "RewardError", "Score",
-    "default_reward",
-]  # fmt: skip
+__all__ = ["Answered", "Attempt", "Paper", "Plain", "Reward", "RewardError", "Score", "default_reward"]

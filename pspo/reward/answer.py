@@ -1,18 +1,16 @@
 r"""The answer in a completion, and when two answers are equal. Nothing that a model writes is ever evaluated.
 
 Which answer. The asked format is a line ``#### <answer>``. The first such line with a number counts: what a base model
-writes after its final answer is another conversation, and headings such as ``#### Step 1: add`` hold no number. Where
-none does, the completion's last line counts if it is ``#### <any text>``. Else the flexible rule: the last
-``<answer>...</answer>``; the last ``\boxed{...}`` or ``\fbox{...}``; what follows the last "answer is" or "answer:" on
-its line; the text's last number. Of a tag or a line the first number is taken out. A number that is a part of something
-else (``5\pi``, ``3:30``, ``x^2``, ``5 to 6``, ``2 million``) is never taken out: it is no answer.
+writes after its final answer is another conversation. Where none has a number, the completion's last line counts if it
+is ``#### <any text>``. Else the flexible rule: the last ``<answer>...</answer>``; the last ``\boxed{...}`` or
+``\fbox{...}``; what follows the last "answer is" or "answer:" on its line; the text's last number. Of a tag or a line
+the first number is taken out, but never one that is a part of something else (``5\pi``, ``3:30``, ``5 to 6``).
 
 Numbers may carry thousands separators, a sign, decimals, an exponent (``3e8``, ``3 \times 10^{8}``, ``3·10⁸``,
 ``10**8``), a fraction (``3/4``, ``1 1/2``, ``1½``, ``\frac{3}{4}``), a currency or degree sign and a unit, in any
-script's digits; a percent sign is a unit, so 25% equals 25 and not 0.25; a ratio 3:4 is no number. Numbers are equal
-within 1e-6, relative or absolute, and within 0.1 % where the gold answer is smaller than 0.001. All else (names, LaTeX)
-is compared in the form that ``normal`` gives, lists item by item: ``(a, b)`` and ``a; b`` in order, a bare ``a, b`` or
-``\{a, b\}`` in any.
+script's digits; a percent sign is a unit, so 25% equals 25 and not 0.25; a ratio 3:4 is no number. All else (names,
+LaTeX) is compared in the form that ``normal`` gives, lists item by item: ``(a, b)`` and ``a; b`` in order, a bare
+``a, b`` or ``\{a, b\}`` in any.
 """
 
 import functools
@@ -22,11 +20,9 @@ from fractions import Fraction
 
 from pspo.dataset.problem import boxed
 
-TOLERANCE = Fraction(1, 10**6)
-TOLERANCE_BELOW_A_THOUSANDTH = Fraction(1, 1000)
-"""Relative to a gold answer below 0.001, for which ``TOLERANCE`` times 1 would make 3e-8 and 5e-8 equal."""
-MAX_LENGTH = 100
-"""A longer number is none: Python refuses to convert thousands of digits, and arithmetic on them is slow."""
+TOLERANCE = Fraction(1, 10**6)  # of the gold answer, absolute below 1
+TOLERANCE_BELOW_A_THOUSANDTH = Fraction(1, 1000)  # of such a gold answer: ``TOLERANCE`` would make 3e-8 and 5e-8 equal
+MAX_NUMBER_CHARACTERS = 100  # arithmetic on thousands of digits is slow
 
 # Patterns meet model output: each repeats without bound only what the next piece cannot match, so time stays linear.
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
@@ -89,10 +85,8 @@ _NOISE = re.compile(
     r"|(?:\^ ?\{ ?\\(?:circ|degree) ?\}|\{ ?\^ ?\\circ ?\}|(?:\^ ?\\(?:circ|degree)|\\(?:text)?degree)(?![A-Za-z])"
     r"|°)(?: {0,2}[CFK](?![A-Za-z]))?(?! ?[0-9])|\\circ(?![A-Za-z])(?! ?[0-9])"  # 30°15 is not 3015
 )
-_SPELLINGS = {
-    **{"\\\\": ";", "\\%": "%", "\\{": "{", "\\}": "}", "{,}": ",", "\\ ": " "},
-    **{"\\dfrac": "\\frac", "\\tfrac": "\\frac"},
-}
+_SPELLINGS = {"\\\\": ";", "\\%": "%", "\\{": "{", "\\}": "}", "{,}": ",", "\\ ": " "}
+_SPELLINGS |= {"\\dfrac": "\\frac", "\\tfrac": "\\frac"}
 _CHARACTERS: dict[int, str] = {
     **{0xFF01 + i: chr(0x21 + i) for i in range(94)},  # full width
     **dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u3000"), " "),
@@ -108,7 +102,8 @@ _LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆
 def extract(text: str) -> str | None:
     """The answer that a completion gives, in the asked format or by the flexible rule above, or None."""
     clean = _clean(text)
-    tag, said, last = _last(_TAG, text), _last(_SAID, clean), _last(_NUMBER, _UNIT_POWER.sub(r"\1", clean))
+    searches = [(_TAG, text), (_SAID, clean), (_NUMBER, _UNIT_POWER.sub(r"\1", clean))]
+    tag, said, last = (next(reversed([*pattern.finditer(where)]), None) for pattern, where in searches)
     return (
         asked(text)
         or (_stated(_clean(tag[1])) if tag else None)
@@ -152,19 +147,16 @@ def number(text: str) -> Fraction | None:
     if equals and (name.replace(" ", "").isalpha() or not re.search(r"[^\W\d_]", _OPERATORS.sub("", name))):
         text = value.strip()
     text = re.sub(r"^([-+]?) {0,3}(?:\(([^()]*)\)$)?", r"\1\2", text)  # -(1/3), - 7
-    found = _NUMBER.match(text)
-    if not found or len(found[0]) > MAX_LENGTH:
+    match = _NUMBER.match(text)
+    if not match or len(match[0]) > MAX_NUMBER_CHARACTERS:
         return None
-    rest = text[found.end() :]
-    heading = found[0].endswith(".") and rest  # "1. Count the eggs"
-    return _value(found) if not heading and (not rest or _UNIT.fullmatch(rest)) else None
+    rest = text[match.end() :]
+    heading = match[0].endswith(".") and rest  # "1. Count the eggs"
+    return _value(match) if not heading and (not rest or _UNIT.fullmatch(rest)) else None
 
 
 def normal(text: str) -> str:
-    r"""The text without spaces, case, full stops, ``x =`` or ``x \in`` before it, and braces around one character.
-
-    Before that, ``\left``, ``\right``, ``\!``, ``\,``, ``$``, degrees and ``\text{...}`` go, ``\dfrac`` is ``\frac``.
-    """
+    r"""The text without spaces, case, full stops, ``x =`` or ``x \in`` before it, and braces around one character."""
     text = _NAME.sub("", _clean(text))
     text = re.sub(r"\.(?![0-9])", "", "".join(text.split()))
     return re.sub(r"\{([^{}\\])\}", r"\1", text).casefold()
@@ -172,17 +164,13 @@ def normal(text: str) -> str:
 
 def _clean(text: str) -> str:
     if not text.isascii():
-        text = _RAISED.sub(lambda found: f"{'^' if found[1] else '_'}{{{found[0].translate(_LOWERED)}}}", text)
+        text = _RAISED.sub(lambda match: f"{'^' if match[1] else '_'}{{{match[0].translate(_LOWERED)}}}", text)
         text = re.sub(r"(?![0-9])\d", lambda digit: str(int(digit[0])), text)
-    text = _GROUPS.sub(lambda found: re.sub(r"[^0-9]", "", found[0]), text).translate(_CHARACTERS)
+    text = _GROUPS.sub(lambda match: re.sub(r"[^0-9]", "", match[0]), text).translate(_CHARACTERS)
     for old, new in _SPELLINGS.items():
         text = text.replace(old, new)
     text = re.sub(r"(?<![0-9.])10\*\*(?=[-+]?[0-9])", "10^", _WORDS.sub(r" \1 ", text))
     return _NOISE.sub("", _GAPS.sub(" ", _CODE.sub("", text)))
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return max(pattern.finditer(text), key=lambda match: match.start(), default=None)
 
 
 def _stated(text: str) -> str | None:
@@ -192,15 +180,15 @@ def _stated(text: str) -> str | None:
     return first[0] if first and _stands_alone(first) else text.rstrip(".") or None
 
 
-def _stands_alone(found: re.Match[str]) -> bool:
+def _stands_alone(match: re.Match[str]) -> bool:
     r"""Whether a number is no part of something else, as 5 is of ``5\pi`` and 30 of ``3:30``."""
-    start = found.start() + len(found["sign"] or "")
-    before = found.string[max(0, start - _REACH) : start]
-    return not _FOLLOWED.match(found.string, found.end()) and not _PRECEDED.search(before)
+    start = match.start() + len(match["sign"] or "")
+    before = match.string[max(0, start - _REACH) : start]
+    return not _FOLLOWED.match(match.string, match.end()) and not _PRECEDED.search(before)
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    part = {name: (digits or "").replace(",", "") for name, digits in found.groupdict().items()}
+def _value(match: re.Match[str]) -> Fraction | None:
+    part = {name: (digits or "").replace(",", "") for name, digits in match.groupdict().items()}
     top = Fraction(part["left"] or part["top"] or part["t"] or part["over"] or 1)
     bottom = Fraction(part["right"] or part["bottom"] or part["b"] or part["under"] or 1)
     if bottom == 0:
@@ -227,11 +215,11 @@ def _items(answer: str) -> list[str]:
 
 
 def _same_item(answer: str, gold: str) -> bool:
-    given, wanted = number(answer), number(gold)
-    if given is None or wanted is None:
+    value, right = number(answer), number(gold)
+    if value is None or right is None:
         return normal(answer) == normal(gold)
-    tolerance = TOLERANCE * max(Fraction(1), abs(wanted))
-    return abs(given - wanted) <= (min(tolerance, abs(wanted) * TOLERANCE_BELOW_A_THOUSANDTH) if wanted else tolerance)
+    tolerance = TOLERANCE * max(Fraction(1), abs(right))
+    return abs(value - right) <= (min(tolerance, abs(right) * TOLERANCE_BELOW_A_THOUSANDTH) if right else tolerance)
 
 
 def _rank(item: str) -> tuple[bool, Fraction, str]:

@@ -1,7 +1,6 @@
 """A user's own reward."""
 
 import functools
-import logging
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -10,59 +9,43 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pspo.base import user_code
 from pspo.base.schema import ConfigError, build, key
 from pspo.dataset import Problem
 from pspo.reward.base import Answered, Reward, RewardError, Score
 
-log = logging.getLogger(__name__)
-
-GOLD_SAMPLE = 16
-"""Gold answers that are graded against themselves by a user's own reward, which may be slow."""
+GOLD_SAMPLE = 16  # gold answers that are graded against themselves by a user's own reward, which may be slow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(Reward):
     """A user's function of (completion's text, problem), called for each, or a subclass of ``Reward``, for a batch.
 
-    The function returns a number, which is correct from 1 on, or a ``Score``. Raises RewardError where the user's code
-    raises or returns something else.
+    The function returns a number, which is correct from 1 on, or a ``Score``; all else is a RewardError.
     """
+
+    refuses_wrong_golds = False  # a user's own reward may be about something else
 
     function: str = key("your function or Reward class: path/to/file.py:name or package.module:name", path=True)
     options: dict[str, Any] = key("further arguments of your function, or the keys of your class, by name")
 
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
-        if not completions:
-            return []
         if not isinstance(self._own, Reward):
             results = [self._call(f"problem {c.problem.id}", c.text, c.problem) for c in completions]
-            return list(map(self._score, results, completions))
-        batch = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
-        results = self._call(batch, completions)
-        if not isinstance(results, Sequence) or len(results) != len(completions):
-            raise self._error(f"must return a list of {len(completions)} scores, got {results!r}", batch)
-        return list(map(self._score, results, completions))
+        elif completions:
+            batch = f"{len(completions)} completions, the first of problem {completions[0].problem.id}"
+            results = self._call(batch, completions)
+            if not isinstance(results, Sequence) or len(results) != len(completions):
+                raise self._error(f"must return a list of {len(completions)} scores, got {results!r}", batch)
+        return list(map(self._score, results, completions)) if completions else []
 
     def check(self) -> None:
-        """Import the user's code and make the reward. Raises ConfigError."""
         assert callable(self._own)
 
-    def check_gold(self, problems: Sequence[Problem]) -> None:
-        """Warn of a wrong gold answer: a user's own reward may be about something else."""
-        try:
-            super().check_gold(problems)
-        except ConfigError as error:
-            log.warning("%s", error)
-
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
-        """As ``Reward.ungradable``, of the first ``GOLD_SAMPLE`` problems alone."""
         return super().ungradable(problems[:GOLD_SAMPLE])
 
     def source_files(self) -> list[Path]:
-        """The file that holds the function or class; files that it imports are not known."""
         return user_code.source_files(self.function)
 
     @functools.cached_property
@@ -79,7 +62,8 @@ class Custom(Reward):
         except ConfigError:
             raise
         except Exception as error:  # whatever the user's class raises
-            raise self.refuse("function", f"cannot be made: {type(error).__name__}: {_short(str(error))}") from error
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            raise self.refuse("function", f"cannot be made: {reason}") from error
 
     def _call(self, subject: str, *arguments: Any) -> Any:
         try:
@@ -90,9 +74,7 @@ class Custom(Reward):
     def _score(self, result: Any, completion: Answered) -> Score:
         score = result if isinstance(result, Score) else Score(result, False, {"custom": result}, True)
         numbers = [score.reward, *score.components.values()] if isinstance(score.components, Mapping) else [None]
-        flags = [score.correct, score.parsed, score.timed_out, *([] if score.strict is None else [score.strict])]
-        are_flags = all(isinstance(flag, bool | np.bool_) for flag in flags)
-        if not are_flags or not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
+        if not all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in numbers):
             reason = f"must return a finite number or a Score of finite numbers, got {result!r}"
             raise self._error(reason, f"problem {completion.problem.id}")
         components = {str(name): float(value) for name, value in score.components.items()}  # NumPy's are no JSON
@@ -101,9 +83,5 @@ class Custom(Reward):
         return Score(float(score.reward), correct, components, bool(score.parsed), strict, timed_out)
 
     def _error(self, reason: str, subject: str) -> RewardError:
-        remedy = "mend it and run the command again"
-        return RewardError(f"reward.function={self.function} {_short(reason)} on {subject}; {remedy}")
-
-
-def _short(text: str) -> str:
-    return textwrap.shorten(text, 200)
+        short = textwrap.shorten(reason, 200)
+        return RewardError(f"reward.function={self.function} {short} on {subject}; mend it and run the command again")

@@ -1,38 +1,34 @@
 """The process in which ``reward=math`` compares LaTeX answers: the part that meets model output is killed if it hangs.
 
-``serve`` answers each line on standard input, JSON ``{"timeout_s": ..., "pairs": [[gold, answer], ...]}``, with one
-line, the list of verdicts. A fork of the process compares the pairs; where a pair takes the fork longer than the limit
-or ends it, the verdict is null, and another fork goes on behind that pair. A fork takes milliseconds, a start with
-math-verify seconds. Nothing of this package is imported, so that the process has one thread, as a fork wants it.
+``serve`` answers each line on standard input, the arguments of ``decide`` in JSON, with one line, its verdicts. Forks
+of the process compare, as a fork takes milliseconds and a start with math-verify seconds. Nothing of this package is
+imported, so that the process has one thread, as a fork wants it.
 """
 
-import contextlib
 import functools
 import json
 import logging
 import math
-import multiprocessing
+import mmap
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Derivative, Limit, MatrixBase, Pow, binomial, exp, factorial, factorial2
 from sympy.concrete.expr_with_limits import ExprWithLimits
 
-MEMORY_BYTES = 2**31
-"""Address space of a forked process; beyond it Linux refuses memory, and the answers count as different."""
-MAX_COST = 2000
-"""Digits and terms, by ``cost``, up to which an expression is compared: x^{2000} is, 9^{9^9} is not."""
-WARM_UP = (
+MAX_FORK_BYTES = 2**31  # of address space; beyond it Linux refuses memory, and the answers count as different
+MAX_COST = 2000  # digits and terms, by ``cost``, up to which an expression is compared: x^{2000} is, 9^{9^9} is not
+WAITING, BEGUN, DIFFERENT, EQUAL = range(4)  # the states of a pair
+WARM_UP = (  # teach the parser its grammar, once for all forks: the first expression of a kind takes 100 ms
     r"\frac{1}{2}", r"\left( 3, \frac{\pi}{2} \right)", r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"x \in [-2, 7)",
     r"\{1 \pm \sqrt{5}, -2\}", r"\text{Evelyn}", r"x^3 + 3x - 6 = 0", r"(-\infty, 2) \cup (3, \infty)", r"2^{n} - 1",
     r"\sin^2 x + 3 - 4i", r"3\sqrt[3]{13}", r"50\%", r"1, 2 \text{ and } 3", r"x \le 5", r"\log_2 x - (4!)! + e^{2^3}",
 )  # fmt: skip
-"""Expressions that teach the parser its grammar, once for all forks: the first expression of a kind takes 100 ms."""
 
 
 @functools.lru_cache(256)
@@ -41,8 +37,8 @@ def parsed(text: str) -> list[Any]:
 
     By math-verify's LaTeX parser alone, which builds what its grammar knows; its other parser is Python's ``eval``.
     """
-    found: list[Any] = parse(text, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return [expression for expression in found if cost(expression) <= MAX_COST]
+    expressions = parse(text, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    return [expression for expression in expressions if cost(expression) <= MAX_COST]
 
 
 def cost(expression: Any) -> float:
@@ -64,51 +60,43 @@ def equal(gold: str, answer: str) -> bool:
 def serve() -> None:
     """Answer requests until standard input ends."""
     logging.disable()  # math-verify warns that its own alarms are off
-    parent, fork = os.getppid(), None
     for expression in WARM_UP:
         for gold in (expression, WARM_UP[0]):
             equal(f"${gold}$", f"${expression}$")
     for line in sys.stdin:
-        request = json.loads(line)
-        pairs, verdicts = request["pairs"], list[bool | None]()
-        while len(verdicts) < len(pairs) and os.getppid() == parent:  # else nobody waits for the verdicts
-            fork = fork or Fork()  # one that has compared much is faster
-            verdicts += fork.compare(pairs[len(verdicts) :], request["timeout_s"])
-            if verdicts[-1] is None:
-                fork.process.kill()
-                fork.process.join()
-                fork = None
-        sys.stdout.write(json.dumps(verdicts) + "\n")
+        sys.stdout.write(json.dumps(decide(*json.loads(line))) + "\n")
         sys.stdout.flush()
 
 
-class Fork:
-    """A fork of this process that compares the pairs that come through its pipe."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("fork")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, self.pipe), daemon=True)
-        self.process.start()
-        other.close()  # so that the pipe ends with the fork
-
-    def compare(self, pairs: Sequence[Sequence[str]], timeout_s: float) -> list[bool | None]:
-        """The verdicts of pairs up to the first, None, that takes more than ``timeout_s`` or ends the fork."""
-        verdicts = list[bool | None]()
-        with contextlib.suppress(EOFError, ConnectionError):
-            self.pipe.send(pairs)
-            while len(verdicts) < len(pairs) and self.pipe.poll(timeout_s):
-                verdicts.append(self.pipe.recv_bytes() == b"1")
-        return verdicts if len(verdicts) == len(pairs) else [*verdicts, None]
+def decide(pairs: Sequence[Sequence[str]], timeout_s: float, num_forks: int) -> list[bool | None]:
+    """Whether each pair is equal, compared by forks; None for a pair that took too long or ended its fork."""
+    states, parent = mmap.mmap(-1, len(pairs)), os.getppid()  # a byte for each pair, shared with the forks
+    parts: list[Sequence[int]] = [range(place, len(pairs), num_forks) for place in range(num_forks)]
+    forks: dict[int, Sequence[int]] = {}
+    while parts or forks:
+        for part in parts:
+            states[part[0]] = BEGUN  # so that a fork that cannot even begin costs a pair
+            forks[_fork(pairs, part, timeout_s, states)] = part
+        ended = forks.pop(os.wait()[0])
+        rest = [number for number in ended if states[number] == WAITING]
+        parts = [rest] if rest and os.getppid() == parent else []  # else nobody waits for the verdicts
+    return [{DIFFERENT: False, EQUAL: True}.get(state) for state in states[:]]
 
 
-def _work(pipe: Connection, other: Connection) -> None:
-    other.close()  # so that the fork ends with this process
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in range(3):
-        os.dup2(nowhere, standard)
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    while True:
-        for gold, answer in pipe.recv():
-            pipe.send_bytes(b"1" if equal(gold, answer) else b"0")
+def _fork(pairs: Sequence[Sequence[str]], part: Sequence[int], timeout_s: float, states: mmap.mmap) -> int:
+    """Compare the pairs numbered ``part`` in a fork, whose process id is returned; the kernel's alarm ends it."""
+    if child := os.fork():
+        return child
+    try:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for standard in range(3):
+            os.dup2(nowhere, standard)
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_FORK_BYTES, MAX_FORK_BYTES))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in part:
+            signal.setitimer(signal.ITIMER_REAL, timeout_s)
+            states[number] = BEGUN
+            states[number] = EQUAL if equal(*pairs[number]) else DIFFERENT
+    finally:
+        os._exit(0)

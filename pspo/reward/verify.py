@@ -11,7 +11,6 @@ import contextlib
 import functools
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -27,18 +26,12 @@ from pspo.dataset import Problem
 from pspo.dataset.problem import boxed
 from pspo.host.environment import choose_threads
 from pspo.reward.answer import extract, number, same
-from pspo.reward.base import Answered, Reward, RewardError, Score
+from pspo.reward.base import Answered, Reward, RewardError, Score, score_of
 
-log = logging.getLogger(__name__)
-
-MAX_TEXT_CHARACTERS = 2**15
-"""Characters at the end of a completion that are read."""
-MAX_EXTRA_CHARACTERS = 100
-"""An answer that is parsed has at most this many characters more than twice the gold answer's."""
-MAX_ANSWER_DEPTH = 5
-"""Brackets within brackets of an answer that is parsed, as each may double the time; MATH-500's golds have 2."""
-MIN_PAIRS_PER_PROCESS = 16
-"""Pairs that pay for another grading process, which takes three seconds and 150 MB to start."""
+MAX_TEXT_CHARACTERS = 2**15  # at the end of a completion that are read
+MAX_EXTRA_CHARACTERS = 100  # of an answer that is parsed, above twice the gold answer's
+MAX_ANSWER_DEPTH = 5  # brackets within brackets, as each may double the time; MATH-500's golds have 2
+MIN_PAIRS_PER_FORK = 16  # that pay for another fork of the grading process
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S.*)", re.MULTILINE)
 _SAID = re.compile("answer", re.IGNORECASE)
 _FORMULA = re.compile(r"(?<!\\)\$([^$]+)\$|\\\(((?:(?!\\\)).)+)|\\\[((?:(?!\\\]).)+)", re.DOTALL)
@@ -52,6 +45,8 @@ left to the grader, as an integral, a sum, a product, a limit and a large binomi
 class Math(Reward):
     r"""1 for a correct answer, in LaTeX too, plus ``format_bonus`` for a line ``#### <answer>`` or ``\boxed{...}``."""
 
+    refuses_wrong_golds = False  # some of MATH's are no expressions to math-verify; there the same text is correct
+
     format_bonus: float = key("added when the completion has the asked format", within="[0, 1]")
     timeout_s: float = key(
         "wall-clock time in which one answer must be compared, seconds; else it scores 0 and is counted",
@@ -59,13 +54,13 @@ class Math(Reward):
     )
 
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
-        golds = [completion.problem.answer for completion in completions]
-        answers = [answer_of(c.text[-MAX_TEXT_CHARACTERS:], gold) for c, gold in zip(completions, golds, strict=True)]
-        pairs = [(gold, answer) for gold, (answer, _) in zip(golds, answers, strict=True)]
-        rule = {pair: by_rule(*pair) for pair in pairs}
-        undecided = [pair for pair, verdict in rule.items() if verdict is None]
-        verdicts = rule | dict(zip(undecided, compare(undecided, self.timeout_s), strict=True))
-        return [self._score(verdicts[pair], *answer) for pair, answer in zip(pairs, answers, strict=True)]
+        answers = [answer_of(c.text[-MAX_TEXT_CHARACTERS:], c.problem.answer) for c in completions]
+        pairs = [(c.problem.answer, answer) for c, (answer, _) in zip(completions, answers, strict=True)]
+        verdicts = {pair: by_rule(*pair) for pair in pairs}
+        undecided = [pair for pair, verdict in verdicts.items() if verdict is None]
+        verdicts |= dict(zip(undecided, compare(undecided, self.timeout_s), strict=True))
+        graded = zip(pairs, answers, strict=True)
+        return [score_of(verdicts[pair], bool(answer), strict, self.format_bonus) for pair, (answer, strict) in graded]
 
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
         """The problems whose gold answer is no plain number and, to math-verify, no expression equal to itself."""
@@ -73,29 +68,15 @@ class Math(Reward):
         verdicts = dict(zip(golds, compare([(gold, gold) for gold in golds], self.timeout_s), strict=True))
         return [problem for problem in problems if not verdicts.get(problem.answer, True)]
 
-    def check_gold(self, problems: Sequence[Problem]) -> None:
-        """Warn of the gold answers that cannot be graded, which some of MATH's cannot, instead of refusing them."""
-        if ungradable := self.ungradable(problems):
-            first = f"{ungradable[0].answer!r} of problem {ungradable[0].id}: there only the same text is correct"
-            counts = f"{len(ungradable)} of {len(problems)} gold answers are no expressions to math-verify"
-            log.warning("%s, such as %s", counts, first)
-
-    def _score(self, verdict: bool | None, answer: str, in_format: bool) -> Score:
-        """The score of a verdict, which is None where the comparison timed out."""
-        correct, bonus = bool(verdict), self.format_bonus if in_format and verdict is not None else 0.0
-        components = {"correct": float(correct), "format": bonus}
-        strict, timed_out = correct and in_format, verdict is None
-        return Score(sum(components.values()), correct, components, bool(answer), strict, timed_out)
-
 
 def answer_of(text: str, gold: str) -> tuple[str, bool]:
-    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether as asked."""
+    """The answer that a completion gives to a problem of this gold answer, "" for none, and whether in the format."""
     lines, plain = _LINE.findall(text), extract(text) or ""
-    asked = boxed(lines[-1]) or lines[-1].strip() if lines else boxed(text)
+    formatted = boxed(lines[-1]) or lines[-1].strip() if lines else boxed(text)
     if number(gold) is not None and number(plain) is not None:
-        return plain, bool(asked)
-    if asked:
-        return asked, True
+        return plain, bool(formatted)
+    if formatted:
+        return formatted, True
     said = [match.end() for match in _SAID.finditer(text)][-1:]
     formulas = [*_FORMULA.finditer(text)]
     chosen = [formula for formula in formulas if said and formula.start() >= said[0]][:1] or formulas[-1:]
@@ -116,50 +97,42 @@ def by_rule(gold: str, answer: str) -> bool | None:
 
 
 def compare(pairs: Sequence[tuple[str, str]], timeout_s: float) -> list[bool | None]:
-    """Whether math-verify finds gold and answer equal, for each pair; None where that took too long or crashed.
-
-    Raises RewardError where a grading process cannot run.
-    """
+    """Whether math-verify finds each pair of gold and answer equal; None where it took too long. Raises RewardError."""
+    if not pairs:
+        return []
     formulas = [[f"${' '.join(text.replace('$', '').split())}$" for text in pair] for pair in pairs]
-    num = min(choose_threads(None), math.ceil(len(pairs) / MIN_PAIRS_PER_PROCESS))
-    processes = [_process(os.getpid(), place) for place in range(num)]
-    verdicts = list[bool | None]([None] * len(pairs))
+    num_forks = min(choose_threads(None), math.ceil(len(pairs) / MIN_PAIRS_PER_FORK))
+    process = _process(os.getpid())
+    assert process.stdin
+    assert process.stdout
     try:
-        for place, process in enumerate(processes):
-            assert process.stdin
-            with contextlib.suppress(BrokenPipeError):  # the process has ended, and writes nothing either
-                process.stdin.write(json.dumps({"timeout_s": timeout_s, "pairs": formulas[place::num]}) + "\n")
-                process.stdin.flush()
-        for place, process in enumerate(processes):
-            assert process.stdout
-            if not (line := process.stdout.readline()):
-                raise RewardError(
-                    f"a process that grades for reward=math ended with status {process.wait()}: mend what it wrote "
-                    "above, or give this job more memory, and run the same command again"
-                )
-            verdicts[place::num] = json.loads(line)
-    except BaseException:  # Ctrl-C, too: the next line that a process writes would answer this request
-        _process.cache_clear()
-        for process in processes:
-            _stop(process)
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, and writes nothing either
+            process.stdin.write(json.dumps([formulas, timeout_s, num_forks]) + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+    except BaseException:  # Ctrl-C, too: the next line that the process writes would answer this request
+        _stop(process)
         raise
-    return verdicts
+    if not line:
+        _process.cache_clear()
+        remedy = "mend what it wrote above, or give this job more memory, and run the same command again"
+        raise RewardError(f"the process that grades for reward=math ended with status {process.wait()}: {remedy}")
+    return list(json.loads(line))
 
 
 @functools.cache
-def _process(owner: int, place: int) -> subprocess.Popen[str]:
-    """The grading process ``place`` of the process with the id ``owner``; a fork of that one needs its own."""
+def _process(owner: int) -> subprocess.Popen[str]:
+    """The grading process of the process with the id ``owner``; a fork of that one needs its own."""
     code = "import sys; sys.path.append(sys.argv[1]); import math_process; math_process.serve()"
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", code, str(Path(__file__).parent)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    atexit.register(_stop, process)
-    return process
+    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    atexit.register(_stop, child)
+    return child
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Kill a grading process and the process that it forked."""
+    """Kill a grading process and its forks."""
+    _process.cache_clear()
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
