@@ -4,11 +4,9 @@ import yaml
 
 from pspo.base.files import CONF
 from pspo.base.schema import build
-from pspo.objective.base import Objective, ObjectiveInput
-from pspo.objective.clip import Clip, NoClip
-from pspo.objective.custom import own_class
+from pspo.objective.base import LOG_RATIO_CLAMP, Objective, ObjectiveInput, log_ratio, own_class
+from pspo.objective.clip import GMPO, Clip, NoClip
 from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
-from pspo.objective.gmpo import GMPO
 from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric, PSPOProportional
 from pspo.objective.soft import CFPO, MASPO, SAPO
 
@@ -37,4 +35,4 @@ def default_objective(name: str) -> Objective:
     return build(Objective, values)  # type: ignore[type-abstract]
 
 
-__all__ = ["OBJECTIVES", "PSPO", "Objective", "ObjectiveInput", "default_objective"]
+__all__ = ["LOG_RATIO_CLAMP", "OBJECTIVES", "PSPO", "Objective", "ObjectiveInput", "default_objective", "log_ratio"]

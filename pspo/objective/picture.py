@@ -1,10 +1,11 @@
 """Gradient weights of all objectives and the effect of alpha, as figures and a table: ``python -m pspo.objective``.
 
-Autograd computes the weights from the classes themselves, at the defaults under ``conf/objective``.
+Autograd computes the weights from the classes themselves, at the defaults under ``conf/objective``. The effect of alpha
+on the parameters after training is that on a softmax policy small enough to follow exactly.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,12 @@ from torch import Tensor
 
 from pspo.base.figure import BLUE, GREY, ORANGE, name_curves, styled, write_png
 from pspo.objective import OBJECTIVES, Objective, ObjectiveInput, default_objective
-from pspo.objective.toy import ARMS, drift, objective_input
 
 OLD_PROBABILITY = 0.1
 """π_old of the token: DPPO and MASPO look at it, the other objectives at the ratio alone."""
 
 TABLE_RATIOS = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
 MAX_RATIO = 8.0
-ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "clip, dual=3": {"dual": 3.0},
@@ -42,7 +41,8 @@ def weight(objective: Callable[[ObjectiveInput], Tensor], ratio_N: Tensor, advan
     """w(r, A) = −(∂loss/∂log π) / A at each ratio, for completions of one token of old probability 0.1."""
     old_logprob_N1 = torch.full((len(ratio_N), 1), math.log(OLD_PROBABILITY), dtype=torch.float64)
     logprob_N1 = (old_logprob_N1 + ratio_N.double().log()[:, None]).requires_grad_()
-    x = objective_input(logprob_N1, old_logprob_N1, torch.full_like(old_logprob_N1, advantage))
+    advantage_N1, every_token_N1 = torch.full_like(old_logprob_N1, advantage), torch.ones_like(logprob_N1).bool()
+    x = ObjectiveInput.at_tokens(logprob_N1, old_logprob_N1, advantage_N1, every_token_N1)
     (gradient_N1,) = torch.autograd.grad(objective(x).sum(), logprob_N1)
     return -gradient_N1.squeeze(-1) / advantage
 
@@ -84,16 +84,71 @@ def draw_weights(path: Path) -> None:
     write_png(figure, path, dpi=110)
 
 
+NUM_STATES, NUM_ACTIONS, SAMPLES_PER_STATE = 16, 8, 64
+NUM_ROLLOUTS, UPDATES_PER_ROLLOUT = 25, 8
+ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+SGD = {"optimizer": torch.optim.SGD, "lr": 2.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "pspo, AdamW": {},
+    "pspo, SGD": SGD,
+    "pspo, SGD at lr / (1 − alpha)": SGD | {"undo_alpha": True},
+    "pspo, AdamW, entropy term": {"entropy_weight": 0.05},
+    "pspo_geometric, AdamW": {"objective": "pspo_geometric"},
+    "pspo_clip, AdamW": {"objective": "pspo_clip"},
+}
+"""Ways of training, as arguments of ``train``. Without weight decay, as here, AdamW is Adam."""
+
+
+def train(
+    alpha: float,
+    objective: str = "pspo",
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr: float = 0.05,
+    undo_alpha: bool = False,
+    entropy_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The parameters before and after 200 updates, eight on each rollout of actions that do not depend on the policy.
+
+    ``undo_alpha`` takes the factor 1 − alpha out of the gradient again, by a learning rate of lr / (1 − alpha).
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator).requires_grad_()
+    reward = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator)
+    start, smoothed = logits.detach().clone(), default_objective(objective).with_alpha(alpha)
+    steps = optimizer([logits], lr=lr / (1 - alpha) if undo_alpha else lr)
+    for _ in range(NUM_ROLLOUTS):
+        action_BT = torch.randint(NUM_ACTIONS, (NUM_STATES, SAMPLES_PER_STATE), generator=generator)
+        reward_BT = reward.gather(-1, action_BT)
+        advantage_BT = reward_BT - reward_BT.mean(-1, keepdim=True)
+        old_logprob_BT = logits.detach().log_softmax(-1).gather(-1, action_BT)
+        for _ in range(UPDATES_PER_ROLLOUT):
+            steps.zero_grad()
+            logprob, mask_BT = logits.log_softmax(-1), torch.ones_like(action_BT).bool()
+            x = ObjectiveInput.at_tokens(logprob.gather(-1, action_BT), old_logprob_BT, advantage_BT, mask_BT)
+            negative_entropy = (logprob.exp() * logprob).sum(-1).mean()
+            loss = smoothed(x).mean() + entropy_weight * negative_entropy
+            loss.backward()  # type: ignore[no-untyped-call]
+            steps.step()
+    return start, logits.detach()
+
+
+def drifts(arm: str, alphas: Sequence[float]) -> list[float]:
+    """‖θ_α − θ_0‖ / ‖θ_0 − θ_start‖ after training, at each alpha, in float64 without norm clipping."""
+    start, plain = train(0.0, **ARMS[arm])
+    return [float((train(alpha, **ARMS[arm])[1] - plain).norm() / (plain - start).norm()) for alpha in alphas]
+
+
 @styled
 def draw_alpha(path: Path) -> None:
-    """How far alpha moves a run from the same run at alpha 0, for linear and other smoothing, in the toy of ``toy``."""
+    """How far alpha moves a run from the same run at alpha 0, for linear and other smoothing."""
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
     names = []
-    for name, arm in ARMS.items():
-        drifts = [max(drift(arm, alpha), 1e-16) for alpha in ALPHAS]
-        (line,) = axes.plot(ALPHAS, drifts, marker="o")
-        names.append((drifts[-1], name, str(line.get_color())))
+    for name in ARMS:
+        heights = [max(drift, 1e-16) for drift in drifts(name, ALPHAS)]
+        (line,) = axes.plot(ALPHAS, heights, marker="o")
+        names.append((heights[-1], name, str(line.get_color())))
     axes.set(yscale="log", ylim=(3e-17, 3), xticks=[0, 0.2, 0.4, 0.6, 0.8], xlabel="alpha")
     axes.set_title(
         "Distance of the final parameters from the run at alpha = 0,\nas a share of the way that run went (log scale)"
