@@ -14,8 +14,7 @@ class LoraConfig(Schema, block="model.lora"):
     rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
     alpha: int = key("the adapters' output is scaled by alpha / rank", within="[1, inf)")
     target_modules: str = key(
-        "layers with adapters: all-linear (all but the head), or a regular expression on whole names; a head tied to "
-        "the input embedding is untied where either has adapters"
+        "layers with adapters, between the input embedding and the head: all-linear, or a regular expression on names"
     )
 
     def __post_init__(self) -> None:
@@ -68,9 +67,7 @@ class ModelConfig(Schema, block="model"):
     )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = key(
-        "implementation of attention, as transformers names it"
-    )
+    attention: Literal["eager", "sdpa"] = key("implementation of attention, as transformers names it")
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
     lora: LoraConfig
     architecture: Architecture | None
@@ -78,7 +75,6 @@ class ModelConfig(Schema, block="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        flash = self.attention == "flash_attention_2"
         if self.made_here and self.architecture is None:
             raise self.refuse("path", "give a local folder or .gguf file, or choose a model option that has a hub_id")
         if self.made_here and self.warm_start is None:
@@ -88,10 +84,6 @@ class ModelConfig(Schema, block="model"):
             raise self.refuse("path" if self.hub_id is None else "hub_id", f"model={self.name} {why}")
         if self.autocast and self.dtype == "float64":
             raise self.refuse("autocast", "goes with model.dtype=float32 only")
-        if flash and not self.autocast:
-            raise self.refuse("attention", "flash attention needs model.autocast=true")
-        if flash and importlib.util.find_spec("flash_attn") is None:
-            raise self.refuse("attention", "needs the package flash-attn; install it or set model.attention=sdpa")
         if self.attention == "eager" and self.dtype == "float64":
             # Its softmax is in float32, where the mask's lowest float64 is -inf: rows of padding become NaN.
             raise self.refuse("attention", "goes with model.dtype=float32 only; set model.attention=sdpa")

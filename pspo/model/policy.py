@@ -17,8 +17,8 @@ from pspo.base.schema import ConfigError
 from pspo.model import source, warm_start
 from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig, ModelConfig
-from pspo.model.folder import read_model, read_tokenizer
 from pspo.model.logprob import autocast_to_bfloat16, predicting_states, raised
+from pspo.model.source import read_model, read_tokenizer
 
 MAX_SAVED_GAP = 1e-3
 """Nats by which a log-probability of the saved model may differ from the trained policy's; both without autocast."""
@@ -92,12 +92,10 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
 
     Adapters are merged into the policy's own weights, so that no second copy of them is made. With ``probe``, two token
     ids or more, the policy is spent: its weights are freed, the directory is loaded again, and the largest difference
-    of the probe's log-probabilities must be at most ``MAX_SAVED_GAP`` nats. Raises SaveError; what was in ``directory``
-    before is then still there.
+    of the probe's log-probabilities must be at most ``MAX_SAVED_GAP`` nats. Raises SaveError; the earlier content of
+    ``directory`` then stays.
     """
     model = policy.model.eval()
-    if model.config._attn_implementation == "flash_attention_2" and probe:  # it knows no float32
-        model.set_attn_implementation("sdpa")
     expected = _probe_logprobs(model, probe)
     _merge(model)
     try:
@@ -113,8 +111,7 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
                 if not gap <= MAX_SAVED_GAP:  # not a number either
                     raise SaveError(
                         f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
-                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; with adapters, set "
-                        "model.lora.target_modules=all-linear"
+                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; try model.lora.rank=0"
                     )
     except (OSError, SafetensorError) as error:
         raise SaveError(
@@ -150,13 +147,12 @@ def end_of_turn(tokenizer: Any) -> int | None:
 def can_share(model: Any) -> bool:
     """Whether completions may share one copy of their prompt, as the decoder takes any mask of what sees what.
 
-    Not where a layer has a window or a state, nor in flash attention. It is tried, without autocast: the hidden states
-    of two completions that share one prompt may differ from those in rows of their own by 1e-4 of their norm.
+    Not where a layer has a window or a state. It is tried, without autocast: the hidden states of two completions that
+    share one prompt may differ from those in rows of their own by 1e-4 of their norm.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
-    if kinds != {"full_attention"} or window or config._attn_implementation not in ("eager", "sdpa"):
+    window = "window" if getattr(config, "sliding_window", None) else "full_attention"
+    if set(getattr(config, "layer_types", None) or [window]) != {"full_attention"}:
         return False
     prompt, completions = [1, 2, 3], [[4, 5, 0], [6, 7, 0]]
     try:
@@ -164,7 +160,7 @@ def can_share(model: Any) -> bool:
             predicting_states(model.get_decoder(), make_batch(bundles, 0, model.device))
             for bundles in ([(prompt, [c]) for c in completions], [(prompt, completions)])
         )
-    except (IndexError, RuntimeError, TypeError, ValueError):  # it knows no masks of four dimensions
+    except (IndexError, RuntimeError, TypeError, ValueError):  # the decoder takes no mask of four dimensions
         return False
     return bool((apart - shared).norm() <= 1e-4 * apart.norm())
 
@@ -187,13 +183,12 @@ def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
     """The model with adapters drawn from ``seed``. Raises ConfigError."""
     import peft
 
-    embedding, head, targets = model.get_input_embeddings(), model.get_output_embeddings(), config.target_modules
+    ends, targets = (model.get_input_embeddings(), model.get_output_embeddings()), config.target_modules
     adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     try:
-        hit = any(re.fullmatch(targets, name) for name, module in model.named_modules() if module in (embedding, head))
-        if hit and embedding.weight is head.weight:  # else adapters merged into one would change the other as well
-            head.weight = torch.nn.Parameter(head.weight.detach().clone())
-            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        for name, module in model.named_modules():
+            if module in ends and re.fullmatch(targets, name):  # the two may be one weight, and the head is a matrix
+                raise ValueError(f"{name} takes no adapters; choose layers between the input embedding and the head")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return peft.inject_adapter_in_model(adapters, model)
