@@ -69,11 +69,10 @@ class Trainer:
         config, rollout = self.config, self.config.rollout
         self.sampler: Sampler = OwnSampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
-        self.reference = self.policy.frozen() if config.loss.kl != "none" else None
         self.learner = Learner(
-            self.policy, self.critic, config.objective, config.loss, temperature=rollout.temperature,
-            max_length=rollout.max_new_tokens, max_tokens=config.update.max_tokens,
+            self.policy, self.critic, config.objective, config.loss, rollout, config.update,
             max_grad_norm=config.optimizer.max_grad_norm,
+            reference=self.policy.frozen() if config.loss.kl != "none" else None,
         )  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
         if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
@@ -142,10 +141,7 @@ class Trainer:
         config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
         used, reward_PG = training(config.rollout, completions), rewards(config.rollout, completions)
         learner = replace(self.learner, objective=self._objective())
-        rows, row_metrics = make_rows(
-            used, rewards(config.rollout, used), config.advantage, learner,
-            reference=self.reference, recompute=config.update.old_logprobs == "recompute",
-        )  # fmt: skip
+        rows, row_metrics = make_rows(used, rewards(config.rollout, used), config.advantage, learner)
         check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
         spent_before, number = config.budget.fraction(progress), progress.steps + 1
         progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
@@ -156,7 +152,7 @@ class Trainer:
             progress.optimizer_steps, config.update.steps, spent_before, spent, state.warmup_fraction
         )
         progress.optimizer_steps += update(
-            learner, self.optimizer, rows, config=config.update, learning_rates=learning_rates,
+            learner, self.optimizer, rows, learning_rates=learning_rates,
             random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Settings of a rollout, and the interface of every sampler: completions of prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,6 +38,9 @@ class RolloutConfig(Schema, block="rollout"):
         return min(0.0, (self.max_new_tokens - buffer - length) / buffer) if buffer else 0.0
 
 
+UNGRADED = Score(reward=math.nan, correct=False, components={}, parsed=False)
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled answer."""
@@ -47,7 +51,7 @@ class Completion:
     logprobs: list[float]  # log π of each token under the temperature-scaled, untruncated policy, in nats
     finished: bool  # ended with a stop token, else truncated at ``max_new_tokens``
     text: str  # the decoded tokens, without special tokens
-    score: Score | None = None  # the reward's, once the completion has been graded
+    score: Score = UNGRADED
 
     @property
     def problem(self) -> Problem:

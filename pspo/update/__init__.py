@@ -1,7 +1,6 @@
 """How a policy learns from completions: rows, micro-batches, optimizer steps."""
 
-from pspo.update.learner import Learner, UpdateConfig
-from pspo.update.rows import Row, make_rows
+from pspo.update.rows import Learner, Row, UpdateConfig, make_rows
 from pspo.update.step import NonFiniteError, SamplerGapError, UpdateError, accumulate, check_gap, update
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""From completions to the rows that an update learns from, and the log-probabilities of rows without gradient."""
+"""What learns in an update, and from what: rows of tokens, made of a step's completions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,12 +10,53 @@ from torch import Tensor
 
 from pspo.advantage import Advantage
 from pspo.advantage.critic import Critic
+from pspo.base.schema import Schema, key
+from pspo.loss import LossConfig
 from pspo.model import Policy
 from pspo.model.batch import Batch, make_batch, scatter
 from pspo.model.logprob import predicting_states, token_logprobs
-from pspo.rollout import Completion
-from pspo.update.learner import Learner
+from pspo.objective import Objective
+from pspo.rollout import Completion, RolloutConfig
 from pspo.update.pack import Bundles, pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig(Schema, block="update"):
+    """How often and in what pieces a rollout is learned from; updates per rollout = epochs x minibatches."""
+
+    num_epochs: int = key("passes over a rollout", within="[1, inf)")
+    num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
+    max_tokens: int = key(
+        "positions of one micro-batch, padding included; bounds memory and changes results by rounding alone",
+        within="[1, inf)",
+    )
+    old_logprobs: Literal["sampler", "recompute"] = key(
+        "log π_old: the sampler's, or from one more pass of the trainer, which takes rounding out of the ratios"
+    )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one rollout."""
+        return self.num_epochs * self.num_minibatches
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The models that learn and their loss: the same through a run but for the objective's alpha."""
+
+    policy: Policy
+    critic: Critic | None  # the policy's value model, where the advantage needs one
+    objective: Objective
+    loss: LossConfig
+    rollout: RolloutConfig
+    update: UpdateConfig
+    max_grad_norm: float  # of the policy's gradient and, by itself, of the value model's
+    reference: Policy | None = None  # the policy before training, where the loss has a KL penalty
+
+    def parameters(self) -> list[list[torch.nn.Parameter]]:
+        """The policy's trained parameters, then the value model's own."""
+        own = [] if self.critic is None else [list(self.critic.parameters())]
+        return [list(self.policy.trainable().values()), *own]
 
 
 @dataclass(frozen=True)
@@ -32,39 +73,34 @@ class Row:
 
 
 def make_rows(
-    completions: Sequence[Completion],
-    reward_PG: Tensor,
-    advantage: Advantage,
-    learner: Learner,
-    *,
-    reference: Policy | None = None,
-    recompute: bool = False,
+    completions: Sequence[Completion], reward_PG: Tensor, advantage: Advantage, learner: Learner
 ) -> tuple[list[Row], dict[str, float]]:
     """The rows that train, and metrics of the value model and of the gap between sampler and trainer.
 
     ``reward_PG`` (P, G) are the completions' rewards. Truncated completions, where the loss masks them, count in the
-    mean of their group and do not train. ``recompute`` takes log π_old from the trainer in place of the sampler.
+    mean of their group and do not train.
     """
-    if not completions:
-        return [], {}
-    rows = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, []) for c in completions]
-    critic, metrics, values = learner.critic, dict[str, float](), None
-    if critic is not None or recompute:
-        logprobs, values = score(learner.policy, rows, learner.temperature, learner.max_tokens, critic)
+    rows, metrics = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, []) for c in completions], dict[str, float]()
+    if not rows:
+        return rows, metrics
+    temperature, max_tokens = learner.rollout.temperature, learner.update.max_tokens
+    recompute, values = learner.update.old_logprobs == "recompute", None
+    if learner.critic is not None or recompute:
+        logprobs, values = score(learner.policy, rows, temperature, max_tokens, learner.critic)
     if recompute:
-        gap_N = _flat(logprobs) - _flat(c.logprobs for c in completions)
+        gap_N = np.concatenate(logprobs) - np.concatenate([row.old_logprobs for row in rows])
         metrics["policy/sampler_gap_mean"] = float(np.abs(gap_N).mean())
         rows = [replace(row, old_logprobs=new) for row, new in zip(rows, logprobs, strict=True)]
-    advantages, returns = advantage.estimate(reward_PG, [len(c.token_ids) for c in completions], values)
+    advantages, returns = advantage.estimate(reward_PG, [len(row.token_ids) for row in rows], values)
     rows = [replace(row, advantages=a) for row, a in zip(rows, advantages, strict=True)]
-    if critic is not None and values is not None:
+    if values and returns:
         rows = [replace(row, values=v, returns=r) for row, v, r in zip(rows, values, returns, strict=True)]
-        value_N, return_N = _flat(values), _flat(returns)  # explained: 1 for perfect values, 0 for a constant
+        value_N, return_N = np.concatenate(values), np.concatenate(returns)
         metrics["critic/explained_variance"] = float(1 - np.var(return_N - value_N) / max(np.var(return_N), 1e-12))
     if learner.loss.mask_truncated:
         rows = [row for row, completion in zip(rows, completions, strict=True) if completion.finished]
-    if reference is not None:
-        logprobs, _ = score(reference, rows, learner.temperature, learner.max_tokens, None)
+    if learner.reference is not None:
+        logprobs, _ = score(learner.reference, rows, temperature, max_tokens, None)
         rows = [replace(row, reference_logprobs=fixed) for row, fixed in zip(rows, logprobs, strict=True)]
     return rows, metrics
 
@@ -104,7 +140,3 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor) -> Tensor:
     value_N = like_BT.new_tensor([value for row in rows for value in getattr(row, name)])
     length_B1 = torch.tensor([[len(row.token_ids)] for row in rows], device=like_BT.device)
     return scatter(torch.arange(like_BT.shape[1], device=like_BT.device) < length_B1, value_N)
-
-
-def _flat(rows: Iterable[list[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.concatenate([np.asarray(row) for row in rows])
