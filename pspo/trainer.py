@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pspo import checkpoint
-from pspo.advantage import has_spread
-from pspo.advantage.critic import make_critic
+from pspo.advantage import has_spread, make_critic
 from pspo.base.console import Phase, log
 from pspo.base.files import JsonLines, SaveError
 from pspo.base.statistics import Statistics

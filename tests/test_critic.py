@@ -5,8 +5,7 @@ import pytest
 import torch
 from training import Killed, make_trainer
 
-from pspo.advantage import GAE, Group
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, Group, make_critic
 from pspo.base.statistics import Statistics
 from pspo.loss import LossConfig
 from pspo.model.logprob import predicting_states

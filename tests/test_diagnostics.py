@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pspo.advantage import GAE
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.config import compose, identity

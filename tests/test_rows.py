@@ -7,8 +7,7 @@ import pytest
 import torch
 from training import problems, rollout_config
 
-from pspo.advantage import GAE, Group, LeaveOneOut, Mean
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, Group, LeaveOneOut, Mean, make_critic
 from pspo.loss import LossConfig
 from pspo.objective import default_objective
 from pspo.rollout import OwnSampler

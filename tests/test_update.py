@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import configured
 
-from pspo.advantage import GAE, Group
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, Group, make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.dataset import Problem, Prompt

@@ -133,17 +133,17 @@ class _Logprobs(torch.autograd.Function):
         by_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[2] else None
         by_bias_V = torch.zeros_like(bias_V) if ctx.needs_input_grad[3] else None
         columns = (by_hidden_NH, token_N, entropy_N, by_logprob_N, by_entropy_N)
-        for z, by_z, (low, by_hidden, token, *numbers) in head.chunks(cast_VH, bias_V, hidden_NH, *columns):
+        for z, p, (low, by_hidden, token, *numbers) in head.chunks(cast_VH, bias_V, hidden_NH, *columns):
             token_N1, (entropy_N1, by_logprob_N1, by_entropy_N1) = token[:, None], (x[:, None] for x in numbers)
             if head.entropy_gradient:
                 log_p = torch.log_softmax(z, -1, out=z)
-                by_z.mul_(log_p.add_(entropy_N1).mul_(by_entropy_N1).add_(by_logprob_N1))
-                by_z.scatter_add_(-1, token_N1, -by_logprob_N1)
+                p.mul_(log_p.add_(entropy_N1).mul_(by_entropy_N1).add_(by_logprob_N1))
+                p.scatter_add_(-1, token_N1, -by_logprob_N1)
                 factor_N1 = torch.full_like(by_logprob_N1, -1 / head.temperature)
             else:
-                by_z.scatter_add_(-1, token_N1, torch.full_like(by_logprob_N1, -1))
+                p.scatter_add_(-1, token_N1, torch.full_like(by_logprob_N1, -1))
                 factor_N1 = by_logprob_N1 / -head.temperature  # in ∂z = factor (p − 1_k), on the smaller matrix
-            by_z = by_z.to(cast_VH.dtype)
+            by_z = p.to(cast_VH.dtype)
             by_hidden.copy_((by_z @ cast_VH) * factor_N1)
             if by_weight_VH is not None:
                 a, b = by_z.T, low * factor_N1.to(low.dtype)

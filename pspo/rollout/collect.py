@@ -45,7 +45,7 @@ def collect(
 
 
 def training(config: RolloutConfig, completions: Sequence[Completion]) -> list[Completion]:
-    """The completions of the groups that train: of all, or under dynamic sampling of the groups whose rewards differ."""
+    """The completions of the groups that train: all, or under dynamic sampling the groups whose rewards differ."""
     if not config.max_redraws:
         return list(completions)
     differ_P = has_spread(rewards(config, completions)).tolist()

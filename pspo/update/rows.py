@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pspo.advantage import Advantage
-from pspo.advantage.critic import Critic
+from pspo.advantage import Advantage, Critic
 from pspo.base.schema import Schema, key
 from pspo.loss import LossConfig
 from pspo.model import Policy

@@ -48,9 +48,9 @@ def update(
 ) -> int:
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
-    ``learning_rates`` has one for each optimizer step of this rollout. Returns the number of optimizer steps taken:
-    none for a minibatch without rows. Raises SamplerGapError, and NonFiniteError after saving the offending minibatch
-    at ``failure``: before an optimizer step that cannot be trusted, and after one that left weights that are not finite.
+    ``learning_rates`` has one for each optimizer step. Returns the number of optimizer steps taken: none for a
+    minibatch without rows. Raises SamplerGapError, and NonFiniteError after saving the offending minibatch at
+    ``failure``: before an optimizer step that cannot be trusted, and after one that left weights that are not finite.
     """
     taken, parameters, config = 0, learner.parameters(), learner.update
     max_tokens = config.max_tokens
