@@ -51,7 +51,7 @@ class DiagnosticsConfig(Schema, block="diagnostics"):
 
 
 def kl_old_new(when: str, log_ratio_N: Any) -> dict[str, float]:
-    """KL(old‖new) on sampled tokens ``before`` or ``after`` an optimizer step: k1 = E[−log r], k3 = E[r − 1 − log r]."""
+    """KL(old‖new) on sampled tokens ``before`` or ``after`` an inner step: k1 = E[−log r], k3 = E[r − 1 − log r]."""
     k1_N, k3_N = -log_ratio_N, np.expm1(log_ratio_N) - log_ratio_N
     return {f"kl/{when}_k1": float(k1_N.mean()), f"kl/{when}_k3": float(k3_N.mean())}
 
@@ -134,13 +134,13 @@ class Record:
         columns = (x.log_ratio_BT, token_log_ratio_BT, gradient_BT, x.advantage_BT, entropy_BT)
         self.tokens.append(torch.stack([values.detach()[x.mask_BT].double() for values in columns]))
 
-    def end_inner_step(self, epoch: int, minibatch: int, optimizer: dict[str, float]) -> None:
+    def end_inner_step(self, about: dict[str, float]) -> None:
         """Turn the tokens into a row; KL after the last optimizer step is KL before this one, on this minibatch."""
         metrics = inner_metrics(self.tokens)
         self.tokens.clear()
         if self.rows:
             self.rows[-1] |= {f"kl/after_{k}": metrics[f"kl/before_{k}"] for k in ("k1", "k3")}
-        self.rows.append({"epoch": epoch, "minibatch": minibatch} | metrics | optimizer)
+        self.rows.append(about | metrics)
 
     def summary(self) -> dict[str, float]:
         """The mean of every metric over the inner steps, the largest of maxima; without the columns ``ELSEWHERE``."""

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, build, unknown
+from pspo.base.schema import ConfigError, Schema, build, fields_of, unknown
 from pspo.config.tree import Config, read
 from pspo.objective import OBJECTIVES, Objective
 from pspo.smoothing import Smoothing
@@ -110,8 +110,8 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     values = _with_source(values, overrides)
     smoothing, objective = values["smoothing"], values["objective"]
     alpha, constant = smoothing.get("alpha"), Smoothing.select(smoothing).constant
-    if not (alpha is None and constant) and not getattr(Objective.select(objective), "takes_alpha", True):
-        takes_alpha = ", ".join(name for name, known in OBJECTIVES.items() if known.takes_alpha)
+    if not (alpha is None and constant) and "alpha" not in fields_of(Objective.select(objective)):
+        takes_alpha = ", ".join(name for name, known in OBJECTIVES.items() if "alpha" in fields_of(known))
         raise ConfigError(
             f"smoothing={smoothing['name']} sets objective.alpha, which objective={objective['name']} does not have"
             f"; objectives with alpha: {takes_alpha} (or leave smoothing=none)"

@@ -61,8 +61,7 @@ class ModelConfig(Schema, block="model"):
     name: str = key("name of the model in reports")
     hub_id: str | None = key("repository on the Hugging Face hub, owner/name")
     path: str | None = key(
-        "used instead of hub_id: a local folder with safetensors weights and tokenizer, or a .gguf file; "
-        "package:NAME/FILE is a file inside an installed Python package",
+        "used instead of hub_id: a folder with safetensors and tokenizer, a .gguf file, or package:NAME/FILE of a package",
         path=True,
     )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
@@ -75,10 +74,10 @@ class ModelConfig(Schema, block="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.made_here and self.architecture is None:
-            raise self.refuse("path", "give a local folder or .gguf file, or choose a model option that has a hub_id")
-        if self.made_here and self.warm_start is None:
-            raise self.refuse("warm_start", "the embedded policy needs one; choose model=tiny, or give model.path")
+        if self.made_here and not (self.architecture and self.warm_start):
+            raise self.refuse(
+                "path", "give a local folder or .gguf file, or choose model=tiny or one that has a hub_id"
+            )
         if not self.made_here and (self.architecture or self.warm_start):
             why = "has the embedded task's lengths, learning rate and budget; choose model=hf for another model"
             raise self.refuse("path" if self.hub_id is None else "hub_id", f"model={self.name} {why}")

@@ -33,7 +33,7 @@ class Policy:
     stop_ids: list[int]
     autocast: bool
     gradient_checkpointing: bool
-    shares_prompts: bool = False  # whether completions may stand behind one copy of their prompt (``can_share``)
+    shares_prompts: bool = False  # whether completions may share one copy of their prompt (``can_share``)
 
     @property
     def device(self) -> torch.device:
@@ -96,17 +96,17 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     ``directory`` then stays.
     """
     model = policy.model.eval()
-    expected = _probe_logprobs(model, probe)
+    expected: Any = _probe_logprobs(model, probe) if probe else None
     _merge(model)
     try:
         with new_directory(directory) as new:
             model.save_pretrained(new)
             policy.tokenizer.save_pretrained(new)
             if probe:
-                device, dtype, implementation = model.device, model.dtype, model.config._attn_implementation
+                device, dtype, attention = model.device, model.dtype, model.config._attn_implementation
                 for parameter in model.parameters():  # freed, whoever else holds the parameter
                     parameter.data, parameter.grad = parameter.data.new_empty(0), None
-                loaded = read_model(new, dtype, attn_implementation=implementation).to(device).eval()
+                loaded = read_model(new, dtype, attn_implementation=attention).to(device).eval()
                 gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
                 if not gap <= MAX_SAVED_GAP:  # not a number either
                     raise SaveError(
@@ -125,20 +125,22 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     Base models such as Qwen2.5 name ``<|endoftext|>`` as EOS while their template closes turns with ``<|im_end|>``.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
-    ids.add(end_of_turn(tokenizer))
-    if not (known := sorted(i for i in ids if i is not None)):
+    ids = {
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer),
+        *(configured if isinstance(configured, list) else [configured]),
+    }
+    if ids == {None}:
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
-    return known
+    return sorted(ids - {None})
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that the chat template writes behind an answer, or None."""
     if tokenizer.chat_template is None:
         return None
-    marker = "7"
-    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": marker}]
-    after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
+    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "7"}]
+    after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("7")[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
 
@@ -173,10 +175,8 @@ def _check_head(config: ModelConfig, model: Any) -> None:
         expected, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
         logits = model.get_output_embeddings()(hidden)
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
-        raise config.refuse(
-            "path" if config.path else "hub_id",
-            f"{type(model).__name__} scales or caps its logits after the head, which is not supported; choose another",
-        )
+        why = f"{type(model).__name__} scales or caps its logits after the head, which is not supported; choose another"
+        raise config.refuse("path" if config.path else "hub_id", why)
 
 
 def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
@@ -206,9 +206,7 @@ def _merge(model: Any) -> None:
 
 @torch.inference_mode()
 def _probe_logprobs(model: Any, token_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of all tokens but the first, each given the tokens before it; none for no tokens."""
-    if not token_ids:
-        return torch.empty(0)
+    """Log-probabilities of all tokens but the first, each given the tokens before it."""
     ids = torch.tensor([list(token_ids)], device=model.device)
     logprob_TV = raised(model(input_ids=ids, use_cache=False).logits[0, :-1]).log_softmax(-1)
     return logprob_TV.gather(-1, ids[0, 1:, None]).squeeze(-1)

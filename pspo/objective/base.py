@@ -29,22 +29,13 @@ def log_ratio(logprob_BT: Tensor, old_logprob_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveInput:
-    """The tensors of a batch that an objective may use, each of shape (B, T).
+    """The tensors of a batch that an objective may use, each of shape (B, T)."""
 
-    Attributes:
-        logprob_BT: log π_θ(a_t|s_t), with gradient.
-        old_logprob_BT: log π_old(a_t|s_t), constant.
-        log_ratio_BT: log of the importance ratio at the level of ``loss.importance``: of one token, log r_t = log π_θ −
-            log π_old, clamped, or of a completion.
-        advantage_BT: A, constant; the same at all tokens of a completion, except under an estimator per token (GAE).
-        mask_BT: true on completion tokens.
-    """
-
-    logprob_BT: Tensor
-    old_logprob_BT: Tensor
-    log_ratio_BT: Tensor
-    advantage_BT: Tensor
-    mask_BT: Tensor
+    logprob_BT: Tensor  # log π_θ(a_t|s_t), with gradient
+    old_logprob_BT: Tensor  # log π_old(a_t|s_t), constant
+    log_ratio_BT: Tensor  # at the level of loss.importance: log r_t = log π_θ − log π_old, clamped, or a completion's
+    advantage_BT: Tensor  # A, constant; the same at all tokens of a completion but under an estimator per token (GAE)
+    mask_BT: Tensor  # true on completion tokens
 
     @classmethod
     def at_tokens(cls, logprob_BT: Tensor, old_logprob_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor) -> Self:
@@ -77,7 +68,6 @@ class Objective(Schema, ABC, block="objective"):
     """Base of all objectives: ``objective(x)`` is the loss per token, to be minimised, of shape (B, T)."""
 
     name: str
-    takes_alpha: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     """Whether the loss is linear in the ratio, so that smoothing the ratio is a factor on the gradient."""
     token_only: ClassVar[str] = ""
@@ -90,7 +80,7 @@ class Objective(Schema, ABC, block="objective"):
         return user_code.source_files(getattr(self, "function", ""))
 
     def with_alpha(self, alpha: float) -> Self:
-        """The same objective with another alpha; only where ``takes_alpha``."""
+        """The same objective with another alpha, where it has one."""
         return replace(self, alpha=alpha)  # type: ignore[call-arg]
 
     @abstractmethod

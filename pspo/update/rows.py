@@ -25,10 +25,7 @@ class UpdateConfig(Schema, block="update"):
 
     num_epochs: int = key("passes over a rollout", within="[1, inf)")
     num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
-    max_tokens: int = key(
-        "positions of one micro-batch, padding included; bounds memory and changes results by rounding alone",
-        within="[1, inf)",
-    )
+    max_tokens: int = key("padded positions of one micro-batch; bounds memory, changes rounding", within="[1, inf)")
     old_logprobs: Literal["sampler", "recompute"] = key(
         "log π_old: the sampler's, or from one more pass of the trainer, which takes rounding out of the ratios"
     )

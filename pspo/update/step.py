@@ -20,8 +20,8 @@ from pspo.update.rows import Learner, Row, column, micro_batches, score
 
 MEMORY_ADVICE = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
-MAX_GAP_NATS = {False: 1e-3, True: 0.15}
-"""Largest mean |log π_trainer − log π_sampler| of fresh rows, without and with bfloat16 products (``autocast``)."""
+GAP, MAX_GAP_NATS = "policy/sampler_gap_mean", {False: 1e-3, True: 0.15}
+"""Mean |log π_trainer − log π_sampler| of fresh rows, and its bound without and with ``autocast`` to bfloat16."""
 
 
 class UpdateError(RuntimeError):
@@ -81,22 +81,15 @@ def update(
             reason = f"learning rate {optimizer.param_groups[0]['lr']:g} made weights that are not finite"
             raise _non_finite(reason, minibatch, failure)
         if record is not None:
-            norm = norms[0].item()
-            columns = {
-                "optimizer/grad_norm": norm,
-                "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
-                "optimizer/update_norm_estimate": update_norm(before, parameters[0]),
-            }
-            record.end_inner_step(epoch, place, columns)
+            about = {"epoch": epoch, "minibatch": place, "optimizer/grad_norm": norms[0].item()}
+            about["optimizer/grad_norm_clipped"] = min(norms[0].item(), learner.max_grad_norm)
+            record.end_inner_step(about | {"optimizer/update_norm_estimate": update_norm(before, parameters[0])})
     if record is not None and record.rows:
         probe = rows[::ROWS_PER_PROBE_ROW]
         logprobs, _ = score(learner.policy, probe, learner.rollout.temperature, max_tokens, None)
         record.rows[-1] |= kl_after(logprobs, [row.old_logprobs for row in probe])
     optimizer.zero_grad(set_to_none=True)
     return taken
-
-
-GAP = "policy/sampler_gap_mean"
 
 
 def check_gap(gap: float, autocast: bool) -> None:

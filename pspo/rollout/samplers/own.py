@@ -1,12 +1,12 @@
 """The sampler ``own``: completions from the trainer's own weights, by the model's own forward pass.
 
-Old log-probabilities are exact, as behaviour policy and trainer are one set of weights in one process. Shape suffixes:
-R rows (completions) of a batch, B rows that are still being written, V vocabulary, T completion positions, P prompts, S
-prompt positions, K ranked tokens.
+Old log-probabilities are exact, as sampler and trainer are one set of weights in one process. Shape suffixes: R rows
+(completions) of a batch, B unfinished ones, V vocabulary, T completion positions, P prompts, S their positions, K ranks.
 """
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +23,11 @@ from pspo.model import Policy
 from pspo.model.logprob import autocast_to_bfloat16, raised
 from pspo.rollout.sample import Completion, RolloutConfig
 
-LOOK_EVERY_TOKENS = {"cpu": 1, "cuda": 16}
-"""Tokens from one look at which rows are finished to the next; each look waits for the GPU."""
-
 COMPACT_BELOW_SHARE = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
 
 RANKED_TOKENS = 1024
-"""The nucleus is looked for among this many of the most probable tokens before it is looked for among all."""
+"""Most probable tokens among which the nucleus is searched first, as a sort of a large vocabulary is slow."""
 
 
 class OwnSampler:
@@ -47,12 +44,10 @@ class OwnSampler:
         self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], *, greedy: bool = False
     ) -> list[Completion]:
         """As ``Sampler.sample``; prompts of like length are decoded together."""
-        if not prompts:
-            return []
-        by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         rows = [(i, g) for i in by_length for g in range(group_size)]
         ids, length = [prompts[i].token_ids for i, _ in rows], self.config.max_new_tokens
-        uniform_RT = torch.from_numpy(np.stack([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
+        uniform_RT = torch.tensor(np.array([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
 
         def decoded(max_rows: int) -> list[tuple[list[int], list[float], bool]]:
@@ -69,9 +64,7 @@ class OwnSampler:
         return [completions[place] for place in sorted(completions)]
 
 
-def _uniforms(
-    seed: Sequence[int], prompt: Prompt, sample: int, count: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _uniforms(seed: Sequence[int], prompt: Prompt, sample: int, count: int) -> np.ndarray[Any, Any]:
     """The uniform numbers in [0, 1) of one completion, one for each of its tokens."""
     digest = hashlib.blake2b(prompt.problem.id.encode(), digest_size=8).digest()
     words = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
@@ -105,14 +98,12 @@ def decode(
             if t + 1 == length_T:
                 break
             alive_B &= torch.isin(token_B, stop_ids, invert=True)
-            if (t + 1) % LOOK_EVERY_TOKENS[device.type] == 0:
-                num_alive = int(alive_B.sum())
-                if num_alive == 0:
-                    break
-                if num_alive < COMPACT_BELOW_SHARE * len(alive_B):
-                    keep = alive_B.nonzero().squeeze(-1)
-                    cache.batch_select_indices(keep)
-                    row_B, token_B, alive_B, attention = (x[keep] for x in (row_B, token_B, alive_B, attention))
+            num_alive = int(alive_B.sum())
+            if num_alive == 0:
+                break
+            if num_alive < COMPACT_BELOW_SHARE * len(alive_B):
+                cache.batch_select_indices(keep_B := alive_B.nonzero().squeeze(-1))
+                row_B, token_B, alive_B, attention = (x[keep_B] for x in (row_B, token_B, alive_B, attention))
             attention = F.pad(attention, (0, 1), value=1)
             logits_BV = _logits(policy, cache, token_B[:, None], attention)
     return _until_stop(token_RT, logprob_RT, stop_ids)
@@ -131,16 +122,9 @@ def _left_padded(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Tensor, 
 def _logits(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: Tensor) -> Tensor:
     """The logits (B, V) of the next token of every row; appends ``input_ids`` to the KV cache."""
     position_ids = (attention.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-    output = policy.model(
-        input_ids=input_ids,
-        attention_mask=attention,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits_BV: Tensor = output.logits[:, -1]
-    return logits_BV
+    inputs = {"input_ids": input_ids, "attention_mask": attention, "position_ids": position_ids}
+    logits_BSV: Tensor = policy.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits_BSV[:, -1]
 
 
 def _until_stop(token_RT: Tensor, logprob_RT: Tensor, stop_ids: Tensor) -> list[tuple[list[int], list[float], bool]]:
@@ -184,13 +168,8 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _nucleus(probability_BV: Tensor, top_p: float) -> Tensor:
-    """The probabilities, 0 outside of the nucleus; of equally probable tokens at its edge it takes the first.
-
-    Among the most probable tokens if they hold ``top_p`` in every row, as a sort of a large vocabulary costs more than
-    all else, else among all.
-    """
-    num_tokens = probability_BV.shape[-1]
-    ranked_BK = probability_BV.topk(min(RANKED_TOKENS, num_tokens), dim=-1).values.double()
+    """The probabilities, 0 outside of the nucleus; of equally probable tokens at its edge it takes the first."""
+    ranked_BK = probability_BV.topk(min(RANKED_TOKENS, probability_BV.shape[-1]), dim=-1).values.double()
     if bool((ranked_BK.sum(-1) < top_p).any()):
         ranked_BK = probability_BV.sort(dim=-1, descending=True).values.double()
     size_B1 = (ranked_BK.cumsum(-1) - ranked_BK < top_p).sum(-1, keepdim=True).clamp(min=1)
