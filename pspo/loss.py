@@ -43,10 +43,8 @@ class LossConfig(Schema, block="loss"):
             raise ConfigError(f"{pair}: {objective.token_only}")
         if advantage.per_token and (objective.whole_completions or self.importance == "sequence"):
             which = f"objective={objective.name}" if objective.whole_completions else "loss.importance=sequence"
-            raise ConfigError(
-                f"{which} has one advantage for a completion, which advantage={advantage.name} does not give; "
-                "choose advantage=group, mean or leave_one_out"
-            )
+            lack = f"which advantage={advantage.name} does not give; choose advantage=group, mean or leave_one_out"
+            raise ConfigError(f"{which} has one advantage for a completion, {lack}")
 
 
 def batch_loss(

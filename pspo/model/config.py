@@ -61,7 +61,7 @@ class ModelConfig(Schema, block="model"):
     name: str = key("name of the model in reports")
     hub_id: str | None = key("repository on the Hugging Face hub, owner/name")
     path: str | None = key(
-        "used instead of hub_id: a folder with safetensors and tokenizer, a .gguf file, or package:NAME/FILE of a package",
+        "instead of hub_id: a folder with safetensors and tokenizer, a .gguf file, or package:NAME/FILE of a package",
         path=True,
     )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")

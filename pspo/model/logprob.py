@@ -18,12 +18,7 @@ CHUNK_LOGITS = 2**24
 
 
 def token_logprobs(
-    model: Any,
-    batch: Batch,
-    hidden_NH: Tensor,
-    temperature: float,
-    autocast: bool = False,
-    entropy_gradient: bool = False,
+    model: Any, batch: Batch, hidden_NH: Tensor, temperature: float, autocast: bool, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) and entropies (B, T), in nats, of the completion tokens; 0 where masked.
 
@@ -43,18 +38,10 @@ def token_logprobs(
 
 def predicting_states(decoder: Any, batch: Batch, autocast: bool = False) -> Tensor:
     """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
-    attention = batch.attention
-    if attention.ndim == 2:
-        attention = attention.long()
-    elif decoder.config._attn_implementation != "sdpa":  # the library adds other masks to the scores
-        lowest = torch.finfo(decoder.dtype).min
-        attention = torch.zeros_like(attention, dtype=decoder.dtype).masked_fill_(~attention, lowest)
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
-        states = decoder(
-            input_ids=batch.input_ids_RS, attention_mask=attention, position_ids=batch.position_RS, use_cache=False
-        )
-    hidden_NH: Tensor = states.last_hidden_state.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
-    return hidden_NH
+        inputs = {"input_ids": batch.input_ids_RS, "position_ids": batch.position_RS}
+        states_RSH: Tensor = decoder(**inputs, attention_mask=batch.attention, use_cache=False).last_hidden_state
+    return states_RSH.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
 
 
 def autocast_to_bfloat16(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:

@@ -147,14 +147,15 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 @torch.inference_mode()
 def can_share(model: Any) -> bool:
-    """Whether completions may share one copy of their prompt, as the decoder takes any mask of what sees what.
+    """Whether completions may share one copy of their prompt, as its sdpa attention takes any mask of what sees what.
 
     Not where a layer has a window or a state. It is tried, without autocast: the hidden states of two completions that
     share one prompt may differ from those in rows of their own by 1e-4 of their norm.
     """
     config = model.config.get_text_config()
     window = "window" if getattr(config, "sliding_window", None) else "full_attention"
-    if set(getattr(config, "layer_types", None) or [window]) != {"full_attention"}:
+    kinds = set(getattr(config, "layer_types", None) or [window])
+    if kinds != {"full_attention"} or config._attn_implementation != "sdpa":
         return False
     prompt, completions = [1, 2, 3], [[4, 5, 0], [6, 7, 0]]
     try:

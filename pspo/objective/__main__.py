@@ -90,35 +90,26 @@ NUM_STATES, NUM_ACTIONS, SAMPLES_PER_STATE = 16, 8, 64
 NUM_ROLLOUTS, UPDATES_PER_ROLLOUT = 25, 8
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
-SGD = {"optimizer": torch.optim.SGD, "lr": 2.0}
-ARMS: dict[str, dict[str, Any]] = {
-    "pspo, AdamW": {},
-    "pspo, SGD": SGD,
-    "pspo, SGD at lr / (1 − alpha)": SGD | {"undo_alpha": True},
-    "pspo, AdamW, entropy term": {"entropy_weight": 0.05},
-    "pspo_geometric, AdamW": {"objective": "pspo_geometric"},
-    "pspo_clip, AdamW": {"objective": "pspo_clip"},
+OPTIMIZERS: dict[str, Callable[[Tensor, float], torch.optim.Optimizer]] = {
+    "AdamW": lambda logits, alpha: torch.optim.Adam([logits], lr=0.05),  # without weight decay the two are one
+    "SGD": lambda logits, alpha: torch.optim.SGD([logits], lr=2.0),
+    "SGD at lr / (1 − alpha)": lambda logits, alpha: torch.optim.SGD([logits], lr=2.0 / (1 - alpha)),
 }
-"""Ways of training, as arguments of ``train``. Without weight decay, as here, AdamW is Adam."""
+ARMS = [
+    *(f"pspo, {optimizer}" for optimizer in OPTIMIZERS),
+    *("pspo, AdamW, entropy term", "pspo_geometric, AdamW", "pspo_clip, AdamW"),
+]
+"""Ways of training: objective, optimizer, and perhaps an entropy term of weight 0.05."""
 
 
-def train(
-    alpha: float,
-    objective: str = "pspo",
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    lr: float = 0.05,
-    undo_alpha: bool = False,
-    entropy_weight: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The parameters before and after 200 updates, eight on each rollout of actions that do not depend on the policy.
-
-    ``undo_alpha`` takes the factor 1 − alpha out of the gradient again, by a learning rate of lr / (1 − alpha).
-    """
+def train(arm: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """The parameters before and after 200 updates, eight on each rollout of actions drawn without the policy."""
+    objective, optimizer, *entropy_term = arm.split(", ")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator).requires_grad_()
     reward = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator)
-    start, smoothed = logits.detach().clone(), default_objective(objective).with_alpha(alpha)
-    steps = optimizer([logits], lr=lr / (1 - alpha) if undo_alpha else lr)
+    start, smoothed = logits.detach().clone(), replace(default_objective(objective), **{"alpha": alpha})
+    steps = OPTIMIZERS[optimizer](logits, alpha)
     for _ in range(NUM_ROLLOUTS):
         action_BT = torch.randint(NUM_ACTIONS, (NUM_STATES, SAMPLES_PER_STATE), generator=generator)
         reward_BT = reward.gather(-1, action_BT)
@@ -129,7 +120,7 @@ def train(
             logprob, mask_BT = logits.log_softmax(-1), torch.ones_like(action_BT).bool()
             x = ObjectiveInput.at_tokens(logprob.gather(-1, action_BT), old_logprob_BT, advantage_BT, mask_BT)
             negative_entropy = (logprob.exp() * logprob).sum(-1).mean()
-            loss = smoothed(x).mean() + entropy_weight * negative_entropy
+            loss = smoothed(x).mean() + (0.05 if entropy_term else 0.0) * negative_entropy
             loss.backward()  # type: ignore[no-untyped-call]
             steps.step()
     return start, logits.detach()
@@ -137,8 +128,8 @@ def train(
 
 def drifts(arm: str, alphas: Sequence[float]) -> list[float]:
     """‖θ_α − θ_0‖ / ‖θ_0 − θ_start‖ after training, at each alpha, in float64 without norm clipping."""
-    start, plain = train(0.0, **ARMS[arm])
-    return [float((train(alpha, **ARMS[arm])[1] - plain).norm() / (plain - start).norm()) for alpha in alphas]
+    start, plain = train(arm, 0.0)
+    return [float((train(arm, alpha)[1] - plain).norm() / (plain - start).norm()) for alpha in alphas]
 
 
 @styled

@@ -1,14 +1,11 @@
-"""The interface of every objective.
+"""The interface of every objective, a dataclass that one can call: its fields are its configuration, the call its formula.
 
-An objective is a dataclass that one can call: its fields are its configuration, ``__post_init__`` its validation and
-``__call__`` its formula, per token. It knows no batch, no reduction, no optimiser and no logger.
-
-Shape suffixes: B completions, T token positions.
+It knows no batch, no reduction, no optimiser and no logger. Shape suffixes: B completions, T token positions.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -78,10 +75,6 @@ class Objective(Schema, ABC, block="objective"):
     def source_files(self) -> list[Path]:
         """The user's own file that holds the class, for the digest in a run's identity."""
         return user_code.source_files(getattr(self, "function", ""))
-
-    def with_alpha(self, alpha: float) -> Self:
-        """The same objective with another alpha, where it has one."""
-        return replace(self, alpha=alpha)  # type: ignore[call-arg]
 
     @abstractmethod
     def __call__(self, x: ObjectiveInput) -> Tensor:
