@@ -1,7 +1,6 @@
 """What an objective does to the gradient, read at every inner step (epoch and minibatch) of a rollout.
 
-The same numbers for every objective, so that their curves compare: all shares come from the weight w = −(∂loss/∂log π)
-/ A of each token, which ``pspo.loss`` has read once. Shape suffixes: N completion tokens laid end to end.
+All shares come from the weight w = −(∂loss/∂log π) / A of each token. Shape suffix: N tokens laid end to end.
 """
 
 import math

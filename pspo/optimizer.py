@@ -37,8 +37,8 @@ class Optimizer(Schema, ABC, block="optimizer"):
     def rates(self, first: int, updates: int, start: float, end: float, warmup: float) -> tuple[list[float], float]:
         """Learning rates of one rollout's optimizer steps, and the share of the budget spent at the warm-up's end.
 
-        ``first`` is the number of the rollout's first optimizer step; over its ``updates`` optimizer steps the share
-        of the budget spent rises from ``start`` to ``end``. ``warmup`` is the second result of the rollout before.
+        From optimizer step ``first`` on, the share of the budget spent rises from ``start`` to ``end`` over ``updates``
+        optimizer steps. ``warmup`` is the second result of the rollout before.
         """
         if first <= self.warmup_steps and self.decay != "constant":  # a constant rate needs no share of the budget
             warmup = start + (end - start) * min(self.warmup_steps - first, updates) / updates

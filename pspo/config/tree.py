@@ -26,7 +26,7 @@ from pspo.reward import Reward
 from pspo.rollout import RolloutConfig
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
-from pspo.update import UpdateConfig
+from pspo.update.rows import UpdateConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,7 @@ class _Head:
     ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
         """Of each chunk z = logits / temperature, softmax(z), and the rows of ``hidden_NH`` and of the columns.
 
-        ``weight_VH`` is ``cast``. Both matrices (rows, V) are at least in float32 and stand in two buffers, which the
-        next chunk overwrites.
+        ``weight_VH`` is ``cast``. The two matrices (rows, V) are buffers that the next chunk overwrites.
         """
         dtype, scale = weight_VH.dtype, 1 / self.temperature
         shape, raised_dtype = (self.rows, len(weight_VH)), torch.promote_types(dtype, torch.float32)

@@ -76,8 +76,7 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
     directory = warm_start.cached(config, seed) if config.made_here else source.locate(config)
     model = read_model(directory, getattr(torch, config.dtype), attn_implementation=config.attention)
     if config.gradient_checkpointing:
-        # transformers 5.16 has the second name only
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.16
         enable({"use_reentrant": False})
     if config.lora.rank:
         model = _adapted(model, config.lora, seed)
@@ -88,12 +87,10 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
 
 
 def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
-    """Write a plain Hugging Face directory, in a new place that is then renamed.
+    """Write a plain Hugging Face directory, adapters merged. Raises SaveError, and then leaves the earlier directory.
 
-    Adapters are merged into the policy's own weights, so that no second copy of them is made. With ``probe``, two token
-    ids or more, the policy is spent: its weights are freed, the directory is loaded again, and the largest difference
-    of the probe's log-probabilities must be at most ``MAX_SAVED_GAP`` nats. Raises SaveError; the earlier content of
-    ``directory`` then stays.
+    With ``probe``, two token ids or more, the policy is spent: its weights are freed, the directory is loaded again, and
+    the log-probabilities of the probe's tokens must be the same to ``MAX_SAVED_GAP`` nats.
     """
     model = policy.model.eval()
     expected: Any = _probe_logprobs(model, probe) if probe else None

@@ -1,7 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file or the hub, checked before weights are loaded; and the cache.
-
-The cache holds folders that this machine makes once: converted GGUF files, and warm-started policies.
-"""
+"""Where a model comes from: a folder, a GGUF file or the hub; and the cache of folders that this machine makes once."""
 
 import functools
 import hashlib
@@ -59,10 +56,9 @@ def locate(config: ModelConfig, convert: bool = True) -> Path:
 
 
 def digests(config: ModelConfig) -> dict[str, str]:
-    """What the weights and the tokenizer are: SHA-256 of each file of ``model.path``, or the commit on the hub.
+    """SHA-256 of each file of ``model.path``, or the commit in the hub's cache; none of the embedded policy.
 
-    Empty for the embedded policy, which code and settings determine. Asks no network: raises ConfigError where the
-    hub's cache has no such model.
+    Raises ConfigError where the cache has no such model.
     """
     if config.made_here:
         return {}

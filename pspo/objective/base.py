@@ -1,4 +1,4 @@
-"""The interface of every objective, a dataclass that one can call: its fields are its configuration, the call its formula.
+"""The interface of every objective: a dataclass whose fields are its configuration and whose call is its formula.
 
 It knows no batch, no reduction, no optimiser and no logger. Shape suffixes: B completions, T token positions.
 """

@@ -54,9 +54,7 @@ class MASPO(Objective):
     token_only: ClassVar[str] = "its width depends on the old probability of a single token"
     sigma: float = key("σ: smallest width of the Gaussian", within="(0, 10]")
     mass: float = key("a: how much wider the Gaussian is for tokens of little probability", within="[0, inf)")
-    risk: float = key(
-        "β: how much wider the Gaussian is for large A, and narrower for very negative A", within="[0, inf)"
-    )
+    risk: float = key("β: how much wider the Gaussian is for large A (narrower for A below 0)", within="[0, inf)")
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():

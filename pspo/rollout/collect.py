@@ -22,9 +22,8 @@ def collect(
 ) -> list[Completion]:
     """Sample and score one step's completions, group by group, from place ``start`` of the data order on.
 
-    The place is part of a prompt's random key, so that a problem drawn twice in a step gets other completions. Under
-    dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal do not train, and as many
-    prompts are drawn again, ``max_redraws`` times at the most.
+    The place is part of a prompt's random key, so that a problem drawn twice gets other completions. Under dynamic
+    sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal are replaced by other prompts.
     """
     completions: list[Completion] = []
     missing = config.prompts

@@ -73,8 +73,7 @@ def make_rows(
 ) -> tuple[list[Row], dict[str, float]]:
     """The rows that train, and metrics of the value model and of the gap between sampler and trainer.
 
-    ``reward_PG`` (P, G) are the completions' rewards. Truncated completions, where the loss masks them, count in the
-    mean of their group and do not train.
+    Truncated completions, where the loss masks them, count in the mean of their group and do not train.
     """
     rows, metrics = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, []) for c in completions], dict[str, float]()
     if not rows:

@@ -114,9 +114,8 @@ def accumulate(
     """Make the gradient of one optimizer batch; returns its loss, NaN if a log-probability is not finite.
 
     Neither depends on ``max_tokens``, by default the learner's, beyond rounding: every micro-batch divides by the whole
-    batch's counts. ``fresh`` says that the weights are still the ones that sampled the rows: then the difference of
-    log-probabilities is the numerical gap between sampler and trainer. An attempt that runs out of memory leaves
-    nothing in ``statistics``, and the next attempt begins from nothing.
+    batch's counts. ``fresh`` says that the weights still are the ones that sampled the rows, so that the difference of
+    log-probabilities is the gap of ``check_gap``. An attempt that runs out of memory leaves nothing in ``statistics``.
     """
     policy, critic, config = learner.policy, learner.critic, learner.loss
     for parameter in chain(*learner.parameters()):

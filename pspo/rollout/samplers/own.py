@@ -1,7 +1,7 @@
-"""The sampler ``own``: completions from the trainer's own weights, by the model's own forward pass.
+"""The sampler ``own``: completions from the trainer's own weights, so that old log-probabilities are exact.
 
-Old log-probabilities are exact, as sampler and trainer are one set of weights. Shape suffixes: R completions, B those of
-them that are not finished, V vocabulary, T completion positions, P prompts, S prompt positions, K ranked tokens.
+Shape suffixes: R completions, B those of them that are not finished, V vocabulary, T completion positions, P prompts, S
+prompt positions, K ranked tokens.
 """
 
 import hashlib
