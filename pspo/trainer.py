@@ -174,7 +174,8 @@ class Trainer:
     def _objective(self) -> Objective:
         """The objective with this step's alpha."""
         alpha = None if self.config.smoothing.constant else self.state.alpha
-        return self.config.objective if alpha is None else replace(self.config.objective, **{"alpha": alpha})
+        objective = self.config.objective
+        return objective if alpha is None else replace(objective, alpha=alpha)  # type: ignore[call-arg]
 
     def _next_alpha(self, record: Record | None) -> dict[str, float]:
         """Move alpha on for the next step; returns the metric, which is the alpha of this step."""

@@ -8,9 +8,9 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pspo.rollout.samplers.draw import draw
 
 from pspo.base.stream import generator
+from pspo.rollout.samplers.own import draw
 
 LAST = 1 - 2**-53  # the largest number that the generator gives
 

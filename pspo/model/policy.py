@@ -89,8 +89,8 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
 def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     """Write a plain Hugging Face directory, adapters merged. Raises SaveError, and then leaves the earlier directory.
 
-    With ``probe``, two token ids or more, the policy is spent: its weights are freed, the directory is loaded again, and
-    the log-probabilities of the probe's tokens must be the same to ``MAX_SAVED_GAP`` nats.
+    With ``probe``, two token ids or more, the policy is spent: its weights are freed, the directory is loaded again,
+    and the log-probabilities of the probe's tokens must be the same to ``MAX_SAVED_GAP`` nats.
     """
     model = policy.model.eval()
     expected: Any = _probe_logprobs(model, probe) if probe else None

@@ -85,7 +85,7 @@ def check_directory(directory: Path, setting: str) -> None:
     need = "give a Hugging Face directory with config.json, *.safetensors and a tokenizer"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
-        (not settings, f"has no config.json that is JSON; {need}"),
+        (not settings, f"has no readable config.json; {need}"),
         (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
         (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
         (not has_tokenizer, "has no tokenizer (tokenizer.json); save it beside the model"),

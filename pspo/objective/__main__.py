@@ -108,8 +108,8 @@ def train(arm: str, alpha: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator).requires_grad_()
     reward = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator)
-    start, smoothed = logits.detach().clone(), replace(default_objective(objective), **{"alpha": alpha})
-    steps = OPTIMIZERS[optimizer](logits, alpha)
+    smoothed = replace(default_objective(objective), alpha=alpha)  # type: ignore[call-arg]
+    start, steps = logits.detach().clone(), OPTIMIZERS[optimizer](logits, alpha)
     for _ in range(NUM_ROLLOUTS):
         action_BT = torch.randint(NUM_ACTIONS, (NUM_STATES, SAMPLES_PER_STATE), generator=generator)
         reward_BT = reward.gather(-1, action_BT)

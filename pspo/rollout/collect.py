@@ -34,8 +34,8 @@ def collect(
         sampled = sampler.sample(prompts, config.group_size, [seed, Stream.TRAIN, step])
         for completion, score in zip(sampled, reward(sampled), strict=True):
             penalty = config.overlong_penalty(len(completion.token_ids))
-            changes = {"reward": score.reward + penalty, "components": score.components | {"overlong": penalty}}
-            graded = replace(score, **changes) if config.overlong_share else score
+            components = score.components | ({"overlong": penalty} if config.overlong_share else {})
+            graded = replace(score, reward=score.reward + penalty, components=components)
             completions.append(replace(completion, score=graded))
         missing = config.prompts - len(training(config, completions)) // config.group_size
         if missing == 0:
