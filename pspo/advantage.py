@@ -1,7 +1,6 @@
 """Advantages: completions compared with the others of their group, or with the expectation of a value model (PPO).
 
-Shape suffixes: P prompts, G completions of each; B completions, T token positions, N completion tokens laid end to end,
-H hidden size.
+Shape suffixes: P prompts of G completions; B completions of T positions; N tokens laid end to end; H hidden size.
 """
 
 import copy

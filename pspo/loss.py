@@ -1,7 +1,4 @@
-"""From an objective's loss per token to the loss of an optimizer batch: importance, aggregation, KL, entropy.
-
-Shape suffixes: B completions, T token positions.
-"""
+"""From an objective's loss per token (B, T) to that of an optimizer batch: importance, aggregation, KL, entropy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -16,10 +16,9 @@ class Smoothing(Schema, block="smoothing"):
     constant: ClassVar[bool] = True
 
     def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
-        """Alpha of the next step.
+        """Alpha of the next step, from objective.alpha, the last step's alpha and the share of the budget spent.
 
-        ``first`` is objective.alpha, ``alpha`` the last step's alpha, ``fraction`` the share of the budget spent and
-        ``kl`` KL(old‖new), k3, in nats per token, after the step's last update; None where it was not measured.
+        ``kl`` is KL(old‖new), k3, in nats per token, after the step's last update; None where it was not measured.
         """
         return alpha
 

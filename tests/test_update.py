@@ -21,10 +21,9 @@ from pspo.model.batch import make_batch
 from pspo.objective import OBJECTIVES, PSPO, default_objective
 from pspo.rollout import OwnSampler
 from pspo.update import NonFiniteError, make_rows, update
-from pspo.update import pack as packing
 from pspo.update import rows as row_module
 from pspo.update import step as step_module
-from pspo.update.rows import Row, batch_of
+from pspo.update.rows import Row, batch_of, pack
 from pspo.update.step import accumulate
 
 ALL = [default_objective(name) for name in OBJECTIVES]
@@ -117,10 +116,6 @@ def one_policy(tiny_tokenizer):
     return Policy(model, tiny_tokenizer, [2], autocast=False, gradient_checkpointing=False)
 
 
-def pack(rows, max_tokens, policy):
-    return packing.pack([(row.prompt_ids, len(row.token_ids)) for row in rows], max_tokens, policy)
-
-
 def sizes_of(packed):
     """Rows of each micro-batch."""
     return [sum(map(len, bundles)) for bundles in packed]
@@ -162,7 +157,7 @@ def test_pack_uses_its_budget(one_policy):
 def test_pack_cuts_where_that_saves_more_padding_than_it_costs(one_policy, monkeypatch):
     rows = [blank([9], length) for length in [3] * 10 + [30] * 2]  # together 10 · 27 positions of padding
     assert sizes_of(pack(rows, 10_000, one_policy)) == [10, 2]
-    monkeypatch.setitem(packing.OVERHEAD_POSITIONS, "cpu", 1000)
+    monkeypatch.setitem(row_module.OVERHEAD_POSITIONS, "cpu", 1000)
     assert sizes_of(pack(rows, 10_000, one_policy)) == [12]
 
 

@@ -1,7 +1,6 @@
 """Prompts and completions as tensors: the one place for padding, masks and shared prompts.
 
-Shape suffixes: R rows of S positions that the decoder is run on, B completions, T completion positions, N completion
-tokens laid end to end.
+Shape suffixes: R rows of S positions in the decoder, B completions of T positions, N completion tokens laid end to end.
 """
 
 from collections.abc import Sequence

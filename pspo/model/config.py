@@ -13,9 +13,7 @@ class LoraConfig(Schema, block="model.lora"):
 
     rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
     alpha: int = key("the adapters' output is scaled by alpha / rank", within="[1, inf)")
-    target_modules: str = key(
-        "layers with adapters, between the input embedding and the head: all-linear, or a regular expression on names"
-    )
+    target_modules: str = key("layers with adapters, not embedding or head: all-linear, or a regular expression")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,10 +34,9 @@ class Architecture(Schema, block="model.architecture"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size % self.num_heads:
-            raise self.refuse("num_heads", f"must divide model.architecture.hidden_size={self.hidden_size}")
-        if self.num_heads % self.num_kv_heads:
-            raise self.refuse("num_kv_heads", f"must divide model.architecture.num_heads={self.num_heads}")
+        for part, whole in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise self.refuse(part, f"must divide model.architecture.{whole}={getattr(self, whole)}")
 
 
 @dataclass(frozen=True, kw_only=True)

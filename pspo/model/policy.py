@@ -17,7 +17,7 @@ from pspo.base.schema import ConfigError
 from pspo.model import source, warm_start
 from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig, ModelConfig
-from pspo.model.logprob import autocast_to_bfloat16, predicting_states, raised
+from pspo.model.logprob import predicting_states, raised
 from pspo.model.source import read_model, read_tokenizer
 
 MAX_SAVED_GAP = 1e-3
@@ -94,7 +94,10 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     """
     model = policy.model.eval()
     expected: Any = _probe_logprobs(model, probe) if probe else None
-    _merge(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):  # adapters are added to the weights, in place
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
     try:
         with new_directory(directory) as new:
             model.save_pretrained(new)
@@ -169,10 +172,8 @@ def can_share(model: Any) -> bool:
 def _check_head(config: ModelConfig, model: Any) -> None:
     """Refuse a model whose logits are not head(decoder(x)), as ``token_logprobs`` has it. Raises ConfigError."""
     ids = torch.tensor([[0, 1]], device=model.device)
-    with autocast_to_bfloat16(model.device, config.autocast):
-        expected, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
-        logits = model.get_output_embeddings()(hidden)
-    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+    expected, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), expected, rtol=1e-3, atol=1e-3):
         why = f"{type(model).__name__} scales or caps its logits after the head, which is not supported; choose another"
         raise config.refuse("path" if config.path else "hub_id", why)
 
@@ -192,14 +193,6 @@ def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
             return peft.inject_adapter_in_model(adapters, model)
     except (ValueError, re.error) as error:  # no layer of that name, or one that takes no adapters
         raise config.refuse("target_modules", " ".join(str(error).split()).rstrip(".")) from error
-
-
-def _merge(model: Any) -> None:
-    """Add the adapters to the weights, in place, and leave plain layers."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "lora_A"):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
 
 
 @torch.inference_mode()

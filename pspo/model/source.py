@@ -39,8 +39,7 @@ def locate(config: ModelConfig, convert: bool = True) -> Path:
     """
     setting, repository = _setting(config), str(config.hub_id)
     if config.path is None:
-        whole = functools.partial(check_directory, setting=setting)
-        instead = "give model.path=<directory>"
+        whole, instead = functools.partial(check_directory, setting=setting), "give model.path=<directory>"
         return hub.locate(repository, FILES, whole, asked=setting, kind="model", instead=instead)
     path = _local(config.path)
     if path.suffix == ".gguf":

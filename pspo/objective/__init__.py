@@ -1,8 +1,6 @@
 """Trust-region objectives: what stands where PPO and GRPO clip the importance ratio."""
 
-import yaml
-
-from pspo.base.files import CONF
+from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build
 from pspo.objective.base import LOG_RATIO_CLAMP, Objective, ObjectiveInput, log_ratio, own_class
 from pspo.objective.clip import GMPO, Clip, NoClip
@@ -31,8 +29,7 @@ Objective.kinds = OBJECTIVES | {"custom": own_class}
 
 def default_objective(name: str) -> Objective:
     """An objective with the values of its option under ``conf/objective``."""
-    values = yaml.safe_load((CONF / "objective" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return build(Objective, values)  # type: ignore[type-abstract]
+    return build(Objective, read_yaml(CONF / "objective" / f"{name}.yaml"))  # type: ignore[type-abstract]
 
 
 __all__ = ["LOG_RATIO_CLAMP", "OBJECTIVES", "PSPO", "Objective", "ObjectiveInput", "default_objective", "log_ratio"]

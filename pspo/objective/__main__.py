@@ -1,7 +1,6 @@
 """Draw the gradient weights of all objectives and the effect of alpha on a run.
 
-Autograd computes the weights from the classes themselves, at the defaults under ``conf/objective``. The effect of alpha
-on the parameters after training is that on a softmax policy small enough to follow exactly.
+Autograd computes the weights from the classes themselves; the run is that of a softmax policy of 128 parameters.
 """
 
 import argparse

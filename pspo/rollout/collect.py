@@ -1,7 +1,4 @@
-"""One step's completions with their rewards, and what they say of the step.
-
-Shape suffixes: P prompts, G completions of each.
-"""
+"""One step's completions, G for each of P prompts, with their rewards, and the metrics that they give."""
 
 from collections.abc import Sequence
 from dataclasses import replace

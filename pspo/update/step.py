@@ -117,7 +117,7 @@ def accumulate(
     batch's counts. ``fresh`` says that the weights still are the ones that sampled the rows, so that the difference of
     log-probabilities is the gap of ``check_gap``. An attempt that runs out of memory leaves nothing in ``statistics``.
     """
-    policy, critic, config = learner.policy, learner.critic, learner.loss
+    policy, critic, config, objective = learner.policy, learner.critic, learner.loss, learner.objective
     for parameter in chain(*learner.parameters()):
         parameter.grad = None
     if record is not None:
@@ -136,9 +136,7 @@ def accumulate(
             tokens = ObjectiveInput.at_tokens(logprob_BT, old_logprob_BT, advantage_BT, mask_BT)
             reference_BT = column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None
             coefficient_B1 = logprob_BT.new_tensor([[coefficient_N[i]] for i in places])
-            loss, x, gradient_BT = batch_loss(
-                config, learner.objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen
-            )
+            loss, x, gradient_BT = batch_loss(config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen)
             if critic is not None:
                 value_BT = critic(batch, hidden_NH, policy.autocast)
                 old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))

@@ -1,7 +1,6 @@
 """The sampler ``own``: completions from the trainer's own weights, so that old log-probabilities are exact.
 
-Shape suffixes: R completions, B those of them that are not finished, V vocabulary, T completion positions, P prompts, S
-prompt positions, K ranked tokens.
+Shape suffixes: R completions of T positions, B unfinished ones, P prompts of S positions, V vocabulary, K ranks.
 """
 
 import hashlib
