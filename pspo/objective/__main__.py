@@ -103,25 +103,25 @@ ARMS = [
 
 def train(arm: str, alpha: float) -> tuple[Tensor, Tensor]:
     """The parameters before and after 200 updates, eight on each rollout of actions drawn without the policy."""
-    objective, optimizer, *entropy_term = arm.split(", ")
+    objective_name, optimizer_name, *entropy_term = arm.split(", ")
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator).requires_grad_()
     reward = torch.randn(NUM_STATES, NUM_ACTIONS, dtype=torch.float64, generator=generator)
-    smoothed = replace(default_objective(objective), alpha=alpha)  # type: ignore[call-arg]
-    start, steps = logits.detach().clone(), OPTIMIZERS[optimizer](logits, alpha)
+    objective = replace(default_objective(objective_name), alpha=alpha)  # type: ignore[call-arg]
+    start, optimizer = logits.detach().clone(), OPTIMIZERS[optimizer_name](logits, alpha)
     for _ in range(NUM_ROLLOUTS):
         action_BT = torch.randint(NUM_ACTIONS, (NUM_STATES, SAMPLES_PER_STATE), generator=generator)
         reward_BT = reward.gather(-1, action_BT)
         advantage_BT = reward_BT - reward_BT.mean(-1, keepdim=True)
         old_logprob_BT = logits.detach().log_softmax(-1).gather(-1, action_BT)
         for _ in range(UPDATES_PER_ROLLOUT):
-            steps.zero_grad()
+            optimizer.zero_grad()
             logprob, mask_BT = logits.log_softmax(-1), torch.ones_like(action_BT).bool()
             x = ObjectiveInput.at_tokens(logprob.gather(-1, action_BT), old_logprob_BT, advantage_BT, mask_BT)
             negative_entropy = (logprob.exp() * logprob).sum(-1).mean()
-            loss = smoothed(x).mean() + (0.05 if entropy_term else 0.0) * negative_entropy
+            loss = objective(x).mean() + (0.05 if entropy_term else 0.0) * negative_entropy
             loss.backward()  # type: ignore[no-untyped-call]
-            steps.step()
+            optimizer.step()
     return start, logits.detach()
 
 
@@ -143,7 +143,7 @@ def draw_alpha(path: Path) -> None:
         names.append((heights[-1], name, str(line.get_color())))
     axes.set(yscale="log", ylim=(3e-17, 3), xticks=[0, 0.2, 0.4, 0.6, 0.8], xlabel="alpha")
     axes.set_title(
-        "Distance of the final parameters from the run at alpha = 0,\nas a share of that run's way (log scale)"
+        "Distance of the final parameters from the run at alpha = 0,\nas a share of the way that run went (log scale)"
     )
     name_curves(axes, names, spacing=0.055)
     write_png(figure, path, dpi=110)
