@@ -457,7 +457,7 @@ def test_prompts_are_shared_where_a_layer_takes_any_mask(tiny_tokenizer, attenti
 
 
 def test_a_decoder_that_does_not_do_as_the_mask_says_shares_no_prompts(tiny_policy, monkeypatch):
-    policy = tiny_policy()
+    policy = tiny_policy(attention="sdpa")
     whole = policy.model.model.forward
     monkeypatch.setattr(policy.model.model, "forward", lambda attention_mask, **given: whole(**given))
     assert not can_share(policy.model)
@@ -473,7 +473,7 @@ def test_rounding_is_measured_by_the_norm_of_the_hidden_states(tiny_policy, monk
     shared[5, 1] += off
     states = iter([apart, shared])
     monkeypatch.setattr(model.policy, "predicting_states", lambda *_: next(states))
-    assert can_share(tiny_policy().model) is shares
+    assert can_share(tiny_policy(attention="sdpa").model) is shares
 
 
 def test_reading_and_writing_weights_is_silent(saved, capfd):
