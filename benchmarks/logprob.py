@@ -34,7 +34,7 @@ def make_pass(side: str, rows: int) -> Callable[[], None]:
     if side == "ours":
         batch = make_batch([(row[:1], [row[1:]]) for row in ids.tolist()], policy.pad_id, device)
         decoder = model.get_decoder()
-        return lambda: token_logprobs(model, batch, predicting_states(decoder, batch), 1.0)[0].sum().backward()
+        return lambda: token_logprobs(model, batch, predicting_states(decoder, batch), 1.0, False)[0].sum().backward()
     model.set_attn_implementation("sdpa")
     if side == "plain":
         target = ids[:, 1:, None]

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.base.files import CONF, read_yaml
-from pspo.base.schema import ConfigError, S, Schema, as_dict, build, key, unknown
+from pspo.base.schema import ConfigError, S, Schema, as_dict, build, fields_of, key, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
@@ -35,7 +35,7 @@ from pspo.reward import Reward
 from pspo.rollout import RolloutConfig
 from pspo.smoothing import Smoothing
 from pspo.tracker import TrackerConfig
-from pspo.update import UpdateConfig
+from pspo.update.rows import UpdateConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +225,8 @@ def resolve(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         values = _replaced(path, values, names)
     smoothing, objective = values["smoothing"], values["objective"]
     alpha, constant = smoothing.get("alpha"), Smoothing.select(smoothing).constant
-    if not (alpha is None and constant) and not getattr(Objective.select(objective), "takes_alpha", True):
-        takes_alpha = ", ".join(name for name, known in OBJECTIVES.items() if known.takes_alpha)
+    if not (alpha is None and constant) and "alpha" not in fields_of(Objective.select(objective)):
+        takes_alpha = ", ".join(name for name, known in OBJECTIVES.items() if "alpha" in fields_of(known))
         lacking = f"which objective={objective['name']} does not have; objectives with alpha: {takes_alpha}"
         raise ConfigError(f"smoothing={smoothing['name']} sets objective.alpha, {lacking} (or leave smoothing=none)")
     if alpha not in (None, objective.get("alpha")):

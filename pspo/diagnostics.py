@@ -1,20 +1,20 @@
 """What an objective does to the gradient, read at every inner step (epoch and minibatch) of a rollout.
 
-The same numbers for every objective, so that their curves compare: all shares come from the weight w = −(∂loss/∂log π)
-/ A of each token, which ``pspo.loss`` has read once. Shape suffixes: N completion tokens laid end to end.
+All shares come from the weight w = −(∂loss/∂log π) / A of each token. Shape suffix: N tokens laid end to end.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pspo.base.schema import Schema, key, unknown
-from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
-from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
+from pspo.objective import OBJECTIVES, Objective, ObjectiveInput, log_ratio
 
 ELSEWHERE = ("epoch", "minibatch", "policy/entropy", "optimizer/grad_norm", "kl/before_k3")
 """Columns of diagnostics.jsonl that the metrics of a step have under another name, over all its tokens."""
@@ -27,11 +27,9 @@ step of a rollout one of this many rows is scored once more."""
 EQUAL_SHARE = 1e-5
 """Weights nearer to noclip's than this share of them are neither damped nor amplified: float32 rounding."""
 
-STRIDE = 53
-"""‖Δθ‖ is estimated from every 53rd coordinate, 1.9 % of them; a prime, which no width of a layer is a multiple of."""
-
-EXACT_UP_TO_PARAMETERS = 2**20
-"""A policy of up to this many parameters has its ‖Δθ‖ measured on all of them."""
+STRIDE, EXACT_UP_TO_PARAMETERS = 53, 2**20
+"""‖Δθ‖ is estimated from every 53rd coordinate, 1.9 % of them (a prime, which no width of a layer is a multiple of),
+and measured on all coordinates of a policy of up to 2²⁰ parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +49,29 @@ class DiagnosticsConfig(Schema, block="diagnostics"):
             raise self.refuse("counterfactual_every", "needs diagnostics.counterfactual=[noclip,clip,...]")
 
 
+def kl_old_new(when: str, log_ratio_N: Any) -> dict[str, float]:
+    """KL(old‖new) on sampled tokens ``before`` or ``after`` an inner step: k1 = E[−log r], k3 = E[r − 1 − log r]."""
+    k1_N, k3_N = -log_ratio_N, np.expm1(log_ratio_N) - log_ratio_N
+    return {f"kl/{when}_k1": float(k1_N.mean()), f"kl/{when}_k3": float(k3_N.mean())}
+
+
+def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
+    """KL(old‖new) on the rows of the probe, after the last optimizer step."""
+    new_N, old_N = (torch.tensor(list(chain(*rows)), dtype=torch.float64) for rows in (logprobs, old_logprobs))
+    return kl_old_new("after", log_ratio(new_N, old_N).numpy())
+
+
 def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
     """Metrics of one inner step from its tokens, each micro-batch's (5, N) as ``Record.add`` stacks them.
 
     Without a token of one sign of A that sign's quantiles are left out, without any A ≠ 0 the weights as well.
     """
     log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = torch.cat(list(tokens), dim=1).cpu().numpy()
-    ratio_N, token_ratio_N = np.exp(log_ratio_N), np.exp(token_log_ratio_N)
-    trains_N = advantage_N != 0
+    ratio_N, trains_N = np.exp(log_ratio_N), advantage_N != 0
     metrics = {
         "ratio/ess": ratio_N.sum() ** 2 / np.square(ratio_N).sum() / len(ratio_N),
-        "ratio/tv": np.abs(token_ratio_N - 1).mean() / 2,
-        "kl/before_k1": -token_log_ratio_N.mean(),
-        "kl/before_k3": (token_ratio_N - 1 - token_log_ratio_N).mean(),
+        "ratio/tv": np.abs(np.expm1(token_log_ratio_N)).mean() / 2,
+        **kl_old_new("before", token_log_ratio_N),
         "policy/entropy": entropy_N.mean(),
     }
     if trains_N.any():
@@ -80,16 +88,6 @@ def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
             values = np.quantile(ratio_N[chosen_N], [*QUANTILES.values(), 1.0])
             metrics |= {f"ratio/{name}_{q}": value for q, value in zip([*QUANTILES, "max"], values, strict=True)}
     return {name: float(value) for name, value in metrics.items()}
-
-
-def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequence[float]]) -> dict[str, float]:
-    """KL(old‖new) on the rows of the probe, k1 = E[−log r] and k3 = E[r − 1 − log r], after the last optimizer step."""
-    new_N, old_N = (np.array([logprob for row in rows for logprob in row]) for rows in (logprobs, old_logprobs))
-    log_ratio_N = np.clip(new_N - old_N, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    return {
-        "kl/after_k1": float(-log_ratio_N.mean()),
-        "kl/after_k3": float((np.expm1(log_ratio_N) - log_ratio_N).mean()),
-    }
 
 
 def sample_coordinates(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -114,9 +112,9 @@ def compare(
     metrics = {"counterfactual/active_norm": reference.norm().item()}
     for other in others:
         gradient = gradient_of(other).double()
-        metrics[f"counterfactual/{other.name}_norm"] = norm = gradient.norm().item()
-        scale = norm * metrics["counterfactual/active_norm"]
-        metrics[f"counterfactual/{other.name}_cosine"] = gradient.dot(reference).item() / scale if scale else math.nan
+        metrics[f"counterfactual/{other.name}_norm"] = gradient.norm().item()
+        scale = gradient.norm() * reference.norm()  # 0 / 0 is no number
+        metrics[f"counterfactual/{other.name}_cosine"] = (gradient.dot(reference) / scale).item()
     return metrics
 
 
@@ -135,13 +133,13 @@ class Record:
         columns = (x.log_ratio_BT, token_log_ratio_BT, gradient_BT, x.advantage_BT, entropy_BT)
         self.tokens.append(torch.stack([values.detach()[x.mask_BT].double() for values in columns]))
 
-    def end_inner_step(self, epoch: int, minibatch: int, optimizer: dict[str, float]) -> None:
+    def end_inner_step(self, about: dict[str, float]) -> None:
         """Turn the tokens into a row; KL after the last optimizer step is KL before this one, on this minibatch."""
         metrics = inner_metrics(self.tokens)
         self.tokens.clear()
         if self.rows:
             self.rows[-1] |= {f"kl/after_{k}": metrics[f"kl/before_{k}"] for k in ("k1", "k3")}
-        self.rows.append({"epoch": epoch, "minibatch": minibatch} | metrics | optimizer)
+        self.rows.append(about | metrics)
 
     def summary(self) -> dict[str, float]:
         """The mean of every metric over the inner steps, the largest of maxima; without the columns ``ELSEWHERE``."""

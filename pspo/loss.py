@@ -1,10 +1,7 @@
-"""From an objective's loss per token to the loss of an optimizer batch: importance, aggregation, KL, entropy.
-
-Shape suffixes: B completions, T token positions.
-"""
+"""From an objective's loss per token (B, T) to that of an optimizer batch: importance, aggregation, KL, entropy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,8 +10,7 @@ from torch import Tensor
 from pspo.advantage import Advantage
 from pspo.base.schema import ConfigError, Schema, key
 from pspo.base.statistics import Statistics
-from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
-from pspo.objective import Objective, ObjectiveInput
+from pspo.objective import LOG_RATIO_CLAMP, Objective, ObjectiveInput, log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,53 +35,48 @@ class LossConfig(Schema, block="loss"):
 
     def check(self, objective: Objective, advantage: Advantage) -> None:
         """Refuse choices that make no sense together. Raises ConfigError."""
-        if self.importance in objective.not_at:
-            raise ConfigError(
-                f"loss.importance={self.importance} does not go with objective={objective.name}: "
-                f"{objective.not_at[self.importance]}"
-            )
+        if self.importance != "token" and objective.token_only:
+            pair = f"loss.importance={self.importance} does not go with objective={objective.name}"
+            raise ConfigError(f"{pair}: {objective.token_only}")
         if advantage.per_token and (objective.whole_completions or self.importance == "sequence"):
             which = f"objective={objective.name}" if objective.whole_completions else "loss.importance=sequence"
-            raise ConfigError(
-                f"{which} has one advantage for a completion, which advantage={advantage.name} does not give; "
-                "choose advantage=group, mean or leave_one_out"
-            )
+            lack = f"which advantage={advantage.name} does not give; choose advantage=group, mean or leave_one_out"
+            raise ConfigError(f"{which} has one advantage for a completion, {lack}")
 
 
 def batch_loss(
-    config: LossConfig, objective: Objective, logprob_BT: Tensor, entropy_BT: Tensor, *, old_logprob_BT: Tensor,
-    advantage_BT: Tensor, mask_BT: Tensor, reference_BT: Tensor | None, coefficient_B1: Tensor, statistics: Statistics,
-) -> tuple[Tensor, ObjectiveInput, Tensor]:  # fmt: skip
+    config: LossConfig,
+    objective: Objective,
+    tokens: ObjectiveInput,
+    entropy_BT: Tensor,
+    reference_BT: Tensor | None,
+    coefficient_B1: Tensor,
+    statistics: Statistics,
+) -> tuple[Tensor, ObjectiveInput, Tensor]:
     """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
 
     The coefficients count all micro-batches that make one optimizer step, so their gradients add up to that of one
     large batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the
-    log-probabilities once, here, and the result passed on to the model: what the diagnostics read is the gradient
-    itself. KL(old‖new) is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (Schulman, "Approximating KL
-    divergence", 2020).
+    log-probabilities once, here, and the result passed on to the model: the diagnostics read the gradient itself.
+    KL(old‖new) is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (see ``kl``).
 
-    Returns the micro-batch's share of the optimizer batch's loss, with gradient; what the objective saw; and
+    Returns the micro-batch's share of the optimizer batch's loss, with gradient; the objective's input; and
     ∂(Σ objective)/∂logprob (B, T) before aggregation, so that a token's gradient weight is w = −gradient / A.
     """
-    leaf_BT = logprob_BT.detach().requires_grad_()
-    old_BT = torch.where(mask_BT, old_logprob_BT, leaf_BT.detach())
-    token_log_ratio_BT = log_ratio(leaf_BT, old_BT)
-    tokens = ObjectiveInput(
-        logprob_BT=leaf_BT, old_logprob_BT=old_BT, log_ratio_BT=token_log_ratio_BT,
-        advantage_BT=advantage_BT.to(leaf_BT.dtype), mask_BT=mask_BT,
-    )  # fmt: skip
-    objective_BT = objective(x := at_level(config.importance, tokens))
+    mask_BT, leaf_BT = tokens.mask_BT, tokens.logprob_BT.detach().requires_grad_()
+    leaves = replace(tokens, logprob_BT=leaf_BT, log_ratio_BT=log_ratio(leaf_BT, tokens.old_logprob_BT))
+    objective_BT = objective(x := at_level(config.importance, leaves))
     (gradient_BT,) = torch.autograd.grad(torch.where(mask_BT, objective_BT, 0.0).sum(), leaf_BT)
-    total_BT = _with_gradient(objective_BT.detach(), gradient_BT, logprob_BT)
+    total_BT = _with_gradient(objective_BT.detach(), gradient_BT, tokens.logprob_BT)
     if reference_BT is not None:
-        kl_BT = kl(config.kl, logprob_BT, torch.where(mask_BT, reference_BT, leaf_BT.detach()))
+        kl_BT = kl(config.kl, tokens.logprob_BT, torch.where(mask_BT, reference_BT, leaf_BT.detach()))
         statistics.mean("policy/kl_reference", kl_BT, mask_BT)
         total_BT = total_BT + config.kl_weight * kl_BT
     if config.entropy_weight:
         total_BT = total_BT - config.entropy_weight * entropy_BT
     loss = torch.where(mask_BT, coefficient_B1.to(leaf_BT.dtype) * total_BT, 0.0).sum()
     with torch.no_grad():
-        ratio_BT, log_ratio_BT = token_log_ratio_BT.exp(), token_log_ratio_BT.detach()
+        ratio_BT, log_ratio_BT = leaves.ratio_BT, leaves.log_ratio_BT
         statistics.mean("loss/mean", objective_BT, mask_BT)
         statistics.mean("policy/entropy_mean", entropy_BT, mask_BT)
         statistics.mean("policy/kl_old_new_k3", ratio_BT - 1 - log_ratio_BT, mask_BT)
@@ -105,7 +96,7 @@ def at_level(importance: str, x: ObjectiveInput) -> ObjectiveInput:
     mean_BT = x.sequence_mean(x.log_ratio_BT)
     if importance == "sequence_token":
         mean_BT = _with_gradient(mean_BT.detach(), torch.ones_like(mean_BT), x.logprob_BT)
-    return ObjectiveInput(**{**vars(x), "log_ratio_BT": mean_BT})
+    return replace(x, log_ratio_BT=mean_BT)
 
 
 def coefficients(aggregation: str, lengths: Sequence[int], max_length: int) -> list[float]:

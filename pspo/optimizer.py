@@ -25,28 +25,25 @@ class Optimizer(Schema, ABC, block="optimizer"):
         """The torch optimizer of parameters or of parameter groups."""
 
     def lr_at(self, step: int, fraction: float, warmup_fraction: float) -> float:
-        """The learning rate of optimizer step ``step`` (from 0), when ``fraction`` of the budget is spent.
+        """The learning rate of optimizer step ``step`` (from 0), when ``fraction`` f of the budget is spent.
 
-        lr · (step + 1) / W in the warm-up of W steps, then lr · (1 − f) / (1 − f_W) under linear decay, where f_W is
-        the fraction at the end of the warm-up: transformers' linear schedule in any unit of budget, except that the
-        learning rate of step 0 is lr / W, not 0.
+        lr · (step + 1) / W in the warm-up of W steps, then under linear decay lr · (1 − f) / (1 − warmup_fraction):
+        transformers' linear schedule in any unit of budget, except that the learning rate of step 0 is lr / W, not 0.
         """
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         return self.lr if self.decay == "constant" else self.lr * (1 - fraction) / max(1 - warmup_fraction, 1e-12)
 
-    def rates(
-        self, first: int, updates: int, start: float, end: float, warmup_fraction: float
-    ) -> tuple[list[float], float]:
+    def rates(self, first: int, updates: int, start: float, end: float, warmup: float) -> tuple[list[float], float]:
         """Learning rates of one rollout's optimizer steps, and the share of the budget spent at the warm-up's end.
 
-        ``first`` is the number of the rollout's first optimizer step; over its ``updates`` optimizer steps the share
-        of the budget spent rises from ``start`` to ``end``.
+        From optimizer step ``first`` on, the share of the budget spent rises from ``start`` to ``end`` over ``updates``
+        optimizer steps. ``warmup`` is the second result of the rollout before.
         """
         if first <= self.warmup_steps and self.decay != "constant":  # a constant rate needs no share of the budget
-            warmup_fraction = start + (end - start) * min(self.warmup_steps - first, updates) / updates
+            warmup = start + (end - start) * min(self.warmup_steps - first, updates) / updates
         spent = [start + (end - start) * i / updates for i in range(updates)]
-        return [self.lr_at(first + i, spent[i], warmup_fraction) for i in range(updates)], warmup_fraction
+        return [self.lr_at(first + i, spent[i], warmup) for i in range(updates)], warmup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +57,7 @@ class AdamW(Optimizer):
 
     def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         betas = (self.beta1, self.beta2)
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(parameters, self.lr, betas, self.eps, self.weight_decay, fused=True)
 
 
 @dataclass(frozen=True, kw_only=True)

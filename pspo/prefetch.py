@@ -21,7 +21,6 @@ from pspo.base.schema import ConfigError
 from pspo.config import Config, compose, compose_all
 from pspo.host import environment
 from pspo.model import source
-from pspo.model.folder import cache_directory
 from pspo.run import held_out
 from pspo.run.__main__ import EXPECTED
 from pspo.sweep import expand
@@ -84,7 +83,7 @@ def exports(configs: Sequence[Config]) -> list[str]:
     if Path(constants.HF_HUB_CACHE) != Path(constants.HF_HOME) / "hub":
         paths["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
     if any(config.model.made_here for config in configs):
-        paths["XDG_CACHE_HOME"] = str(cache_directory().parent.absolute())
+        paths["XDG_CACHE_HOME"] = str(source.cache_directory().parent.absolute())
     lines = [f"export {name}={shlex.quote(path)}" for name, path in paths.items()]
     if any(config.tracker.name == "wandb" for config in configs):
         lines.append("export WANDB_MODE=offline  # later, with internet: python -m pspo.sync outputs/<group>")

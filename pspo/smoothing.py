@@ -9,32 +9,25 @@ from pspo.base.schema import Schema, key
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothing(Schema, block="smoothing"):
-    """Base: alpha begins at ``objective.alpha`` and is ``next_alpha`` after every step."""
+    """A constant alpha: the objective's own under ``none``, set by ``light``, ``paper`` and ``strong``."""
 
     name: str
     alpha: float | None = key("what a preset sets objective.alpha to, or null", within="[0, 1)")
-    constant: ClassVar[bool] = False
+    constant: ClassVar[bool] = True
 
     def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
-        """Alpha of the next step.
+        """Alpha of the next step, from objective.alpha, the last step's alpha and the share of the budget spent.
 
-        ``first`` is objective.alpha, ``alpha`` the last step's alpha, ``fraction`` the share of the budget spent and
-        ``kl`` KL(old‖new), k3, in nats per token, after the step's last update; None where it was not measured.
+        ``kl`` is KL(old‖new), k3, in nats per token, after the step's last update; None where it was not measured.
         """
         return alpha
-
-
-@dataclass(frozen=True, kw_only=True)
-class Constant(Smoothing):
-    """``none`` leaves alpha to the objective; ``light``, ``paper`` and ``strong`` set it."""
-
-    constant: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Smoothing):
     """α = α₀ + (α₁ − α₀) f, where f is the share of the budget spent and α₀ is objective.alpha."""
 
+    constant: ClassVar[bool] = False
     final: float = key("α₁: alpha at the end of the budget", within="[0, 1)")
 
     def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
@@ -49,6 +42,7 @@ class Adaptive(Smoothing):
     KL coefficient, here on α / (1 − α): a policy that moves too far is smoothed more.
     """
 
+    constant: ClassVar[bool] = False
     target_kl: float = key("KL(old‖new), nats per token, to hold after the last update of a step", within="(0, inf)")
     gain: float = key("largest change of the log-odds of alpha in one step", within="(0, inf)")
     low: float = key("smallest alpha", within="(0, 1)")
@@ -68,6 +62,5 @@ class Adaptive(Smoothing):
         return min(self.high, max(self.low, odds / (1 + odds)))
 
 
-SMOOTHINGS: dict[str, type[Smoothing]] = dict.fromkeys(("none", "light", "paper", "strong"), Constant)
-SMOOTHINGS |= {"linear": Linear, "adaptive": Adaptive}
+SMOOTHINGS = dict.fromkeys(("none", "light", "paper", "strong"), Smoothing) | {"linear": Linear, "adaptive": Adaptive}
 Smoothing.kinds = SMOOTHINGS

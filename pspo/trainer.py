@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pspo import checkpoint
-from pspo.advantage import has_spread
-from pspo.advantage.critic import make_critic
+from pspo.advantage import has_spread, make_critic
 from pspo.base.console import Phase, log
 from pspo.base.files import JsonLines, SaveError
 from pspo.base.statistics import Statistics
@@ -69,11 +68,10 @@ class Trainer:
         config, rollout = self.config, self.config.rollout
         self.sampler: Sampler = OwnSampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
-        self.reference = self.policy.frozen() if config.loss.kl != "none" else None
         self.learner = Learner(
-            self.policy, self.critic, config.objective, config.loss, temperature=rollout.temperature,
-            max_length=rollout.max_new_tokens, max_tokens=config.update.max_tokens,
+            self.policy, self.critic, config.objective, config.loss, rollout, config.update,
             max_grad_norm=config.optimizer.max_grad_norm,
+            reference=self.policy.frozen() if config.loss.kl != "none" else None,
         )  # fmt: skip
         groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
         if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
@@ -142,10 +140,7 @@ class Trainer:
         config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
         used, reward_PG = training(config.rollout, completions), rewards(config.rollout, completions)
         learner = replace(self.learner, objective=self._objective())
-        rows, row_metrics = make_rows(
-            used, rewards(config.rollout, used), config.advantage, learner,
-            reference=self.reference, recompute=config.update.old_logprobs == "recompute",
-        )  # fmt: skip
+        rows, row_metrics = make_rows(used, rewards(config.rollout, used), config.advantage, learner)
         check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
         spent_before, number = config.budget.fraction(progress), progress.steps + 1
         progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
@@ -156,7 +151,7 @@ class Trainer:
             progress.optimizer_steps, config.update.steps, spent_before, spent, state.warmup_fraction
         )
         progress.optimizer_steps += update(
-            learner, self.optimizer, rows, config=config.update, learning_rates=learning_rates,
+            learner, self.optimizer, rows, learning_rates=learning_rates,
             random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )  # fmt: skip
@@ -179,7 +174,8 @@ class Trainer:
     def _objective(self) -> Objective:
         """The objective with this step's alpha."""
         alpha = None if self.config.smoothing.constant else self.state.alpha
-        return self.config.objective if alpha is None else self.config.objective.with_alpha(alpha)
+        objective = self.config.objective
+        return objective if alpha is None else replace(objective, alpha=alpha)  # type: ignore[call-arg]
 
     def _next_alpha(self, record: Record | None) -> dict[str, float]:
         """Move alpha on for the next step; returns the metric, which is the alpha of this step."""

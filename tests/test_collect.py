@@ -14,7 +14,6 @@ from pspo.base.stream import Stream
 from pspo.dataset import order
 from pspo.reward import Score
 from pspo.rollout import Completion, OwnSampler, collect, rewards, rollout_metrics, training
-from pspo.rollout.collect import trains
 
 ROLLOUT = rollout_config()
 
@@ -29,6 +28,12 @@ def collected(sampler, spread, *, config=ROLLOUT, start=0, total=20, step=1):
 
 def drawn(completions):
     return [int(c.problem.id) for c in completions[:: ROLLOUT.group_size]]
+
+
+def trains(config, completions):
+    """Whether each group trains, by the places of the groups that do."""
+    places = {c.prompt.place for c in training(config, completions)}
+    return [c.prompt.place in places for c in completions[:: config.group_size]]
 
 
 @pytest.fixture
@@ -46,7 +51,7 @@ class Silent:
 def test_without_redraws_every_group_trains_whatever_its_rewards():
     found = collected(Silent(), {asked(3)[1]})
     assert drawn(found) == asked(3)
-    assert trains(ROLLOUT, found).tolist() == [True] * 3
+    assert trains(ROLLOUT, found) == [True] * 3
     assert training(ROLLOUT, found) == found
     reward_PG = rewards(ROLLOUT, found)
     assert reward_PG.dtype == torch.float64
@@ -58,7 +63,7 @@ def test_groups_without_spread_are_drawn_again_and_do_not_train():
     places, config = asked(9), replace(ROLLOUT, max_redraws=5)
     found = collected(Silent(), {places[i] for i in (0, 2, 4, 5, 6)}, config=config)
     assert drawn(found) == places[:5]
-    assert trains(config, found).tolist() == [True, False, True, False, True]
+    assert trains(config, found) == [True, False, True, False, True]
     used = training(config, found)
     assert drawn(used) == [places[i] for i in (0, 2, 4)]
     assert [c.sample for c in used] == [0, 1, 2, 3] * 3
@@ -73,7 +78,7 @@ def test_as_many_prompts_are_drawn_again_as_are_missing():
     places, once = asked(9), replace(ROLLOUT, max_redraws=1)
     found = collected(Silent(), {places[4]}, config=once)
     assert drawn(found) == places[:6]  # three, then three more; the cap of one redraw stops it with one group
-    assert trains(once, found).tolist() == [False] * 4 + [True, False]
+    assert trains(once, found) == [False] * 4 + [True, False]
     found = collected(Silent(), {places[4]}, config=replace(ROLLOUT, max_redraws=2))
     assert drawn(found) == places[:8]
 
@@ -83,7 +88,7 @@ def test_where_no_group_ever_has_a_spread_nothing_trains(max_redraws):
     config = replace(ROLLOUT, max_redraws=max_redraws)
     found = collected(Silent(), set(), config=config)
     assert len(drawn(found)) == 3 * (1 + max_redraws)
-    assert not trains(config, found).any()
+    assert not any(trains(config, found))
     assert training(config, found) == []
     assert rewards(config, []).shape == (0, 4)
     assert rollout_metrics(config, found)["reward/zero_spread_rate"] == 1
@@ -120,7 +125,7 @@ def test_a_step_draws_the_data_order_on_from_its_start_and_keeps_to_its_cap(spre
     assert ids == asked(len(ids), start, total=40)
     assert [c.prompt.place for c in found[::4]] == list(range(start, start + len(ids)))
     assert prompts <= len(ids) <= prompts * (1 + max_redraws)
-    used = trains(config, found).tolist()
+    used = trains(config, found)
     assert sum(used) <= prompts
     if max_redraws:
         assert used == [i in spread for i in ids]
@@ -248,5 +253,5 @@ def test_the_penalty_can_make_the_spread_that_dynamic_sampling_asks_for(tiny_pol
     policy = replace(tiny_policy(torch.float64, exact=True), stop_ids=list(range(2, 128, 16)))
     found = collected(OwnSampler(policy, config), set(), config=config)
     lengths = [{len(c.token_ids) for c in group} for group in zip(*[iter(found)] * 4, strict=True)]
-    assert trains(config, found).tolist() == [len(group) > 1 for group in lengths]
+    assert trains(config, found) == [len(group) > 1 for group in lengths]
     assert any(len(group) > 1 for group in lengths)

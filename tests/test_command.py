@@ -12,14 +12,13 @@ import pspo.run.__main__
 import pspo.status.__main__
 from pspo import dashboard, prefetch, supervise, sweep, sync
 from pspo.base.command import overview
-from pspo.objective import picture
 
 MAINS = {
     "pspo.compare": (pspo.compare.__main__.main, (pspo.compare.__main__, "load")),
     "pspo.dashboard": (dashboard.main, (dashboard, "renew")),
     "pspo.evaluate": (pspo.evaluate.__main__.cli, (pspo.evaluate.__main__, "main")),
     "pspo.judge": (pspo.judge.__main__.main, (pspo.judge.__main__, "judge")),
-    "pspo.objective": (pspo.objective.__main__.main, (picture, "draw_weights")),
+    "pspo.objective": (pspo.objective.__main__.main, (pspo.objective.__main__, "draw_weights")),
     "pspo.prefetch": (prefetch.main, (prefetch, "prefetch")),
     "pspo.run": (pspo.run.__main__.cli, (pspo.run.__main__, "main")),
     "pspo.status": (pspo.status.__main__.main, (pspo.status.__main__, "collect")),

@@ -4,19 +4,16 @@ import numpy as np
 import pytest
 import torch
 from training import Killed, make_trainer
+from training import learner_of as plain_learner
 
-from pspo.advantage import GAE, Group
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, Group, make_critic
 from pspo.base.statistics import Statistics
-from pspo.loss import LossConfig
 from pspo.model.logprob import predicting_states
 from pspo.objective import default_objective
-from pspo.update import Learner, Row, UpdateConfig, accumulate, update
-from pspo.update.rows import batch_of, score
+from pspo.update import update
+from pspo.update.rows import Row, batch_of, score
+from pspo.update.step import accumulate
 
-LOSS = LossConfig(
-    importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False
-)
 both = pytest.mark.parametrize("kind", ["trunk", "separate"])
 
 
@@ -42,8 +39,8 @@ def fresh(policy, rows):
     return [replace(row, old_logprobs=old) for row, old in zip(rows, logprobs, strict=True)]
 
 
-def learner_of(policy, critic, objective="noclip", max_tokens=10_000):
-    return Learner(policy, critic, default_objective(objective), LOSS, 1.0, 10, max_tokens, float("inf"))
+def learner_of(policy, critic, objective="noclip", **changes):
+    return plain_learner(policy, default_objective(objective), critic=critic, **changes)
 
 
 def gradients(learner, rows):
@@ -223,10 +220,9 @@ def test_gradients_of_policy_and_critic_are_clipped_each_by_themselves(tiny_poli
     before = [torch.cat([p.detach().flatten().clone() for p in group]) for group in learner.parameters()]
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    config = UpdateConfig(num_epochs=1, num_minibatches=1, max_tokens=10_000, old_logprobs="sampler")
     update(
         learner, optimizer, rows,
-        config=config, learning_rates=[1.0], random=np.random.default_rng(0), statistics=Statistics(), failure=tmp_path,
+        learning_rates=[1.0], random=np.random.default_rng(0), statistics=Statistics(), failure=tmp_path,
     )  # fmt: skip
     for group, old, gradient in zip(learner.parameters(), before, (of_policy, own), strict=True):
         moved = torch.cat([p.detach().flatten() for p in group]) - old
@@ -275,13 +271,12 @@ def test_values_learn_what_a_completion_is_worth(tiny_policy, tmp_path, kind):
         for sign in (0, 1)
         for _ in range(4)
     ]
-    learner = learner_of(policy, critic)
+    learner = learner_of(policy, critic, num_epochs=40)
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
-    config = UpdateConfig(num_epochs=40, num_minibatches=1, max_tokens=10_000, old_logprobs="sampler")
     update(
         learner, optimizer, fresh(policy, rows),
-        config=config, learning_rates=[1e-2] * 40, random=np.random.default_rng(0), statistics=Statistics(),
+        learning_rates=[1e-2] * 40, random=np.random.default_rng(0), statistics=Statistics(),
         failure=tmp_path,
     )  # fmt: skip
     _, values = score(policy, rows, 1.0, 100, critic)

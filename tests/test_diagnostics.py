@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import learner_of as plain_learner
+from training import update_config
 
-from pspo.advantage import GAE
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.config import compose, identity
@@ -30,15 +31,12 @@ from pspo.diagnostics import (
     sample_coordinates,
     update_norm,
 )
-from pspo.loss import LossConfig
 from pspo.model import Policy, tiny
 from pspo.objective import OBJECTIVES, ObjectiveInput, default_objective
-from pspo.update import Learner, Row, UpdateConfig, accumulate, step, update
-from pspo.update.rows import score
+from pspo.update import step, update
+from pspo.update.rows import Row, score
+from pspo.update.step import accumulate
 
-LOSS = LossConfig(
-    importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False
-)
 EVERY = [default_objective(name) for name in OBJECTIVES]
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
@@ -290,8 +288,8 @@ def make(num_rows=8, seed=0):
     return rows
 
 
-def learner_of(policy, objective, *, loss=LOSS, critic=None, max_tokens=10_000, max_grad_norm=0.5):
-    return Learner(policy, critic, objective, loss, 1.0, 10, max_tokens, max_grad_norm)
+def learner_of(policy, objective, **changes):
+    return plain_learner(policy, objective, **{"max_grad_norm": 0.5} | changes)
 
 
 def weights(policy):
@@ -302,13 +300,10 @@ def run(learner, rows, *, epochs=2, minibatches=2, record=None, lr=0.05, optimiz
     """``update`` under AdamW; the statistics."""
     groups = [{"params": group} for group in learner.parameters()]
     optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
-    config, statistics = (
-        UpdateConfig(num_epochs=epochs, num_minibatches=minibatches, max_tokens=10_000, old_logprobs="sampler"),
-        Statistics(),
-    )
+    config, statistics = update_config(num_epochs=epochs, num_minibatches=minibatches), Statistics()
     update(
-        learner, optimizer, rows,
-        config=config, learning_rates=[lr] * config.steps, random=np.random.default_rng(0), statistics=statistics,
+        replace(learner, update=config), optimizer, rows,
+        learning_rates=[lr] * config.steps, random=np.random.default_rng(0), statistics=statistics,
         record=record, failure=None,
     )  # fmt: skip
     return statistics.result()
@@ -327,7 +322,7 @@ def run(learner, rows, *, epochs=2, minibatches=2, record=None, lr=0.05, optimiz
 def test_an_inner_step_does_not_depend_on_micro_batches(tiny_policy, objective, level):
     policy, rows, found = tiny_policy(torch.float64, exact=True), make(), []
     for max_tokens in (10_000, 40, 1):
-        record, loss = Record(), replace(LOSS, importance=level, aggregation="sequence")
+        record, loss = Record(), {"importance": level, "aggregation": "sequence"}
         accumulate(learner_of(policy, objective, loss=loss, max_tokens=max_tokens), rows, Statistics(), record)
         found.append(inner_metrics(record.tokens))
     assert found[1] == pytest.approx(found[0], rel=1e-10, abs=1e-12)
@@ -335,7 +330,7 @@ def test_an_inner_step_does_not_depend_on_micro_batches(tiny_policy, objective, 
 
 
 def first_inner(policy, name, level="token"):
-    record, loss = Record(), replace(LOSS, importance=level)
+    record, loss = Record(), {"importance": level}
     accumulate(learner_of(policy, default_objective(name), loss=loss), make(), Statistics(), record)
     return inner_metrics(record.tokens)
 
@@ -436,7 +431,7 @@ def test_looking_changes_nothing_in_what_is_learned(tiny_policy, objective, crit
         name="gae", gamma=1.0, lam=0.9, normalize=True, critic=critic or "trunk", value_lr=1e-2, value_weight=0.5,
         value_clip=0.2,
     )  # fmt: skip
-    loss = replace(LOSS, kl="k3", kl_weight=0.1, entropy_weight=0.01)
+    loss = {"kl": "k3", "kl_weight": 0.1, "entropy_weight": 0.01}
     found = []
     for record in (None, Record(), Record([default_objective(name) for name in ("noclip", "cispo", "clip")])):
         policy = tiny_policy(torch.float64, exact=True, gradient_checkpointing=gradient_checkpointing)
@@ -472,7 +467,7 @@ def test_compare_by_hand():
 
 def test_pspo_has_the_direction_of_noclip_and_its_length_times_one_minus_alpha(tiny_policy):
     policy, record = tiny_policy(torch.float64, exact=True), Record([default_objective(n) for n in ("noclip", "clip")])
-    loss = replace(LOSS, kl="k3", kl_weight=0.5, entropy_weight=0.3)  # not part of what is compared
+    loss = {"kl": "k3", "kl_weight": 0.5, "entropy_weight": 0.3}  # not part of what is compared
     run(learner_of(policy, default_objective("pspo"), loss=loss), make(), record=record)
     probe = record.probe
     assert probe["counterfactual/noclip_cosine"] == pytest.approx(1, abs=1e-12)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo.base.stream import generator
-from pspo.rollout.samplers.draw import draw
+from pspo.rollout.samplers.own import draw
 
 LAST = 1 - 2**-53  # the largest number that the generator gives
 

@@ -8,7 +8,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pspo.model import logprob
 from pspo.model.batch import make_batch
-from pspo.model.logprob import LOG_RATIO_CLAMP, autocast_to_bfloat16, log_ratio, predicting_states, token_logprobs
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
+from pspo.objective import LOG_RATIO_CLAMP, log_ratio
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 7], [8], [11, 12, 13, 14, 15], [20, 21]]
@@ -86,7 +87,7 @@ def test_hidden_states_are_those_that_predicted_the_tokens(tiny_policy):
     model = tiny_policy(torch.float64, exact=True).model
     batch = batch_of()
     hidden_NH = predicting_states(model.get_decoder(), batch)
-    logprob_BT, _ = token_logprobs(model, batch, hidden_NH, 0.7)
+    logprob_BT, _ = token_logprobs(model, batch, hidden_NH, 0.7, False)
     logits_NV = model.get_output_embeddings()(hidden_NH) / 0.7
     tokens_N1 = batch.token_ids_BT[batch.mask_BT][:, None]
     expected_N = logits_NV.log_softmax(-1).gather(-1, tokens_N1).squeeze(-1)

@@ -12,8 +12,7 @@ from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.config import compose
 from pspo.loss import LossConfig, batch_loss, coefficients, kl
-from pspo.model.logprob import LOG_RATIO_CLAMP
-from pspo.objective import OBJECTIVES, ObjectiveInput, default_objective
+from pspo.objective import LOG_RATIO_CLAMP, OBJECTIVES, ObjectiveInput, default_objective
 
 EVERY = [default_objective(name) for name in OBJECTIVES]
 NOCLIP, CLIP = default_objective("noclip"), default_objective("clip")
@@ -25,7 +24,12 @@ every = pytest.mark.parametrize("objective", EVERY, ids=lambda o: o.name)
 every_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 every_choice = pytest.mark.parametrize(
     ("objective", "config"),
-    [pytest.param(o, level, id=f"{o.name}-{level}") for o in EVERY for level in LEVELS if level not in o.not_at],
+    [
+        pytest.param(o, level, id=f"{o.name}-{level}")
+        for o in EVERY
+        for level in LEVELS
+        if level == "token" or not o.token_only
+    ],
     indirect=["config"],
 )
 
@@ -81,15 +85,10 @@ def lengths_of(mask_BT):
 def loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside=()):
     """``batch_loss`` of completions of an optimizer batch that has others, of the lengths ``beside``, as well."""
     coefficient_N = coefficients(config.aggregation, [*lengths_of(batch.mask_BT), *beside], MAX_LENGTH)
-    return batch_loss(
-        config,
-        objective,
-        logprob_BT,
-        entropy_BT,
-        **vars(batch) | ({} if config.kl != "none" else {"reference_BT": None}),
-        coefficient_B1=torch.tensor(coefficient_N[: len(logprob_BT)], dtype=torch.float64)[:, None],
-        statistics=statistics,
-    )
+    tokens = ObjectiveInput.at_tokens(logprob_BT, batch.old_logprob_BT, batch.advantage_BT, batch.mask_BT)
+    reference_BT = batch.reference_BT if config.kl != "none" else None
+    coefficient_B1 = torch.tensor(coefficient_N[: len(logprob_BT)], dtype=torch.float64)[:, None]
+    return batch_loss(config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, statistics)
 
 
 def evaluate(objective, logprob_BT, entropy_BT, batch, config=PLAIN, beside=()):
@@ -372,7 +371,7 @@ def test_at_the_two_sequence_levels_the_whole_completion_is_clipped():
 @every
 def test_sequence_level_is_the_objective_of_the_geometric_mean(objective):
     """At aggregation=sequence: the mean over completions of f(s_i), and the gradient that has by the log-probs."""
-    if "sequence" in objective.not_at:
+    if objective.token_only:
         assert objective.name in ("gmpo", "dppo", "maspo", "topr", "vespo")
         return
     logprob_BT, entropy_BT, batch = tensors()

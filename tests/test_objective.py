@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from pspo.base.schema import ConfigError, as_dict, build
 from pspo.config import compose
-from pspo.model.logprob import LOG_RATIO_CLAMP, log_ratio
-from pspo.objective import OBJECTIVES, Objective, ObjectiveInput
+from pspo.objective import LOG_RATIO_CLAMP, OBJECTIVES, Objective, ObjectiveInput, log_ratio
 from pspo.optimizer import SGD, AdamW
 
 LOGPROB = -2.0  # of every token of ``inputs``
@@ -467,13 +466,6 @@ PLAIN_CLIP = as_dict(clip())
 def test_bad_blocks_are_refused(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         build(Objective, values)
-
-
-@every
-def test_takes_alpha_says_whether_there_is_an_alpha(case):
-    assert case.objective.takes_alpha == ("alpha" in as_dict(case.objective))
-    if case.objective.takes_alpha:
-        assert as_dict(case.objective.with_alpha(0.25)) == {**as_dict(case.objective), "alpha": 0.25}
 
 
 # --- clip

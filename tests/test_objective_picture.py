@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pspo.objective import OBJECTIVES, picture, toy
+from pspo.objective import OBJECTIVES
+from pspo.objective import __main__ as picture
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -44,7 +45,7 @@ def test_the_figure_is_written(tmp_path):
 
 
 def test_alpha_drifts_as_the_figure_says():
-    drift = {name: toy.drift(arm, 0.5) for name, arm in toy.ARMS.items()}
+    drift = {arm: picture.drifts(arm, [0.5])[0] for arm in picture.ARMS}
     assert drift["pspo, SGD at lr / (1 − alpha)"] < 1e-11
     assert drift["pspo, AdamW"] < 1e-4
     for name in ("pspo, SGD", "pspo, AdamW, entropy term", "pspo_geometric, AdamW", "pspo_clip, AdamW"):

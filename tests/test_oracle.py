@@ -24,8 +24,9 @@ import torch
 from pspo.base.statistics import Statistics
 from pspo.config import compose
 from pspo.model import save
-from pspo.update import Learner, Row, accumulate
-from pspo.update.rows import score
+from pspo.update import Learner
+from pspo.update.rows import Row, score
+from pspo.update.step import accumulate
 
 pytestmark = [
     pytest.mark.oracle,
@@ -144,16 +145,9 @@ def setting(name, tiny_policy):
 
 def ours(config, policy, rows):
     """Loss of a recipe, and its gradients by name."""
-    learner = Learner(
-        policy,
-        None,
-        config.objective,
-        config.loss,
-        temperature=TEMPERATURE,
-        max_length=MAX_LENGTH,
-        max_tokens=80,  # about ten micro-batches, of unlike numbers of rows
-        max_grad_norm=1.0,
-    )
+    rollout = replace(config.rollout, temperature=TEMPERATURE, max_new_tokens=MAX_LENGTH)
+    pieces = replace(config.update, max_tokens=80)  # about ten micro-batches, of unlike numbers of rows
+    learner = Learner(policy, None, config.objective, config.loss, rollout, pieces, max_grad_norm=1.0)
     loss = accumulate(learner, rows, Statistics())
     return loss.item(), {name: parameter.grad for name, parameter in policy.trainable().items()}
 

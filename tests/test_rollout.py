@@ -249,12 +249,8 @@ def test_recorded_logprobs_under_autocast_are_those_of_the_trainer(tiny_policy, 
     assert gap(policy, sampled(policy, prompts), 1.0) < 0.05
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize(
-    "targets", ["all-linear", ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]], ids=str
-)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
 def test_adapters_that_have_moved_sample_as_they_train(tiny_policy, prompts, targets):
-    """Also those on the input embedding and on the head, which are one matrix in this model."""
     peft = pytest.importorskip("peft")
     policy = tiny_policy(torch.float64, exact=True)
     adapters = peft.LoraConfig(r=2, target_modules=targets)
@@ -374,11 +370,9 @@ def test_a_completion_ends_with_its_stop_token_or_is_cut_off(policy, prompts):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("every", [1, 3, 16, 100])
-def test_when_finished_rows_leave_the_batch_changes_nothing(policy, prompts, monkeypatch, share, every):
+def test_when_finished_rows_leave_the_batch_changes_nothing(policy, prompts, monkeypatch, share):
     reference = sampled(policy, prompts, group_size=8)
     monkeypatch.setattr(own, "COMPACT_BELOW_SHARE", share)
-    monkeypatch.setitem(own.LOOK_EVERY_TOKENS, "cpu", every)
     other = sampled(policy, prompts, group_size=8)
     for a, b in zip(reference, other, strict=True):
         assert (a.token_ids, a.finished, a.text) == (b.token_ids, b.finished, b.text)

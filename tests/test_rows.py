@@ -5,20 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from training import problems, rollout_config
+from training import learner_of, problems, rollout_config
 
-from pspo.advantage import GAE, Group, LeaveOneOut, Mean
-from pspo.advantage.critic import make_critic
-from pspo.loss import LossConfig
+from pspo.advantage import GAE, Group, LeaveOneOut, Mean, make_critic
 from pspo.objective import default_objective
 from pspo.rollout import OwnSampler
-from pspo.update import Learner
 from pspo.update.rows import Row, make_rows, score
 
 GROUP = Group(name="group", ddof=1, eps=1e-4)
-LOSS = LossConfig(
-    importance="token", aggregation="token", kl="none", kl_weight=0.0, entropy_weight=0.0, mask_truncated=False
-)
 
 
 def completions_of(policy, number=3):
@@ -27,10 +21,10 @@ def completions_of(policy, number=3):
 
 
 def rows_of(policy, completions, reward_PG, advantage=GROUP, **changes):
-    critic, mask_truncated = changes.pop("critic", None), changes.pop("mask_truncated", False)
-    loss = replace(LOSS, mask_truncated=mask_truncated)
-    learner = Learner(policy, critic, default_objective("noclip"), loss, 0.8, 6, 40, 1.0)
-    return make_rows(completions, reward_PG, advantage, learner, **changes)
+    loss = {"mask_truncated": changes.pop("mask_truncated", False)}
+    settings = {"temperature": 0.8, "max_tokens": 40} | changes
+    learner = learner_of(policy, default_objective("noclip"), loss=loss, **settings)
+    return make_rows(completions, reward_PG, advantage, learner)
 
 
 def rewards(number=3):
@@ -89,7 +83,7 @@ def test_old_logprobs_are_the_samplers_or_the_trainers(tiny_policy, with_critic)
     settings = {"advantage": gae(), "critic": make_critic(gae(), policy)} if with_critic else {}
     kept, _ = rows_of(policy, moved, rewards(), **settings)
     assert [row.old_logprobs for row in kept] == [c.logprobs for c in moved]
-    made, metrics = rows_of(policy, moved, rewards(), recompute=True, **settings)
+    made, metrics = rows_of(policy, moved, rewards(), old_logprobs="recompute", **settings)
     assert metrics["policy/sampler_gap_mean"] == pytest.approx(0.25, abs=1e-9)
     for row, before, completion in zip(made, kept, completions_of(policy), strict=True):
         assert row.old_logprobs == pytest.approx(completion.logprobs, abs=1e-9)

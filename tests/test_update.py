@@ -9,24 +9,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training import configured
+from training import configured, learner_of, update_config
 
-from pspo.advantage import GAE, Group
-from pspo.advantage.critic import make_critic
+from pspo.advantage import GAE, Group, make_critic
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.dataset import Problem, Prompt
 from pspo.host.memory import NoRoomError
-from pspo.loss import LossConfig
 from pspo.model import Policy, logprob, tiny
 from pspo.model.batch import make_batch
 from pspo.objective import OBJECTIVES, PSPO, default_objective
 from pspo.rollout import OwnSampler
-from pspo.update import Learner, NonFiniteError, Row, UpdateConfig, accumulate, make_rows, update
-from pspo.update import pack as packing
+from pspo.update import NonFiniteError, make_rows, update
 from pspo.update import rows as row_module
 from pspo.update import step as step_module
-from pspo.update.rows import batch_of
+from pspo.update.rows import Row, batch_of, pack
+from pspo.update.step import accumulate
 
 ALL = [default_objective(name) for name in OBJECTIVES]
 NOCLIP, CLIP = default_objective("noclip"), default_objective("clip")
@@ -45,10 +43,10 @@ CHOICES = [
     for o in ALL
     for level in ("token", "sequence", "sequence_token")
     for aggregation in AGGREGATIONS
-    if level not in o.not_at
+    if level == "token" or not o.token_only
 ]
 TERMS = {"kl": "k3", "kl_weight": 0.3, "entropy_weight": 0.2}
-ONE_STEP = UpdateConfig(num_epochs=1, num_minibatches=1, max_tokens=10_000, old_logprobs="sampler")
+ONE_STEP = update_config()
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +71,6 @@ def make(num_rows=8, seed=0):
 
 def constant(row, advantage):
     return replace(row, advantages=[advantage] * len(row.token_ids))
-
-
-def learner_of(policy, objective, *, loss=None, **changes):
-    """A learner without a critic; ``loss`` has what differs from the plain token mean."""
-    plain = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.0}
-    settings = {"temperature": 1.0, "max_length": 10, "max_tokens": 10_000, "max_grad_norm": math.inf, "critic": None}
-    loss = LossConfig(**plain | {"mask_truncated": False} | (loss or {}))
-    return Learner(policy=policy, objective=objective, loss=loss, **settings | changes)
 
 
 def gradient(policy):
@@ -108,8 +98,8 @@ def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, fai
     statistics = Statistics()
     settings = {"learning_rates": [lr] * config.steps, "random": np.random.default_rng(0)}
     own = {name: changes.pop(name) for name in list(changes) if name not in settings}
-    learner = learner_of(policy, objective, loss=loss, max_tokens=config.max_tokens, **own)
-    update(learner, optimizer, rows, config=config, statistics=statistics, failure=failure, **settings | changes)
+    learner = replace(learner_of(policy, objective, loss=loss, **own), update=config)
+    update(learner, optimizer, rows, statistics=statistics, failure=failure, **settings | changes)
     return statistics.result()
 
 
@@ -124,10 +114,6 @@ def one_policy(tiny_tokenizer):
     )
     model = tiny.make_model(architecture, tiny_tokenizer, 0, "sdpa")
     return Policy(model, tiny_tokenizer, [2], autocast=False, gradient_checkpointing=False)
-
-
-def pack(rows, max_tokens, policy):
-    return packing.pack([(row.prompt_ids, len(row.token_ids)) for row in rows], max_tokens, policy)
 
 
 def sizes_of(packed):
@@ -171,7 +157,7 @@ def test_pack_uses_its_budget(one_policy):
 def test_pack_cuts_where_that_saves_more_padding_than_it_costs(one_policy, monkeypatch):
     rows = [blank([9], length) for length in [3] * 10 + [30] * 2]  # together 10 · 27 positions of padding
     assert sizes_of(pack(rows, 10_000, one_policy)) == [10, 2]
-    monkeypatch.setitem(packing.OVERHEAD_POSITIONS, "cpu", 1000)
+    monkeypatch.setitem(row_module.OVERHEAD_POSITIONS, "cpu", 1000)
     assert sizes_of(pack(rows, 10_000, one_policy)) == [12]
 
 
@@ -322,7 +308,7 @@ def test_minibatches_take_every_row_once_in_each_epoch(num_rows, num_epochs, sha
         weight.grad = torch.ones(())
         return torch.zeros(())
 
-    config = UpdateConfig(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=1, old_logprobs="sampler")
+    config = update_config(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=1)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "accumulate", record)
@@ -359,7 +345,7 @@ def test_every_optimizer_step_has_its_learning_rate(tiny_policy):
     policy, taken = tiny_policy(), []
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.0)
     optimizer.register_step_pre_hook(lambda made, *_: taken.append(made.param_groups[0]["lr"]))
-    config = UpdateConfig(num_epochs=2, num_minibatches=3, max_tokens=100, old_logprobs="sampler")
+    config = update_config(num_epochs=2, num_minibatches=3, max_tokens=100)
     rows = [constant(row, 0.0) for row in make()]
     run(policy, NOCLIP, rows, config=config, optimizer=optimizer, learning_rates=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert taken == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -371,9 +357,7 @@ def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num
     """With a learning rate of 0 every cut of a step into pieces must tell the same."""
     policy, rows = tiny_policy(torch.float64, exact=True), make()
     expected = accumulated(policy, NOCLIP, rows, 10_000)[2]
-    config = UpdateConfig(
-        num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=max_tokens, old_logprobs="sampler"
-    )
+    config = update_config(num_epochs=num_epochs, num_minibatches=num_minibatches, max_tokens=max_tokens)
     got = run(policy, NOCLIP, rows, config=config, lr=0.0, temperature=0.8)
     assert got.pop("optimizer/grad_norm_mean") > 0
     assert 0 <= got.pop("update/padding_rate") < 1
@@ -383,7 +367,7 @@ def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num
 
 
 def test_under_sgd_pspo_at_a_larger_rate_is_noclip_step_by_step(tiny_policy):
-    config, alpha = UpdateConfig(num_epochs=2, num_minibatches=2, max_tokens=100, old_logprobs="sampler"), 0.3
+    config, alpha = update_config(num_epochs=2, num_minibatches=2, max_tokens=100), 0.3
     noclip, pspo = tiny_policy(torch.float64, exact=True), tiny_policy(torch.float64, exact=True)
     for step in range(3):
         before = weights(noclip)
@@ -497,9 +481,9 @@ def test_no_rows_no_optimizer_steps(tiny_policy):
     policy = tiny_policy()
     before = weights(policy)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
-    config = UpdateConfig(num_epochs=2, num_minibatches=3, max_tokens=100, old_logprobs="sampler")
-    arguments = {"config": config, "learning_rates": [0.1] * 6, "random": np.random.default_rng(0), "failure": None}
-    learner, statistics = learner_of(policy, NOCLIP), Statistics()
+    config = update_config(num_epochs=2, num_minibatches=3, max_tokens=100)
+    arguments = {"learning_rates": [0.1] * 6, "random": np.random.default_rng(0), "failure": None}
+    learner, statistics = replace(learner_of(policy, NOCLIP), update=config), Statistics()
     assert update(learner, optimizer, [], statistics=statistics, **arguments) == 0
     assert torch.equal(weights(policy), before)
     assert statistics.result() == {}
@@ -560,12 +544,12 @@ def first_token(completions, wanted=77):
 def probe(policy, objective, advantage, lr=1e-2, **loss):
     """Must-learn probe: one token of 128 is rewarded in the first place; 100 rollouts of two updates at the most."""
     critic = make_critic(advantage, policy)
-    learner = learner_of(policy, objective, loss=loss, critic=critic, max_tokens=4096, max_grad_norm=1.0)
+    settings = {"num_epochs": 2, "max_tokens": 4096, "max_grad_norm": 1.0}
+    learner = learner_of(policy, objective, loss=loss, critic=critic, **settings)
     groups = [{"params": parameters} for parameters in learner.parameters()]
     if critic is not None:
         groups[1]["lr_factor"] = 2.0
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
-    config = UpdateConfig(num_epochs=2, num_minibatches=1, max_tokens=4096, old_logprobs="sampler")
     assert first_token(ask(policy, 0)).mean() < 0.1
     for step in range(100):
         completions = ask(policy, step)
@@ -575,7 +559,7 @@ def probe(policy, objective, advantage, lr=1e-2, **loss):
         rows, _ = make_rows(completions, reward_PG, advantage, learner)
         update(
             learner, optimizer, rows,
-            config=config, learning_rates=[lr] * 2, random=np.random.default_rng(step), statistics=Statistics(),
+            learning_rates=[lr] * 2, random=np.random.default_rng(step), statistics=Statistics(),
             failure=Path("unused"),
         )  # fmt: skip
     assert first_token(ask(policy, 1000, group_size=64)).mean() > 0.9

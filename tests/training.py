@@ -8,10 +8,13 @@ from omegaconf import OmegaConf
 from pspo.base.schema import as_dict
 from pspo.config import compose, resolve
 from pspo.dataset import Problem, Prompt
+from pspo.loss import LossConfig
 from pspo.reward import Score
 from pspo.rollout import RolloutConfig
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
+from pspo.update import Learner
+from pspo.update.rows import UpdateConfig
 
 SMALL = ["rollout.prompts=2", "rollout.group_size=4", "rollout.max_new_tokens=4", "optimizer.lr=1e-3"]
 
@@ -33,6 +36,21 @@ def rollout_config(**changes):
     """Settings of a small rollout: plain sampling, every group trains."""
     values = {"prompts": 3, "group_size": 4, "max_new_tokens": 4, "overlong_share": 0.0, "max_redraws": 0}
     return RolloutConfig(**values | {"temperature": 1.0, "top_p": 1.0, "max_rows": 64} | changes)
+
+
+def update_config(**changes):
+    """One optimizer step of a rollout, in one micro-batch."""
+    values = {"num_epochs": 1, "num_minibatches": 1, "max_tokens": 10_000, "old_logprobs": "sampler"}
+    return UpdateConfig(**values | changes)
+
+
+def learner_of(policy, objective, *, critic=None, loss=None, reference=None, max_grad_norm=math.inf, **changes):
+    """A learner; ``loss`` has what differs from the plain token mean, ``changes`` what does of rollout and update."""
+    plain = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.0}
+    loss = LossConfig(**plain | {"mask_truncated": False} | (loss or {}))
+    own = {name: changes.pop(name) for name in list(changes) if name in UpdateConfig.__dataclass_fields__}
+    rollout = rollout_config(**{"max_new_tokens": 10} | changes)
+    return Learner(policy, critic, objective, loss, rollout, update_config(**own), max_grad_norm, reference)
 
 
 def problems(number):

@@ -247,11 +247,14 @@ def _xml(path: Path) -> Iterator[Row]:
 
 
 def _table(path: Path) -> Iterator[Row]:
-    import pyarrow  # here, as it is slow to import
-    from pyarrow import parquet
+    if path.suffix == ".arrow":
+        from datasets import Dataset  # whose ``save_to_disk`` wrote the file; imported here, as it takes two seconds
 
-    arrow = path.suffix == ".arrow"  # as ``save_to_disk`` of the package datasets writes it
-    table = pyarrow.ipc.open_stream(path).read_all() if arrow else parquet.ParquetFile(path).read()
+        table = Dataset.from_file(str(path)).data
+    else:
+        from pyarrow import parquet  # here, as it is slow to import
+
+        table = parquet.ParquetFile(path).read()
     for number, values in enumerate(zip(*table.columns, strict=True), start=1):
         where = f"{path} row {number}"
         try:

@@ -134,7 +134,6 @@ def completion_row(completion: Completion) -> dict[str, Any]:
     """A scored completion as one line of a file."""
     about = {"completion": completion.text, "sample": completion.sample}
     length = {"tokens": len(completion.token_ids), "truncated": not completion.finished}
-    assert completion.score is not None
     return asked_of(completion.problem) | about | vars(completion.score) | length
 
 

@@ -1,7 +1,6 @@
 """Prompts and completions as tensors: the one place for padding, masks and shared prompts.
 
-Shape suffixes: R rows of S positions that the decoder is run on, B completions, T completion positions, N completion
-tokens laid end to end.
+Shape suffixes: R rows of S positions in the decoder, B completions of T positions, N completion tokens laid end to end.
 """
 
 from collections.abc import Sequence
@@ -29,13 +28,13 @@ class Batch:
 
     @property
     def attention(self) -> Tensor:
-        """(R, S), true where there is a token; with shared prompts (R, 1, S, S), true where position S sees another.
+        """(R, S), 1 where there is a token; with shared prompts (R, 1, S, S), true where position S sees another.
 
         A position sees what comes before it of its prompt and of its own completion. Padding sees itself, as a softmax
         over nothing is not a number.
         """
         if not self.shared:
-            return self.owner_RS >= 0
+            return (self.owner_RS >= 0).long()
         owner, position = self.owner_RS, self.position_RS
         same = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
         return (same & (position[:, None] <= position[:, :, None]))[:, None]

@@ -13,10 +13,7 @@ class LoraConfig(Schema, block="model.lora"):
 
     rank: int = key("rank of the adapters; 0 trains all weights", within="[0, inf)")
     alpha: int = key("the adapters' output is scaled by alpha / rank", within="[1, inf)")
-    target_modules: str = key(
-        "layers with adapters: all-linear (all but the head), or a regular expression on whole names; a head tied to "
-        "the input embedding is untied where either has adapters"
-    )
+    target_modules: str = key("layers with adapters, not embedding or head: all-linear, or a regular expression")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,10 +34,9 @@ class Architecture(Schema, block="model.architecture"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hidden_size % self.num_heads:
-            raise self.refuse("num_heads", f"must divide model.architecture.hidden_size={self.hidden_size}")
-        if self.num_heads % self.num_kv_heads:
-            raise self.refuse("num_kv_heads", f"must divide model.architecture.num_heads={self.num_heads}")
+        for part, whole in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise self.refuse(part, f"must divide model.architecture.{whole}={getattr(self, whole)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +58,12 @@ class ModelConfig(Schema, block="model"):
     name: str = key("name of the model in reports")
     hub_id: str | None = key("repository on the Hugging Face hub, owner/name")
     path: str | None = key(
-        "used instead of hub_id: a local folder with safetensors weights and tokenizer, or a .gguf file; "
-        "package:NAME/FILE is a file inside an installed Python package",
+        "instead of hub_id: a folder with safetensors and tokenizer, a .gguf file, or package:NAME/FILE of a package",
         path=True,
     )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = key(
-        "implementation of attention, as transformers names it"
-    )
+    attention: Literal["eager", "sdpa"] = key("implementation of attention, as transformers names it")
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
     lora: LoraConfig
     architecture: Architecture | None
@@ -78,20 +71,15 @@ class ModelConfig(Schema, block="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        flash = self.attention == "flash_attention_2"
-        if self.made_here and self.architecture is None:
-            raise self.refuse("path", "give a local folder or .gguf file, or choose a model option that has a hub_id")
-        if self.made_here and self.warm_start is None:
-            raise self.refuse("warm_start", "the embedded policy needs one; choose model=tiny, or give model.path")
+        if self.made_here and not (self.architecture and self.warm_start):
+            raise self.refuse(
+                "path", "give a local folder or .gguf file, or choose model=tiny or one that has a hub_id"
+            )
         if not self.made_here and (self.architecture or self.warm_start):
             why = "has the embedded task's lengths, learning rate and budget; choose model=hf for another model"
             raise self.refuse("path" if self.hub_id is None else "hub_id", f"model={self.name} {why}")
         if self.autocast and self.dtype == "float64":
             raise self.refuse("autocast", "goes with model.dtype=float32 only")
-        if flash and not self.autocast:
-            raise self.refuse("attention", "flash attention needs model.autocast=true")
-        if flash and importlib.util.find_spec("flash_attn") is None:
-            raise self.refuse("attention", "needs the package flash-attn; install it or set model.attention=sdpa")
         if self.attention == "eager" and self.dtype == "float64":
             # Its softmax is in float32, where the mask's lowest float64 is -inf: rows of padding become NaN.
             raise self.refuse("attention", "goes with model.dtype=float32 only; set model.attention=sdpa")

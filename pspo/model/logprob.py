@@ -1,75 +1,47 @@
-"""Log-probabilities of completion tokens: the one place for dtypes, chunking and the clamp of log-ratios.
+"""Log-probabilities of completion tokens: the one place for dtypes and chunking.
 
 Shape suffixes: B completions, T completion positions, N completion tokens laid end to end, H hidden size, V vocabulary.
 """
 
 import contextlib
-import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pspo.model.batch import Batch, scatter
-
-LOG_RATIO_CLAMP = 20.0
-"""Log-ratios are clamped to ±20 before any objective sees them; claims of exactness hold inside."""
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at one time: 64 MiB in float32, 110 positions of a 152k vocabulary; on a GPU 16 times as many."""
 
 
 def token_logprobs(
-    model: Any,
-    batch: Batch,
-    hidden_NH: Tensor,
-    temperature: float,
-    autocast: bool = False,
-    entropy_gradient: bool = False,
+    model: Any, batch: Batch, hidden_NH: Tensor, temperature: float, autocast: bool, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) and entropies (B, T), in nats, of the completion tokens; 0 where masked.
 
     ``hidden_NH`` are the ``predicting_states`` of the batch. The log-probabilities are those of the temperature-scaled,
     untruncated policy: log softmax(logits / temperature)[token]. Only the hidden states that predict completion tokens
-    reach the language-model head, in chunks whose logits are recomputed in the backward pass, so that no tensor of
-    logits of the whole batch ever exists. Entropies have a gradient where ``entropy_gradient`` asks for it.
+    reach the language-model head, a linear layer, in chunks whose logits are recomputed in the backward pass, so that
+    no tensor of logits of the whole batch ever exists. Entropies have a gradient where ``entropy_gradient`` is set.
     """
-    head, token_N = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
-    size = max(1, CHUNK_LOGITS * (16 if hidden_NH.is_cuda else 1) // model.config.get_text_config().vocab_size)
-    if type(head) is torch.nn.Linear:
-        with torch.autocast(hidden_NH.device.type, enabled=False):  # which would take entropies in bfloat16
-            logprob_N, entropy_N = _Linear.apply(  # type: ignore[no-untyped-call]
-                hidden_NH, head.weight, head.bias, token_N, temperature, autocast, entropy_gradient, size
-            )
-    else:
-        plain = functools.partial(checkpoint, _plain, head, use_reentrant=False, preserve_rng_state=False)
-        with autocast_to_bfloat16(hidden_NH.device, autocast):
-            chunks = zip(torch.split(hidden_NH, size), torch.split(token_N, size), strict=True)
-            pieces = [plain(hidden, token, temperature, entropy_gradient) for hidden, token in chunks]
-        logprob_N, entropy_N = (torch.cat(column) for column in zip(*pieces, strict=True))
-    return scatter(batch.mask_BT, logprob_N), scatter(batch.mask_BT, entropy_N)
+    linear, token_N = model.get_output_embeddings(), batch.token_ids_BT[batch.mask_BT]
+    rows = max(1, CHUNK_LOGITS * (16 if hidden_NH.is_cuda else 1) // len(linear.weight))
+    head = _Head(temperature, autocast, entropy_gradient, min(rows, len(hidden_NH)))
+    with torch.autocast(hidden_NH.device.type, enabled=False):  # which would take entropies in bfloat16
+        columns = _Logprobs.apply(head, hidden_NH, linear.weight, linear.bias, token_N)  # type: ignore[no-untyped-call]
+    logprob_BT, entropy_BT = (scatter(batch.mask_BT, value_N) for value_N in columns)
+    return logprob_BT, entropy_BT
 
 
 def predicting_states(decoder: Any, batch: Batch, autocast: bool = False) -> Tensor:
     """The last hidden states (N, H) at the positions that predict the completion tokens, row by row."""
-    attention = batch.attention
-    if attention.ndim == 2:
-        attention = attention.long()
-    elif decoder.config._attn_implementation != "sdpa":  # the library adds other masks to the scores
-        lowest = torch.finfo(decoder.dtype).min
-        attention = torch.zeros_like(attention, dtype=decoder.dtype).masked_fill_(~attention, lowest)
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
-        states = decoder(
-            input_ids=batch.input_ids_RS, attention_mask=attention, position_ids=batch.position_RS, use_cache=False
-        )
-    hidden_NH: Tensor = states.last_hidden_state.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
-    return hidden_NH
-
-
-def log_ratio(logprob_BT: Tensor, old_logprob_BT: Tensor) -> Tensor:
-    """Log r = log π_θ − log π_old, clamped to ±``LOG_RATIO_CLAMP``; beyond it the gradient is zero."""
-    return (logprob_BT - old_logprob_BT).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+        inputs = {"input_ids": batch.input_ids_RS, "position_ids": batch.position_RS}
+        states_RSH: Tensor = decoder(**inputs, attention_mask=batch.attention, use_cache=False).last_hidden_state
+    return states_RSH.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
 
 
 def autocast_to_bfloat16(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:
@@ -82,40 +54,59 @@ def raised(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _plain(
-    head: torch.nn.Module, hidden_NH: Tensor, token_N: Tensor, temperature: float, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (N,) of one chunk, for a head that is more than a matrix: one with adapters."""
-    logprob_NV = raised(head(hidden_NH)).div(temperature).log_softmax(-1)
-    with contextlib.nullcontext() if with_gradient else torch.no_grad():
-        entropy_N = -(logprob_NV.exp() * logprob_NV).sum(-1)
-    return logprob_NV.gather(-1, token_N[:, None]).squeeze(-1), entropy_N
+@dataclass(frozen=True)
+class _Head:
+    """How a linear head's logits are computed: at a temperature, ``rows`` hidden states at a time."""
+
+    temperature: float
+    autocast: bool
+    entropy_gradient: bool
+    rows: int
+
+    def cast(self, weight_VH: Tensor) -> Tensor:
+        """The weight in the dtype of its products."""
+        return weight_VH.detach().to(torch.bfloat16 if self.autocast else weight_VH.dtype)
+
+    def chunks(
+        self, weight_VH: Tensor, bias_V: Tensor | None, hidden_NH: Tensor, *columns: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+        """Of each chunk z = logits / temperature, softmax(z), and the rows of ``hidden_NH`` and of the columns.
+
+        ``weight_VH`` is ``cast``. The two matrices (rows, V) are buffers that the next chunk overwrites.
+        """
+        dtype, scale = weight_VH.dtype, 1 / self.temperature
+        shape, raised_dtype = (self.rows, len(weight_VH)), torch.promote_types(dtype, torch.float32)
+        logits_NV, softmax_NV = (weight_VH.new_empty(shape, dtype=raised_dtype) for _ in range(2))
+        for hidden, *others in zip(*(torch.split(c, self.rows) for c in (hidden_NH, *columns)), strict=True):
+            low, z = hidden.to(dtype), logits_NV[: len(hidden)]
+            if z.dtype == dtype:
+                torch.mm(low * scale, weight_VH.T, out=z)
+            else:
+                torch.mul(low @ weight_VH.T, scale, out=z)
+            if bias_V is not None:
+                z.add_(bias_V.detach().to(z.dtype) / self.temperature)
+            yield z, torch.softmax(z, -1, out=softmax_NV[: len(z)]), [low, *others]
 
 
-class _Linear(torch.autograd.Function):
+class _Logprobs(torch.autograd.Function):
     """Log-probabilities and entropies under a linear head, of which the backward pass keeps no more than (N,).
 
-    With z = W h / T, p = softmax(z) and H its entropy: ∂ log p_k / ∂z = 1_k − p and ∂H / ∂z = −p (log p + H). A chunk's
-    logits and probabilities stand in two buffers, allocated once.
+    With z = W h / T, p = softmax(z) and H its entropy: ∂ log p_k / ∂z = 1_k − p and ∂H / ∂z = −p (log p + H).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token_N: Tensor, temperature: float,
-        autocast: bool, with_gradient: bool, size: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        head = _Head(weight_VH, bias_V, temperature, autocast, min(size, len(hidden_NH)))
-        logprob_N, entropy_N = (hidden_NH.new_empty(len(token_N), dtype=head.raised) for _ in range(2))
-        columns = (hidden_NH, token_N, logprob_N, entropy_N)
-        for hidden, token, logprob, entropy in zip(*(torch.split(c, size) for c in columns), strict=True):
-            z = head.logits(hidden.to(head.dtype))
-            p = torch.softmax(z, -1, out=head.rooms[1][: len(z)])  # cheaper than an exp: it works on rows in the cache
-            norm = z.amax(-1) - p.amax(-1).log()
-            torch.sub(z.gather(-1, token[:, None]).squeeze(-1), norm, out=logprob)
-            torch.sub(norm, torch.linalg.vecdot(p, z), out=entropy)
+        ctx: Any, head: _Head, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, token_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropies = [], []
+        for z, p, (_, token) in head.chunks(head.cast(weight_VH), bias_V, hidden_NH, token_N):
+            norm = z.amax(-1) - p.amax(-1).log()  # log Σ exp z, without another pass of exponentials
+            logprobs.append(z.gather(-1, token[:, None]).squeeze(-1) - norm)
+            entropies.append(norm - torch.linalg.vecdot(p, z))
+        logprob_N, entropy_N = torch.cat(logprobs), torch.cat(entropies)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, token_N, entropy_N)
-        ctx.settings = temperature, autocast, with_gradient, size
-        if not with_gradient:
+        ctx.head = head
+        if not head.entropy_gradient:
             ctx.mark_non_differentiable(entropy_N)
         return logprob_N, entropy_N
 
@@ -123,55 +114,29 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_logprob_N: Tensor, by_entropy_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, token_N, entropy_N = ctx.saved_tensors
-        temperature, autocast, with_gradient, size = ctx.settings
-        head = _Head(weight_VH, bias_V, temperature, autocast, min(size, len(hidden_NH)))
+        head, cast_VH = ctx.head, ctx.head.cast(weight_VH)
         by_hidden_NH = torch.empty_like(hidden_NH)
-        by_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
-        by_bias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
-        columns = (hidden_NH, by_hidden_NH, token_N, entropy_N, by_logprob_N, by_entropy_N)
-        for hidden, by_hidden, token, entropy, by_logprob, by_entropy in zip(
-            *(torch.split(c, size) for c in columns), strict=True
-        ):
-            low = hidden.to(head.dtype)
-            z = head.logits(low)
-            factor_N1 = by_logprob[:, None] / -temperature  # in ∂z = factor (p − 1_k), it goes with the smaller matrix
-            by_z = torch.softmax(z, -1, out=head.rooms[1][: len(z)])
-            if with_gradient:
+        by_weight_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[2] else None
+        by_bias_V = torch.zeros_like(bias_V) if ctx.needs_input_grad[3] else None
+        columns = (by_hidden_NH, token_N, entropy_N, by_logprob_N, by_entropy_N)
+        for z, p, (low, by_hidden, token, *numbers) in head.chunks(cast_VH, bias_V, hidden_NH, *columns):
+            token_N1, (entropy_N1, by_logprob_N1, by_entropy_N1) = token[:, None], (x[:, None] for x in numbers)
+            if head.entropy_gradient:
                 log_p = torch.log_softmax(z, -1, out=z)
-                by_z.mul_(log_p.add_(entropy[:, None]).mul_(by_entropy[:, None]).add_(by_logprob[:, None]))
-                by_z.scatter_add_(-1, token[:, None], -by_logprob[:, None])
-                factor_N1 = torch.full_like(factor_N1, -1 / temperature)
+                p.mul_(log_p.add_(entropy_N1).mul_(by_entropy_N1).add_(by_logprob_N1))
+                p.scatter_add_(-1, token_N1, -by_logprob_N1)
+                factor_N1 = torch.full_like(by_logprob_N1, -1 / head.temperature)
             else:
-                by_z.scatter_add_(-1, token[:, None], torch.full_like(factor_N1, -1))
-            by_z = by_z.to(head.dtype)
-            by_hidden.copy_((by_z @ head.weight_VH) * factor_N1)
+                p.scatter_add_(-1, token_N1, torch.full_like(by_logprob_N1, -1))
+                factor_N1 = by_logprob_N1 / -head.temperature  # in ∂z = factor (p − 1_k), on the smaller matrix
+            by_z = p.to(cast_VH.dtype)
+            by_hidden.copy_((by_z @ cast_VH) * factor_N1)
             if by_weight_VH is not None:
-                a, b = by_z.T, low * factor_N1.to(head.dtype)
-                if by_weight_VH.dtype == head.dtype:
+                a, b = by_z.T, low * factor_N1.to(low.dtype)
+                if by_weight_VH.dtype == a.dtype:
                     by_weight_VH.addmm_(a, b)  # without another matrix of that size
                 else:
                     by_weight_VH += a @ b
             if by_bias_V is not None:
                 by_bias_V += (by_z * factor_N1).sum(0)
-        return by_hidden_NH, by_weight_VH, by_bias_V, None, None, None, None, None
-
-
-class _Head:
-    """A linear head in the dtype of its products, with room for two chunks of logits."""
-
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, temperature: float, autocast: bool, rows: int) -> None:
-        self.dtype = torch.bfloat16 if autocast else weight_VH.dtype
-        self.raised = torch.promote_types(weight_VH.dtype, torch.float32)
-        self.weight_VH = weight_VH.detach().to(self.dtype)
-        self.bias_V = None if bias_V is None else bias_V.detach().to(self.raised) / temperature
-        self.scale = 1 / temperature
-        self.rooms = [weight_VH.new_empty((rows, len(weight_VH)), dtype=self.raised) for _ in range(2)]
-
-    def logits(self, low_NH: Tensor) -> Tensor:
-        """Logits of a chunk by the temperature, in the first room, at least in float32."""
-        z = self.rooms[0][: len(low_NH)]
-        if z.dtype == self.dtype:
-            torch.mm(low_NH * self.scale, self.weight_VH.T, out=z)
-        else:
-            torch.mul(low_NH @ self.weight_VH.T, self.scale, out=z)
-        return z if self.bias_V is None else z.add_(self.bias_V)
+        return None, by_hidden_NH, by_weight_VH, by_bias_V, None

@@ -17,8 +17,8 @@ from pspo.base.schema import ConfigError
 from pspo.model import source, warm_start
 from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig, ModelConfig
-from pspo.model.folder import read_model, read_tokenizer
-from pspo.model.logprob import autocast_to_bfloat16, predicting_states, raised
+from pspo.model.logprob import predicting_states, raised
+from pspo.model.source import read_model, read_tokenizer
 
 MAX_SAVED_GAP = 1e-3
 """Nats by which a log-probability of the saved model may differ from the trained policy's; both without autocast."""
@@ -33,7 +33,7 @@ class Policy:
     stop_ids: list[int]
     autocast: bool
     gradient_checkpointing: bool
-    shares_prompts: bool = False  # whether completions may stand behind one copy of their prompt (``can_share``)
+    shares_prompts: bool = False  # whether completions may share one copy of their prompt (``can_share``)
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +76,7 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
     directory = warm_start.cached(config, seed) if config.made_here else source.locate(config)
     model = read_model(directory, getattr(torch, config.dtype), attn_implementation=config.attention)
     if config.gradient_checkpointing:
-        # transformers 5.16 has the second name only
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.16
         enable({"use_reentrant": False})
     if config.lora.rank:
         model = _adapted(model, config.lora, seed)
@@ -88,33 +87,31 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
 
 
 def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
-    """Write a plain Hugging Face directory, in a new place that is then renamed.
+    """Write a plain Hugging Face directory, adapters merged. Raises SaveError, and then leaves the earlier directory.
 
-    Adapters are merged into the policy's own weights, so that no second copy of them is made. With ``probe``, two token
-    ids or more, the policy is spent: its weights are freed, the directory is loaded again, and the largest difference
-    of the probe's log-probabilities must be at most ``MAX_SAVED_GAP`` nats. Raises SaveError; what was in ``directory``
-    before is then still there.
+    With ``probe``, two token ids or more, the policy is spent: its weights are freed, the directory is loaded again,
+    and the log-probabilities of the probe's tokens must be the same to ``MAX_SAVED_GAP`` nats.
     """
     model = policy.model.eval()
-    if model.config._attn_implementation == "flash_attention_2" and probe:  # it knows no float32
-        model.set_attn_implementation("sdpa")
-    expected = _probe_logprobs(model, probe)
-    _merge(model)
+    expected: Any = _probe_logprobs(model, probe) if probe else None
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):  # adapters are added to the weights, in place
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
     try:
         with new_directory(directory) as new:
             model.save_pretrained(new)
             policy.tokenizer.save_pretrained(new)
             if probe:
-                device, dtype, implementation = model.device, model.dtype, model.config._attn_implementation
+                device, dtype, attention = model.device, model.dtype, model.config._attn_implementation
                 for parameter in model.parameters():  # freed, whoever else holds the parameter
                     parameter.data, parameter.grad = parameter.data.new_empty(0), None
-                loaded = read_model(new, dtype, attn_implementation=implementation).to(device).eval()
+                loaded = read_model(new, dtype, attn_implementation=attention).to(device).eval()
                 gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
                 if not gap <= MAX_SAVED_GAP:  # not a number either
                     raise SaveError(
                         f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
-                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; with adapters, set "
-                        "model.lora.target_modules=all-linear"
+                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; try model.lora.rank=0"
                     )
     except (OSError, SafetensorError) as error:
         raise SaveError(
@@ -128,35 +125,37 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     Base models such as Qwen2.5 name ``<|endoftext|>`` as EOS while their template closes turns with ``<|im_end|>``.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
-    ids.add(end_of_turn(tokenizer))
-    if not (known := sorted(i for i in ids if i is not None)):
+    ids = {
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer),
+        *(configured if isinstance(configured, list) else [configured]),
+    }
+    if ids == {None}:
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
-    return known
+    return sorted(ids - {None})
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that the chat template writes behind an answer, or None."""
     if tokenizer.chat_template is None:
         return None
-    marker = "7"
-    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": marker}]
-    after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(marker)[2]
+    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "7"}]
+    after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("7")[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
 
 
 @torch.inference_mode()
 def can_share(model: Any) -> bool:
-    """Whether completions may share one copy of their prompt, as the decoder takes any mask of what sees what.
+    """Whether completions may share one copy of their prompt, as its sdpa attention takes any mask of what sees what.
 
-    Not where a layer has a window or a state, nor in flash attention. It is tried, without autocast: the hidden states
-    of two completions that share one prompt may differ from those in rows of their own by 1e-4 of their norm.
+    Not where a layer has a window or a state. It is tried, without autocast: the hidden states of two completions that
+    share one prompt may differ from those in rows of their own by 1e-4 of their norm.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if not hasattr(config, "layer_types") else None
-    if kinds != {"full_attention"} or window or config._attn_implementation not in ("eager", "sdpa"):
+    window = "window" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or [window])
+    if kinds != {"full_attention"} or config._attn_implementation != "sdpa":
         return False
     prompt, completions = [1, 2, 3], [[4, 5, 0], [6, 7, 0]]
     try:
@@ -164,7 +163,7 @@ def can_share(model: Any) -> bool:
             predicting_states(model.get_decoder(), make_batch(bundles, 0, model.device))
             for bundles in ([(prompt, [c]) for c in completions], [(prompt, completions)])
         )
-    except (IndexError, RuntimeError, TypeError, ValueError):  # it knows no masks of four dimensions
+    except (IndexError, RuntimeError, TypeError, ValueError):  # the decoder takes no mask of four dimensions
         return False
     return bool((apart - shared).norm() <= 1e-4 * apart.norm())
 
@@ -173,27 +172,22 @@ def can_share(model: Any) -> bool:
 def _check_head(config: ModelConfig, model: Any) -> None:
     """Refuse a model whose logits are not head(decoder(x)), as ``token_logprobs`` has it. Raises ConfigError."""
     ids = torch.tensor([[0, 1]], device=model.device)
-    with autocast_to_bfloat16(model.device, config.autocast):
-        expected, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
-        logits = model.get_output_embeddings()(hidden)
-    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
-        raise config.refuse(
-            "path" if config.path else "hub_id",
-            f"{type(model).__name__} scales or caps its logits after the head, which is not supported; choose another",
-        )
+    expected, hidden = model(input_ids=ids).logits, model.get_decoder()(input_ids=ids).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), expected, rtol=1e-3, atol=1e-3):
+        why = f"{type(model).__name__} scales or caps its logits after the head, which is not supported; choose another"
+        raise config.refuse("path" if config.path else "hub_id", why)
 
 
 def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
     """The model with adapters drawn from ``seed``. Raises ConfigError."""
     import peft
 
-    embedding, head, targets = model.get_input_embeddings(), model.get_output_embeddings(), config.target_modules
+    ends, targets = (model.get_input_embeddings(), model.get_output_embeddings()), config.target_modules
     adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     try:
-        hit = any(re.fullmatch(targets, name) for name, module in model.named_modules() if module in (embedding, head))
-        if hit and embedding.weight is head.weight:  # else adapters merged into one would change the other as well
-            head.weight = torch.nn.Parameter(head.weight.detach().clone())
-            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        for name, module in model.named_modules():
+            if module in ends and re.fullmatch(targets, name):  # the two may be one weight, and the head is a matrix
+                raise ValueError(f"{name} takes no adapters; choose layers between the input embedding and the head")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return peft.inject_adapter_in_model(adapters, model)
@@ -201,19 +195,9 @@ def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
         raise config.refuse("target_modules", " ".join(str(error).split()).rstrip(".")) from error
 
 
-def _merge(model: Any) -> None:
-    """Add the adapters to the weights, in place, and leave plain layers."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "lora_A"):
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
-
-
 @torch.inference_mode()
 def _probe_logprobs(model: Any, token_ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of all tokens but the first, each given the tokens before it; none for no tokens."""
-    if not token_ids:
-        return torch.empty(0)
+    """Log-probabilities of all tokens but the first, each given the tokens before it."""
     ids = torch.tensor([list(token_ids)], device=model.device)
     logprob_TV = raised(model(input_ids=ids, use_cache=False).logits[0, :-1]).log_softmax(-1)
     return logprob_TV.gather(-1, ids[0, 1:, None]).squeeze(-1)

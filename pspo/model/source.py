@@ -1,18 +1,26 @@
-"""Where a model comes from: a local folder, a GGUF file or the hub, each checked before any weights are loaded."""
+"""Where a model comes from: a folder, a GGUF file or the hub; and the cache of folders that this machine makes once."""
 
 import functools
+import hashlib
+import importlib.metadata
 import importlib.util
-import json
+import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
-from pspo.base.files import digest
+from pspo.base.console import log
+from pspo.base.files import digest, new_directory, read_json
 from pspo.base.schema import ConfigError
 from pspo.host import hub
 from pspo.model.config import ModelConfig
-from pspo.model.folder import converted
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 """What a causal language model needs: configuration, weights, tokenizer. No pickles and no code."""
@@ -27,14 +35,13 @@ def check(config: ModelConfig) -> None:
 def locate(config: ModelConfig, convert: bool = True) -> Path:
     """The folder of a model that is not the embedded one, checked: downloaded, or converted from GGUF, on first use.
 
-    Without ``convert`` a GGUF file is only looked at, and its own path returned. Raises ConfigError.
+    Without ``convert`` a GGUF file is not read, and its own path returned. Raises ConfigError.
     """
+    setting, repository = _setting(config), str(config.hub_id)
     if config.path is None:
-        repository, instead = str(config.hub_id), "give model.path=<directory>"
-        setting = f"model=hf model.hub_id={repository}"  # so that the command in the sentence fetches it
-        whole = functools.partial(check_directory, setting=setting)
+        whole, instead = functools.partial(check_directory, setting=setting), "give model.path=<directory>"
         return hub.locate(repository, FILES, whole, words=setting, kind="model", instead=instead)
-    path, setting = _local(config.path), f"model.path={config.path}"
+    path = _local(config.path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ConfigError(f"{setting} does not exist; give a .gguf file, or a Hugging Face directory")
@@ -48,39 +55,39 @@ def locate(config: ModelConfig, convert: bool = True) -> Path:
 
 
 def digests(config: ModelConfig) -> dict[str, str]:
-    """What the weights and the tokenizer are: SHA-256 of each file of ``model.path``, or the commit on the hub.
+    """SHA-256 of each file of ``model.path``, or the commit in the hub's cache; none of the embedded policy.
 
-    Empty for the embedded policy, which code and settings determine. Asks no network: raises ConfigError where the
-    hub's cache has no such model.
+    Raises ConfigError where the cache has no such model.
     """
     if config.made_here:
         return {}
     if config.path is None:
-        repository = str(config.hub_id)
-        return {repository: hub.commit(repository, "model", words=f"model=hf model.hub_id={repository}")}
+        return {str(config.hub_id): hub.commit(str(config.hub_id), "model", words=_setting(config))}
     path = locate(config, convert=False)
     files = [path] if path.is_file() else sorted(file for pattern in FILES for file in path.glob(pattern))
     return {str(file): digest(file) for file in files}
 
 
-def check_directory(directory: Path, setting: str) -> None:
-    """Refuse a folder without the configuration, safetensors weights or tokenizer of a causal model.
+def _setting(config: ModelConfig) -> str:
+    """The words of a command line that choose the model, with which the sentence of a ConfigError begins."""
+    return f"model=hf model.hub_id={config.hub_id}" if config.path is None else f"model.path={config.path}"
 
-    ``setting`` is the key and its value, with which the sentence of the ConfigError begins.
-    """
+
+def check_directory(directory: Path, setting: str) -> None:
+    """Refuse a folder without the configuration, safetensors weights or tokenizer of a causal model."""
     index = directory / "model.safetensors.index.json"
-    shards = sorted(set(_read(index).get("weight_map", {}).values()))
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     absent = next((shard for shard in shards if not (directory / shard).is_file()), None)
-    tokenizers = [directory / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json")]
-    settings = _read(directory / "config.json")
+    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    settings = read_json(directory / "config.json")
     kind, is_quantized = settings.get("model_type"), "quantization_config" in settings
     need = "give a Hugging Face directory with config.json, *.safetensors and a tokenizer"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
-        (not (directory / "config.json").is_file(), f"has no config.json; {need}"),
+        (not settings, f"has no readable config.json; {need}"),
         (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
         (absent, f"has no {absent}, which {index.name} names; copy or download it again"),
-        (not any(map(Path.is_file, tokenizers)), "has no tokenizer (tokenizer.json); save it beside the model"),
+        (not has_tokenizer, "has no tokenizer (tokenizer.json); save it beside the model"),
         (kind not in KNOWN, f"is of type {kind}, no causal language model that transformers knows; choose another"),
         (is_quantized, "holds quantized weights, which cannot be trained; choose the unquantized model"),
     ):
@@ -99,8 +106,72 @@ def _local(path: str) -> Path:
     return Path(spec.origin).parent / name
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tokenizer(directory: Path, **options: Any) -> Any:
+    """The tokenizer of a folder, or with ``gguf_file`` of a file in it."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # which a saved tokenizer would hold
+    return tokenizer
+
+
+def read_model(directory: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """The model of a folder, every weight of it read from there and none drawn at random. Raises ConfigError."""
+    options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); copy or download it again") from error
+        model, info = read(directory, dtype=dtype, use_safetensors=True, **options)
+    except SafetensorError as error:
+        raise ConfigError(f"{directory}: its weights cannot be read ({error}); copy or download them again") from error
+    if wrong := [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]:
+        reason = f"the weight {min(wrong)} is missing, or not of the shape that config.json tells"
+        raise ConfigError(f"{directory}: {reason}; copy or download the model again")
+    return model
+
+
+def cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/pspo``, by default ``~/.cache/pspo``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pspo"
+
+
+def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder ``kind/name`` of the cache; ``make`` fills it on first use, under a lock, and it appears whole.
+
+    ``name`` is a digest of all that influences the content. Raises ConfigError where the cache cannot be written.
+    """
+    directory = cache_directory() / kind / name
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{directory}.lock").acquire()
+    except OSError as error:
+        raise ConfigError(
+            f"XDG_CACHE_HOME={cache_directory().parent}: cannot write {directory.parent} ({error.strerror}), where "
+            "models made on this machine are kept; set it to a directory that can be written"
+        ) from error
+    with lock:
+        if not directory.is_dir():
+            log.info("%s of the model, made once and kept in %s", kind, directory)
+            with new_directory(directory) as new:
+                make(new)
+    return directory
+
+
+def converted(path: Path, setting: str) -> Path:
+    """The folder of a GGUF file's model, dequantized to float32 on first use.
+
+    Raises ConfigError where transformers cannot read the file.
+    """
+
+    def convert(directory: Path) -> None:
+        try:
+            tokenizer = read_tokenizer(path.parent, gguf_file=path.name)
+            model = read_model(path.parent, torch.float32, gguf_file=path.name)
+        except (ValueError, KeyError, NotImplementedError, struct.error) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise ConfigError(f"{setting} cannot be read by transformers ({reason}); choose another") from error
+        model.hf_quantizer = None  # the weights are plain float32 now, which save_pretrained would not believe
+        vars(model.config).pop("quantization_config", None)
+        for part in (model, tokenizer):
+            part.save_pretrained(directory)
+
+    versions = [importlib.metadata.version(package) for package in ("transformers", "gguf")]
+    content = "\n".join([*versions, digest(path), digest(Path(__file__))])
+    return made_once("gguf", hashlib.sha256(content.encode()).hexdigest()[:16], convert)

@@ -22,7 +22,7 @@ from pspo.dataset import Problem, embedded, problem, render
 from pspo.model import supervised, tiny
 from pspo.model.batch import Batch, make_batch
 from pspo.model.config import ModelConfig, WarmStart
-from pspo.model.folder import made_once
+from pspo.model.source import made_once
 
 log = logging.getLogger("pspo")
 

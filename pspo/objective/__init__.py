@@ -1,14 +1,10 @@
 """Trust-region objectives: what stands where PPO and GRPO clip the importance ratio."""
 
-import yaml
-
-from pspo.base.files import CONF
+from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build
-from pspo.objective.base import Objective, ObjectiveInput
-from pspo.objective.clip import Clip, NoClip
-from pspo.objective.custom import own_class
+from pspo.objective.base import LOG_RATIO_CLAMP, Objective, ObjectiveInput, log_ratio, own_class
+from pspo.objective.clip import GMPO, Clip, NoClip
 from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
-from pspo.objective.gmpo import GMPO
 from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric, PSPOProportional
 from pspo.objective.soft import CFPO, MASPO, SAPO
 
@@ -33,8 +29,7 @@ Objective.kinds = OBJECTIVES | {"custom": own_class}
 
 def default_objective(name: str) -> Objective:
     """An objective with the values of its option under ``conf/objective``."""
-    values = yaml.safe_load((CONF / "objective" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return build(Objective, values)  # type: ignore[type-abstract]
+    return build(Objective, read_yaml(CONF / "objective" / f"{name}.yaml"))  # type: ignore[type-abstract]
 
 
-__all__ = ["OBJECTIVES", "PSPO", "Objective", "ObjectiveInput", "default_objective"]
+__all__ = ["LOG_RATIO_CLAMP", "OBJECTIVES", "PSPO", "Objective", "ObjectiveInput", "default_objective", "log_ratio"]

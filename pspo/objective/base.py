@@ -1,45 +1,50 @@
-"""The interface of every objective.
+"""The interface of every objective: a dataclass whose fields are its configuration and whose call is its formula.
 
-An objective is a dataclass that one can call: its fields are its configuration, ``__post_init__`` its validation and
-``__call__`` its formula, per token. It knows no batch, no reduction, no optimiser and no logger.
-
-Shape suffixes: B completions, T token positions.
+It knows no batch, no reduction, no optimiser and no logger. Shape suffixes: B completions, T token positions.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from pspo.base import user_code
-from pspo.base.schema import Schema
+from pspo.base.schema import Schema, build, key
 
-SEQUENCE_LEVELS = ("sequence", "sequence_token")
-"""The values of ``loss.importance`` whose ratio is a completion's, not a token's."""
+LOG_RATIO_CLAMP = 20.0
+"""Log-ratios are clamped to ±20 before any objective sees them; claims of exactness hold inside."""
+
+
+def log_ratio(logprob_BT: Tensor, old_logprob_BT: Tensor) -> Tensor:
+    """Log r = log π_θ − log π_old, clamped to ±``LOG_RATIO_CLAMP``; beyond it the gradient is zero."""
+    return (logprob_BT - old_logprob_BT).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveInput:
-    """The tensors of a batch that an objective may use, each of shape (B, T).
+    """The tensors of a batch that an objective may use, each of shape (B, T)."""
 
-    Attributes:
-        logprob_BT: log π_θ(a_t|s_t), with gradient.
-        old_logprob_BT: log π_old(a_t|s_t), constant.
-        log_ratio_BT: log of the importance ratio at the level of ``loss.importance``: of one token, log r_t = log π_θ −
-            log π_old, clamped once by ``pspo.model.logprob.log_ratio``, or of a completion.
-        advantage_BT: A, constant; the same at all tokens of a completion, except under an estimator per token (GAE).
-        mask_BT: true on completion tokens.
-    """
+    logprob_BT: Tensor  # log π_θ(a_t|s_t), with gradient
+    old_logprob_BT: Tensor  # log π_old(a_t|s_t), constant
+    log_ratio_BT: Tensor  # at the level of loss.importance: log r_t = log π_θ − log π_old, clamped, or a completion's
+    advantage_BT: Tensor  # A, constant; the same at all tokens of a completion but under an estimator per token (GAE)
+    mask_BT: Tensor  # true on completion tokens
 
-    logprob_BT: Tensor
-    old_logprob_BT: Tensor
-    log_ratio_BT: Tensor
-    advantage_BT: Tensor
-    mask_BT: Tensor
+    @classmethod
+    def at_tokens(cls, logprob_BT: Tensor, old_logprob_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor) -> Self:
+        """The input at ``loss.importance=token``; where masked the ratio is 1."""
+        old_BT = torch.where(mask_BT, old_logprob_BT, logprob_BT.detach())
+        return cls(
+            logprob_BT=logprob_BT,
+            old_logprob_BT=old_BT,
+            log_ratio_BT=log_ratio(logprob_BT, old_BT),
+            advantage_BT=advantage_BT.to(logprob_BT.dtype),
+            mask_BT=mask_BT,
+        )
 
     @property
     def ratio_BT(self) -> Tensor:
@@ -60,11 +65,10 @@ class Objective(Schema, ABC, block="objective"):
     """Base of all objectives: ``objective(x)`` is the loss per token, to be minimised, of shape (B, T)."""
 
     name: str
-    takes_alpha: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     """Whether the loss is linear in the ratio, so that smoothing the ratio is a factor on the gradient."""
-    not_at: ClassVar[Mapping[str, str]] = {}
-    """Importance levels at which the objective makes no sense, each with the reason, for ``pspo.loss``."""
+    token_only: ClassVar[str] = ""
+    """Why the objective makes sense at ``loss.importance=token`` alone; empty where it does at every level."""
     whole_completions: ClassVar[bool] = False
     """Whether the formula has one advantage for a whole completion, so that an advantage per token does not fit."""
 
@@ -72,10 +76,25 @@ class Objective(Schema, ABC, block="objective"):
         """The user's own file that holds the class, for the digest in a run's identity."""
         return user_code.source_files(getattr(self, "function", ""))
 
-    def with_alpha(self, alpha: float) -> Self:
-        """The same objective with another alpha; only where ``takes_alpha``."""
-        return replace(self, alpha=alpha)  # type: ignore[call-arg]
-
     @abstractmethod
     def __call__(self, x: ObjectiveInput) -> Tensor:
         """Loss per token, shape (B, T)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(Schema, block="objective"):
+    """The file or module that holds a user's objective; the objective's own fields are further keys of the block."""
+
+    name: str
+    function: str = key("your Objective class: path/to/file.py:Name or package.module:Name", path=True)
+
+
+def own_class(values: Mapping[str, Any]) -> type[Schema]:
+    """The class of ``objective=custom`` with the key ``objective.function`` as one more field. Raises ConfigError."""
+    if values.get("function", "???") == "???":
+        return Place  # whose construction says that the key is missing
+    place = build(Place, {name: values[name] for name in ("name", "function") if name in values})
+    objective = user_code.find(place, "function")
+    if not (isinstance(objective, type) and issubclass(objective, Objective)):
+        raise place.refuse("function", "must be a subclass of pspo.objective.Objective, a frozen dataclass")
+    return make_dataclass(objective.__name__, [], bases=(objective, Place), frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The importance-sampled policy gradient and its clipped form."""
+"""The importance-sampled policy gradient and its clipped forms."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,3 +52,22 @@ class Clip(Objective):
             bounded_BT = torch.maximum(surrogate_BT, self.dual * x.advantage_BT)
             surrogate_BT = torch.where(x.advantage_BT < 0, bounded_BT, surrogate_BT)
         return -surrogate_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO(Objective):
+    """Geometric-mean policy optimisation: maximise A exp(mean_t c_t), each token's log-ratio clipped by itself.
+
+    c_t = min(log r_t, ε) if A > 0, max(log r_t, −ε) if A < 0. Source: Zhao et al. 2025 (arXiv 2507.20673), with
+    ε = 0.4. Every token of a completion has the same loss. Gradient weight, for a completion of one token: w(r) = r
+    inside the band or on the corrective side, else 0.
+    """
+
+    token_only: ClassVar[str] = "it takes the geometric mean over a completion by itself; set loss.importance=token"
+    whole_completions: ClassVar[bool] = True
+    eps: float = key("ε: how far a token's log-ratio may move from 0", within="(0, inf)")
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        above_BT, below_BT = x.log_ratio_BT.clamp(max=self.eps), x.log_ratio_BT.clamp(min=-self.eps)
+        clipped_BT = torch.where(x.advantage_BT > 0, above_BT, below_BT)
+        return -x.advantage_BT * x.sequence_mean(clipped_BT).exp()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pspo.base.schema import key
-from pspo.objective.base import SEQUENCE_LEVELS, Objective, ObjectiveInput
+from pspo.objective.base import Objective, ObjectiveInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,7 @@ class DPPO(Objective):
     0.05 for KL; C = 20 is the value of verl's code, the paper's own is 5 or none). Gradient weight w(r) = min(r, C) M.
     """
 
-    not_at: ClassVar[dict[str, str]] = dict.fromkeys(
-        SEQUENCE_LEVELS, "its mask compares the two policies' probabilities of a single token"
-    )
+    token_only: ClassVar[str] = "its mask compares the two policies' probabilities of a single token"
     divergence: Literal["tv", "kl"] = key("binary total variation or binary KL(old‖new)")
     delta: float = key("δ: largest divergence at which a token keeps its gradient", within="(0, inf)")
     cap: float = key("C: largest weight of a token", within="[1, inf)")
@@ -59,9 +57,6 @@ class DPPO(Objective):
         return -weight_BT * x.advantage_BT * x.logprob_BT
 
 
-WHOLE_COMPLETIONS = "it weighs whole completions by itself; set loss.importance=token"
-
-
 @dataclass(frozen=True, kw_only=True)
 class TOPR(Objective):
     """Tapered off-policy REINFORCE: maximise A log π where A > 0, sg[min(W, 1)] A log π elsewhere, with W = Π_t r_t.
@@ -70,7 +65,7 @@ class TOPR(Objective):
     thought of them, wrong ones are unlearned as far as the policy still writes them. Gradient weight 1 or min(W, 1).
     """
 
-    not_at: ClassVar[dict[str, str]] = dict.fromkeys(SEQUENCE_LEVELS, WHOLE_COMPLETIONS)
+    token_only: ClassVar[str] = "it weighs whole completions by itself; set loss.importance=token"
     whole_completions: ClassVar[bool] = True
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
@@ -88,7 +83,7 @@ class VESPO(Objective):
     W = 1, 0 for W → 0 and W → ∞; k and λ where A ≥ 0 differ from k and λ where A < 0.
     """
 
-    not_at: ClassVar[dict[str, str]] = dict.fromkeys(SEQUENCE_LEVELS, WHOLE_COMPLETIONS)
+    token_only: ClassVar[str] = "it weighs whole completions by itself; set loss.importance=token"
     whole_completions: ClassVar[bool] = True
     k_positive: float = key("k where A >= 0: how fast the weight of unlikely completions falls", within="(0, inf)")
     lambda_positive: float = key("λ where A >= 0: how fast the weight of likely completions falls", within="(0, inf)")

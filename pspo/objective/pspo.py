@@ -21,7 +21,6 @@ class PSPO(Objective):
     gradient-norm clipping, Adam's eps and the relative weight of other loss terms.
     """
 
-    takes_alpha: ClassVar[bool] = True
     linear: ClassVar[bool] = True
     alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)", why=WHY)
 
@@ -37,7 +36,6 @@ class PSPOGeometric(Objective):
     (1 − α) r^(1−α): sub-linear, so it damps large ratios and lifts small ones, which no learning rate can undo.
     """
 
-    takes_alpha: ClassVar[bool] = True
     alpha: float = key("α: exponent of the old policy in the mixture", within="[0, 1)", why=WHY)
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
@@ -52,7 +50,6 @@ class PSPOClip(Objective):
     ``clip`` with the band widened to ε / (1 − α), times (1 − α).
     """
 
-    takes_alpha: ClassVar[bool] = True
     alpha: float = key("α: weight of the old policy in the mixture", within="[0, 1)", why=WHY)
     eps_low: float = key("ε_low: how far the smoothed ratio may fall below 1", within="(0, 1]")
     eps_high: float = key("ε_high: how far the smoothed ratio may rise above 1", within="(0, inf)")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pspo.base.schema import key
-from pspo.objective.base import SEQUENCE_LEVELS, Objective, ObjectiveInput
+from pspo.objective.base import Objective, ObjectiveInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,10 @@ class MASPO(Objective):
     10): the Gaussian is wider for rare tokens and for large A. Source: arXiv 2602.17550. Gradient weight w(r) = r F.
     """
 
-    not_at: ClassVar[dict[str, str]] = dict.fromkeys(
-        SEQUENCE_LEVELS, "its width depends on the old probability of a single token"
-    )
+    token_only: ClassVar[str] = "its width depends on the old probability of a single token"
     sigma: float = key("σ: smallest width of the Gaussian", within="(0, 10]")
     mass: float = key("a: how much wider the Gaussian is for tokens of little probability", within="[0, inf)")
-    risk: float = key(
-        "β: how much wider the Gaussian is for large A, and narrower for very negative A", within="[0, inf)"
-    )
+    risk: float = key("β: how much wider the Gaussian is for large A (narrower for A below 0)", within="[0, inf)")
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """Settings of a rollout, and the interface of every sampler: completions of prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,24 +18,21 @@ class RolloutConfig(Schema, block="rollout"):
     prompts: int = key("prompts of one step", within="[1, inf)")
     group_size: int = key("completions of one prompt, compared with each other", within="[2, inf)")
     max_new_tokens: int = key("tokens after which a completion is truncated", within="[1, inf)")
-    overlong_share: float = key(
-        "over this last share of max_new_tokens a completion's reward falls linearly, by up to 1", within="[0, 1)"
-    )
+    overlong_share: float = key("the reward falls by up to 1 over this last share of max_new_tokens", within="[0, 1)")
     max_redraws: int = key(
-        "times that a step draws other prompts in place of those whose rewards are all equal; 0 trains on all",
-        within="[0, inf)",
+        "redraws in place of prompts whose rewards are all equal; 0 trains on all", within="[0, inf)"
     )
     temperature: float = key("logits are divided by it, in sampling and in training alike", within="(0, inf)")
     top_p: float = key("sample from the smallest set of tokens that holds this much probability", within="(0, 1]")
     max_rows: int = key("completions decoded at one time; bounds memory", within="[1, inf)")
 
     def overlong_penalty(self, length: int) -> float:
-        """DAPO's soft punishment (arXiv 2503.14476, eq. 13): 0 down to −1 over the last share of ``max_new_tokens``.
-
-        With a buffer of b = share · L_max tokens: 0 up to L_max − b, then ((L_max − b) − length) / b.
-        """
+        """((L_max − b) − length) / b, at most 0, with b = share · L_max tokens (DAPO, arXiv 2503.14476, eq. 13)."""
         buffer = self.overlong_share * self.max_new_tokens
         return min(0.0, (self.max_new_tokens - buffer - length) / buffer) if buffer else 0.0
+
+
+UNGRADED = Score(reward=math.nan, correct=False, components={}, parsed=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Completion:
     logprobs: list[float]  # log π of each token under the temperature-scaled, untruncated policy, in nats
     finished: bool  # ended with a stop token, else truncated at ``max_new_tokens``
     text: str  # the decoded tokens, without special tokens
-    score: Score | None = None  # the reward's, once the completion has been graded
+    score: Score = UNGRADED
 
     @property
     def problem(self) -> Problem:
@@ -63,9 +61,8 @@ class Sampler(Protocol):
     ) -> list[Completion]:
         """``group_size`` completions of every prompt, group by group in the order of ``prompts``.
 
-        The random numbers of a completion depend on (``seed``, problem, place, sample index) alone: neither on the
-        other prompts of the call nor on their order. ``greedy`` takes the most probable token. Raises Interrupted, and
-        NoRoomError where memory does not suffice.
+        The random numbers of a completion depend on (``seed``, problem, place, sample index) alone, not on the other
+        prompts. ``greedy`` takes the most probable token. Raises Interrupted, and NoRoomError for too little memory.
         """
 
     def refresh(self, policy: Policy) -> None:

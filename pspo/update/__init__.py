@@ -1,18 +1,6 @@
 """How a policy learns from completions: rows, micro-batches, optimizer steps."""
 
-from pspo.update.learner import Learner, UpdateConfig
-from pspo.update.rows import Row, make_rows
-from pspo.update.step import NonFiniteError, SamplerGapError, UpdateError, accumulate, check_gap, update
+from pspo.update.rows import Learner, make_rows
+from pspo.update.step import NonFiniteError, SamplerGapError, UpdateError, check_gap, update
 
-__all__ = [
-    "Learner",
-    "NonFiniteError",
-    "Row",
-    "SamplerGapError",
-    "UpdateConfig",
-    "UpdateError",
-    "accumulate",
-    "check_gap",
-    "make_rows",
-    "update",
-]
+__all__ = ["Learner", "NonFiniteError", "SamplerGapError", "UpdateError", "check_gap", "make_rows", "update"]

@@ -1,21 +1,63 @@
-"""From completions to the rows that an update learns from, and the log-probabilities of rows without gradient."""
+"""What learns in an update, and from what: rows of tokens, made of a step's completions and packed in micro-batches."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pspo.advantage import Advantage
-from pspo.advantage.critic import Critic
+from pspo.advantage import Advantage, Critic
+from pspo.base.schema import Schema, key
+from pspo.loss import LossConfig
 from pspo.model import Policy
 from pspo.model.batch import Batch, make_batch, scatter
 from pspo.model.logprob import predicting_states, token_logprobs
-from pspo.rollout import Completion
-from pspo.update.learner import Learner
-from pspo.update.pack import Bundles, pack
+from pspo.objective import Objective
+from pspo.rollout import Completion, RolloutConfig
+
+Bundles = list[list[int]]
+"""Rows of one micro-batch, by index; the rows of one bundle share one copy of their prompt."""
+
+OVERHEAD_POSITIONS = {"cpu": 128, "cuda": 4096}
+"""Fixed cost of one micro-batch, counted in positions: measured on a CPU, a guess on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig(Schema, block="update"):
+    """How often and in what pieces a rollout is learned from; updates per rollout = epochs x minibatches."""
+
+    num_epochs: int = key("passes over a rollout", within="[1, inf)")
+    num_minibatches: int = key("optimizer steps of one pass", within="[1, inf)")
+    max_tokens: int = key("padded positions of one micro-batch; bounds memory, changes rounding", within="[1, inf)")
+    old_logprobs: Literal["sampler", "recompute"] = key(
+        "log π_old: the sampler's, or from one more pass of the trainer, which takes rounding out of the ratios"
+    )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one rollout."""
+        return self.num_epochs * self.num_minibatches
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The models that learn and their loss: the same through a run but for the objective's alpha."""
+
+    policy: Policy
+    critic: Critic | None  # the policy's value model, where the advantage needs one
+    objective: Objective
+    loss: LossConfig
+    rollout: RolloutConfig
+    update: UpdateConfig
+    max_grad_norm: float  # of the policy's gradient and, by itself, of the value model's
+    reference: Policy | None = None  # the policy before training, where the loss has a KL penalty
+
+    def parameters(self) -> list[list[torch.nn.Parameter]]:
+        """The policy's trained parameters, then the value model's own."""
+        own = [] if self.critic is None else [list(self.critic.parameters())]
+        return [list(self.policy.trainable().values()), *own]
 
 
 @dataclass(frozen=True)
@@ -32,39 +74,33 @@ class Row:
 
 
 def make_rows(
-    completions: Sequence[Completion],
-    reward_PG: Tensor,
-    advantage: Advantage,
-    learner: Learner,
-    *,
-    reference: Policy | None = None,
-    recompute: bool = False,
+    completions: Sequence[Completion], reward_PG: Tensor, advantage: Advantage, learner: Learner
 ) -> tuple[list[Row], dict[str, float]]:
     """The rows that train, and metrics of the value model and of the gap between sampler and trainer.
 
-    ``reward_PG`` (P, G) are the completions' rewards. Truncated completions, where the loss masks them, count in the
-    mean of their group and do not train. ``recompute`` takes log π_old from the trainer in place of the sampler.
+    Truncated completions, where the loss masks them, count in the mean of their group and do not train.
     """
-    if not completions:
-        return [], {}
-    rows = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, []) for c in completions]
-    critic, metrics, values = learner.critic, dict[str, float](), None
-    if critic is not None or recompute:
-        logprobs, values = score(learner.policy, rows, learner.temperature, learner.max_tokens, critic)
+    rows, metrics = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, []) for c in completions], dict[str, float]()
+    if not rows:
+        return rows, metrics
+    temperature, max_tokens = learner.rollout.temperature, learner.update.max_tokens
+    recompute, values = learner.update.old_logprobs == "recompute", None
+    if learner.critic is not None or recompute:
+        logprobs, values = score(learner.policy, rows, temperature, max_tokens, learner.critic)
     if recompute:
-        gap_N = _flat(logprobs) - _flat(c.logprobs for c in completions)
+        gap_N = np.concatenate(logprobs) - np.concatenate([row.old_logprobs for row in rows])
         metrics["policy/sampler_gap_mean"] = float(np.abs(gap_N).mean())
         rows = [replace(row, old_logprobs=new) for row, new in zip(rows, logprobs, strict=True)]
-    advantages, returns = advantage.estimate(reward_PG, [len(c.token_ids) for c in completions], values)
+    advantages, returns = advantage.estimate(reward_PG, [len(row.token_ids) for row in rows], values)
     rows = [replace(row, advantages=a) for row, a in zip(rows, advantages, strict=True)]
-    if critic is not None and values is not None:
+    if values and returns:
         rows = [replace(row, values=v, returns=r) for row, v, r in zip(rows, values, returns, strict=True)]
-        value_N, return_N = _flat(values), _flat(returns)  # explained: 1 for perfect values, 0 for a constant
+        value_N, return_N = np.concatenate(values), np.concatenate(returns)
         metrics["critic/explained_variance"] = float(1 - np.var(return_N - value_N) / max(np.var(return_N), 1e-12))
     if learner.loss.mask_truncated:
         rows = [row for row, completion in zip(rows, completions, strict=True) if completion.finished]
-    if reference is not None:
-        logprobs, _ = score(reference, rows, learner.temperature, learner.max_tokens, None)
+    if learner.reference is not None:
+        logprobs, _ = score(learner.reference, rows, temperature, max_tokens, None)
         rows = [replace(row, reference_logprobs=fixed) for row, fixed in zip(rows, logprobs, strict=True)]
     return rows, metrics
 
@@ -89,7 +125,7 @@ def score(
 
 def micro_batches(rows: Sequence[Row], policy: Policy, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:
     """The micro-batches of ``pack``, each with the indices of its rows, in the order of its completions."""
-    for bundles in pack([(row.prompt_ids, len(row.token_ids)) for row in rows], max_tokens, policy):
+    for bundles in pack(rows, max_tokens, policy):
         yield [i for bundle in bundles for i in bundle], batch_of(rows, policy, bundles)
 
 
@@ -106,5 +142,53 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor) -> Tensor:
     return scatter(torch.arange(like_BT.shape[1], device=like_BT.device) < length_B1, value_N)
 
 
-def _flat(rows: Iterable[list[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    return np.concatenate([np.asarray(row) for row in rows])
+def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Bundles]:
+    """Cut rows into micro-batches.
+
+    A micro-batch has at most ``max_tokens`` padded positions, or one bundle. Of all ways to cut the bundles in the
+    order of their length, the chosen one minimises padded positions plus ``OVERHEAD_POSITIONS`` for every micro-batch.
+    """
+    bundles = _bundles(rows, max_tokens, policy)
+    lengths = [len(rows[bundle[0]].prompt_ids) + sum(len(rows[i].token_ids) - 1 for i in bundle) for bundle in bundles]
+    by_length = sorted(range(len(bundles)), key=lambda n: lengths[n])
+    parts = _least_padded([lengths[n] for n in by_length], max_tokens, OVERHEAD_POSITIONS[policy.device.type])
+    return [[bundles[n] for n in by_length[part]] for part in parts]
+
+
+def _bundles(rows: Sequence[Row], max_tokens: int, policy: Policy) -> Bundles:
+    """Rows of one prompt, as many to a bundle as cost least and fit into ``max_tokens`` positions.
+
+    k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs a
+    layer about 6 d + S units: its products, and its attention to all S. Per completion that is least,
+    (P + kC)(6 d + P + kC) / k, where kC = √(P (6 d + P)).
+    """
+    if not policy.shares_prompts:
+        return [[i] for i in range(len(rows))]
+    width = 6 * policy.model.config.get_text_config().hidden_size
+    bundles: Bundles = []
+    last: dict[tuple[int, ...], tuple[list[int], int]] = {}  # of each prompt, its last bundle and that bundle's tokens
+    for i, row in enumerate(rows):
+        prompt, own = tuple(row.prompt_ids), len(row.token_ids) - 1
+        bundle, tokens = last.get(prompt, ([], 0))
+        most = min((len(prompt) * (width + len(prompt))) ** 0.5, max_tokens - len(prompt))
+        if not bundle or tokens + own > most:
+            bundle, tokens = [], 0
+            bundles.append(bundle)
+        bundle.append(i)
+        last[prompt] = bundle, tokens + own
+    return bundles
+
+
+def _least_padded(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[slice]:
+    """Cut ascending lengths into runs; by dynamic programming over the end of the last run."""
+    cost, start = [0.0], [0]  # of the first n lengths: the least cost, and where their last run starts
+    for end in range(1, len(lengths) + 1):
+        starts = [s for s in range(end) if (end - s) * lengths[end - 1] <= max_tokens or s == end - 1]
+        start.append(min(starts, key=lambda s: cost[s] + (end - s) * lengths[end - 1]))
+        cost.append(cost[start[-1]] + (end - start[-1]) * lengths[end - 1] + overhead)
+    runs: list[slice] = []
+    end = len(lengths)
+    while end:
+        runs.insert(0, slice(start[end], end))
+        end = start[end]
+    return runs

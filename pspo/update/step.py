@@ -15,14 +15,13 @@ from pspo.diagnostics import ROWS_PER_PROBE_ROW, Record, compare, kl_after, samp
 from pspo.host.memory import halving
 from pspo.loss import batch_loss, coefficients
 from pspo.model.logprob import predicting_states, token_logprobs
-from pspo.objective import Objective
-from pspo.update.learner import Learner, UpdateConfig
-from pspo.update.rows import Row, column, micro_batches, score
+from pspo.objective import Objective, ObjectiveInput
+from pspo.update.rows import Learner, Row, column, micro_batches, score
 
 MEMORY_ADVICE = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
-MAX_GAP_NATS = {False: 1e-3, True: 0.15}
-"""Largest mean |log π_trainer − log π_sampler| of fresh rows, without and with bfloat16 products (``autocast``)."""
+GAP, MAX_GAP_NATS = "policy/sampler_gap_mean", {False: 1e-3, True: 0.15}
+"""Mean |log π_trainer − log π_sampler| of fresh rows, and its bound without and with ``autocast`` to bfloat16."""
 
 
 class UpdateError(RuntimeError):
@@ -38,29 +37,32 @@ class SamplerGapError(UpdateError):
 
 
 def update(
-    learner: Learner, optimizer: torch.optim.Optimizer, rows: Sequence[Row], *, config: UpdateConfig,
-    learning_rates: Sequence[float], random: np.random.Generator, statistics: Statistics, record: Record | None = None,
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    learning_rates: Sequence[float],
+    random: np.random.Generator,
+    statistics: Statistics,
     failure: Path,
-) -> int:  # fmt: skip
+    record: Record | None = None,
+) -> int:
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
-    ``learning_rates`` has one for each optimizer step of this rollout. Returns how many were taken: none for a
+    ``learning_rates`` has one for each optimizer step. Returns the number of optimizer steps taken: none for a
     minibatch without rows. Raises SamplerGapError, and NonFiniteError after saving the offending minibatch at
     ``failure``: before an optimizer step that cannot be trusted, and after one that left weights that are not finite.
     """
-    taken, parameters = 0, learner.parameters()
-    minibatches = [
-        (epoch, place, chosen)
-        for epoch in range(config.num_epochs)
-        for place, chosen in enumerate(np.array_split(random.permutation(len(rows)), config.num_minibatches))
-    ]
-    for number, (epoch, place, chosen) in enumerate(minibatches):
-        if len(chosen) == 0:
+    taken, parameters, config = 0, learner.parameters(), learner.update
+    max_tokens = config.max_tokens
+    for number in range(config.steps):
+        epoch, place = divmod(number, config.num_minibatches)
+        if place == 0:
+            parts = np.array_split(random.permutation(len(rows)), config.num_minibatches)
+        minibatch = [rows[i] for i in parts[place]]
+        if not minibatch:
             continue
-        minibatch = [rows[i] for i in chosen]
         attempt = partial(accumulate, learner, minibatch, statistics, record, taken == 0)
-        loss, max_tokens = halving("update.max_tokens", learner.max_tokens, MEMORY_ADVICE, attempt)
-        learner = replace(learner, max_tokens=max_tokens)
+        loss, max_tokens = halving("update.max_tokens", max_tokens, MEMORY_ADVICE, attempt)
         norms = [torch.nn.utils.clip_grad_norm_(group, learner.max_grad_norm) for group in parameters]
         if not (loss.isfinite() and all(norm.isfinite() for norm in norms)):
             reason = f"loss {loss.item()}, gradient norm {norms[0].item()}: the optimizer step was not taken"
@@ -71,7 +73,7 @@ def update(
         for group in optimizer.param_groups:
             group["lr"] = learning_rates[number] * group.get("lr_factor", 1.0)
         if record is not None and record.others and number + 1 == config.steps:
-            record.probe = compare(partial(_gradient, learner, minibatch), learner.objective, record.others)
+            record.probe = compare(partial(_gradient, learner, minibatch, max_tokens), learner.objective, record.others)
         before = sample_coordinates(parameters[0]) if record is not None else []
         optimizer.step()
         taken += 1
@@ -79,69 +81,62 @@ def update(
             reason = f"learning rate {optimizer.param_groups[0]['lr']:g} made weights that are not finite"
             raise _non_finite(reason, minibatch, failure)
         if record is not None:
-            norm = norms[0].item()
-            columns = {
-                "optimizer/grad_norm": norm,
-                "optimizer/grad_norm_clipped": min(norm, learner.max_grad_norm),
-                "optimizer/update_norm_estimate": update_norm(before, parameters[0]),
-            }
-            record.end_inner_step(epoch, place, columns)
+            about = {"epoch": epoch, "minibatch": place, "optimizer/grad_norm": norms[0].item()}
+            about["optimizer/grad_norm_clipped"] = min(norms[0].item(), learner.max_grad_norm)
+            record.end_inner_step(about | {"optimizer/update_norm_estimate": update_norm(before, parameters[0])})
     if record is not None and record.rows:
         probe = rows[::ROWS_PER_PROBE_ROW]
-        logprobs, _ = score(learner.policy, probe, learner.temperature, learner.max_tokens, None)
+        logprobs, _ = score(learner.policy, probe, learner.rollout.temperature, max_tokens, None)
         record.rows[-1] |= kl_after(logprobs, [row.old_logprobs for row in probe])
     optimizer.zero_grad(set_to_none=True)
     return taken
-
-
-GAP = "policy/sampler_gap_mean"
 
 
 def check_gap(gap: float, autocast: bool) -> None:
     """Refuse a mean |log π_trainer − log π_sampler|, in nats, beyond rounding. Raises SamplerGapError."""
     if not gap <= MAX_GAP_NATS[autocast]:  # a gap that is no number is none that is small
         raise SamplerGapError(
-            f"the trainer's log-probabilities of fresh completions differ from the sampler's by {gap:.2g} nats "
-            f"on average, more than the {MAX_GAP_NATS[autocast]:g} of rounding in "
-            f"{'bfloat16' if autocast else 'float32'}: "
-            "they do not run the same policy, so every ratio would be wrong; nothing was learned; try "
+            f"the trainer's log-probabilities of fresh completions differ from the sampler's by {gap:.2g} nats on "
+            f"average, more than the {MAX_GAP_NATS[autocast]:g} of rounding in {'bfloat16' if autocast else 'float32'}:"
+            " they do not run the same policy, so every ratio would be wrong; nothing was learned; try "
             "model.attention=eager, model.lora.rank=0 or model.autocast=false"
         )
 
 
 def accumulate(
-    learner: Learner, rows: Sequence[Row], statistics: Statistics, record: Record | None = None, fresh: bool = False,
+    learner: Learner,
+    rows: Sequence[Row],
+    statistics: Statistics,
+    record: Record | None = None,
+    fresh: bool = False,
     max_tokens: int | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Make the gradient of one optimizer batch; returns its loss, NaN if a log-probability is not finite.
 
     Neither depends on ``max_tokens``, by default the learner's, beyond rounding: every micro-batch divides by the whole
-    batch's counts. ``fresh`` says that the weights are still the ones that sampled the rows: then the difference of
-    log-probabilities is the numerical gap between sampler and trainer. An attempt that runs out of memory leaves
-    nothing in ``statistics``, and the next attempt begins from nothing.
+    batch's counts. ``fresh`` says that the weights still are the ones that sampled the rows, so that the difference of
+    log-probabilities is the gap of ``check_gap``. An attempt that runs out of memory leaves nothing in ``statistics``.
     """
-    policy, critic, config = learner.policy, learner.critic, learner.loss
+    policy, critic, config, objective = learner.policy, learner.critic, learner.loss, learner.objective
     for parameter in chain(*learner.parameters()):
         parameter.grad = None
     if record is not None:
         record.tokens.clear()
     lengths = [len(row.token_ids) for row in rows]
-    coefficient_N = coefficients(config.aggregation, lengths, learner.max_length)
+    coefficient_N = coefficients(config.aggregation, lengths, learner.rollout.max_new_tokens)
     seen, total = Statistics(), torch.zeros((), dtype=torch.float64, device=policy.device)
     with policy.recomputing():
-        for places, batch in micro_batches(rows, policy, max_tokens or learner.max_tokens):
+        for places, batch in micro_batches(rows, policy, max_tokens or learner.update.max_tokens):
             micro, mask_BT = [rows[i] for i in places], batch.mask_BT
             hidden_NH = predicting_states(policy.model.get_decoder(), batch, policy.autocast)
             logprob_BT, entropy_BT = token_logprobs(
-                policy.model, batch, hidden_NH, learner.temperature, policy.autocast, config.entropy_weight > 0
+                policy.model, batch, hidden_NH, learner.rollout.temperature, policy.autocast, config.entropy_weight > 0
             )
-            old_logprob_BT = column(micro, "old_logprobs", logprob_BT)
-            loss, x, gradient_BT = batch_loss(
-                config, learner.objective, logprob_BT, entropy_BT,
-                old_logprob_BT=old_logprob_BT, advantage_BT=column(micro, "advantages", logprob_BT), mask_BT=mask_BT,
-                reference_BT=column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None,
-                coefficient_B1=logprob_BT.new_tensor([[coefficient_N[i]] for i in places]), statistics=seen,
-            )  # fmt: skip
+            old_logprob_BT, advantage_BT = (column(micro, name, logprob_BT) for name in ("old_logprobs", "advantages"))
+            tokens = ObjectiveInput.at_tokens(logprob_BT, old_logprob_BT, advantage_BT, mask_BT)
+            reference_BT = column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None
+            coefficient_B1 = logprob_BT.new_tensor([[coefficient_N[i]] for i in places])
+            loss, x, gradient_BT = batch_loss(config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen)
             if critic is not None:
                 value_BT = critic(batch, hidden_NH, policy.autocast)
                 old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
@@ -161,12 +156,13 @@ def accumulate(
     return total
 
 
-def _gradient(learner: Learner, rows: Sequence[Row], objective: Objective) -> Tensor:
-    """The gradient of an objective alone, without the other terms of the loss; the parameters' own stays."""
+def _gradient(learner: Learner, rows: Sequence[Row], max_tokens: int, objective: Objective) -> Tensor:
+    """The gradient of an objective alone, without the other terms of the loss; the parameters keep their own."""
     parameters = learner.parameters()[0]
     own = [parameter.grad for parameter in parameters]
     bare = replace(learner.loss, kl="none", kl_weight=0.0, entropy_weight=0.0)
-    accumulate(replace(learner, objective=objective, loss=bare, critic=None), rows, Statistics())
+    alone = replace(learner, objective=objective, loss=bare, critic=None)
+    accumulate(alone, rows, Statistics(), max_tokens=max_tokens)
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for parameter, grad in zip(parameters, own, strict=True):
         parameter.grad = grad

@@ -1,16 +1,17 @@
-"""The sampler ``own``: completions from the trainer's own weights, by the model's own forward pass.
+"""The sampler ``own``: completions from the trainer's own weights, so that old log-probabilities are exact.
 
-Old log-probabilities are exact, as behaviour policy and trainer are one set of weights in one process. Shape suffixes:
-R rows (completions) of a batch, B rows that are still being written, V vocabulary, T completion positions.
+Shape suffixes: R completions of T positions, B unfinished ones, P prompts of S positions, V vocabulary, K ranks.
 """
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from pspo.base.stream import generator
@@ -18,15 +19,14 @@ from pspo.dataset import Prompt
 from pspo.host import interrupt
 from pspo.host.memory import halving
 from pspo.model import Policy
-from pspo.model.logprob import autocast_to_bfloat16
+from pspo.model.logprob import autocast_to_bfloat16, raised
 from pspo.rollout.sample import Completion, RolloutConfig
-from pspo.rollout.samplers.draw import draw
-
-LOOK_EVERY_TOKENS = {"cpu": 1, "cuda": 16}
-"""Tokens from one look at which rows are finished to the next; each look waits for the GPU."""
 
 COMPACT_BELOW_SHARE = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
+
+RANKED_TOKENS = 1024
+"""Most probable tokens among which the nucleus is searched first, as a sort of a large vocabulary is slow."""
 
 
 class OwnSampler:
@@ -43,12 +43,10 @@ class OwnSampler:
         self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], *, greedy: bool = False
     ) -> list[Completion]:
         """As ``Sampler.sample``; prompts of like length are decoded together."""
-        if not prompts:
-            return []
-        by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].token_ids), i))
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         rows = [(i, g) for i in by_length for g in range(group_size)]
         ids, length = [prompts[i].token_ids for i, _ in rows], self.config.max_new_tokens
-        uniform_RT = torch.from_numpy(np.stack([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
+        uniform_RT = torch.tensor(np.array([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
 
         def decoded(max_rows: int) -> list[tuple[list[int], list[float], bool]]:
@@ -65,9 +63,7 @@ class OwnSampler:
         return [completions[place] for place in sorted(completions)]
 
 
-def _uniforms(
-    seed: Sequence[int], prompt: Prompt, sample: int, count: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _uniforms(seed: Sequence[int], prompt: Prompt, sample: int, count: int) -> np.ndarray[Any, Any]:
     """The uniform numbers in [0, 1) of one completion, one for each of its tokens."""
     digest = hashlib.blake2b(prompt.problem.id.encode(), digest_size=8).digest()
     words = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
@@ -101,14 +97,12 @@ def decode(
             if t + 1 == length_T:
                 break
             alive_B &= torch.isin(token_B, stop_ids, invert=True)
-            if (t + 1) % LOOK_EVERY_TOKENS[device.type] == 0:
-                num_alive = int(alive_B.sum())
-                if num_alive == 0:
-                    break
-                if num_alive < COMPACT_BELOW_SHARE * len(alive_B):
-                    keep = alive_B.nonzero().squeeze(-1)
-                    cache.batch_select_indices(keep)
-                    row_B, token_B, alive_B, attention = (x[keep] for x in (row_B, token_B, alive_B, attention))
+            num_alive = int(alive_B.sum())
+            if num_alive == 0:
+                break
+            if num_alive < COMPACT_BELOW_SHARE * len(alive_B):
+                cache.batch_select_indices(keep_B := alive_B.nonzero().squeeze(-1))
+                row_B, token_B, alive_B, attention = (x[keep_B] for x in (row_B, token_B, alive_B, attention))
             attention = F.pad(attention, (0, 1), value=1)
             logits_BV = _logits(policy, cache, token_B[:, None], attention)
     return _until_stop(token_RT, logprob_RT, stop_ids)
@@ -117,27 +111,19 @@ def decode(
 def _left_padded(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids and attention mask of the prompts, each run of equal prompts once, and the prompt of each row."""
     first = [n for n, prompt in enumerate(prompts) if n == 0 or prompt != prompts[n - 1]]
-    prompt_of = np.searchsorted(first, np.arange(len(prompts)), side="right") - 1
-    width = max(map(len, prompts))
-    ids = [[policy.pad_id] * (width - len(prompts[n])) + prompts[n] for n in first]
-    attention = [[0] * (width - len(prompts[n])) + [1] * len(prompts[n]) for n in first]
-    ids_PS, attention_PS, prompt_of_R = (torch.tensor(x, device=policy.device) for x in (ids, attention, prompt_of))
-    return ids_PS, attention_PS, prompt_of_R
+    prompt_of_R = torch.from_numpy(np.searchsorted(first, np.arange(len(prompts)), side="right") - 1)
+    ids = [torch.tensor(prompts[n]) for n in first]
+    ids_PS = pad_sequence(ids, batch_first=True, padding_value=policy.pad_id, padding_side="left")
+    attention_PS = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left")
+    return ids_PS.to(policy.device), attention_PS.to(policy.device), prompt_of_R.to(policy.device)
 
 
 def _logits(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: Tensor) -> Tensor:
     """The logits (B, V) of the next token of every row; appends ``input_ids`` to the KV cache."""
     position_ids = (attention.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-    output = policy.model(
-        input_ids=input_ids,
-        attention_mask=attention,
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits_BV: Tensor = output.logits[:, -1]
-    return logits_BV
+    inputs = {"input_ids": input_ids, "attention_mask": attention, "position_ids": position_ids}
+    logits_BSV: Tensor = policy.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits_BSV[:, -1]
 
 
 def _until_stop(token_RT: Tensor, logprob_RT: Tensor, stop_ids: Tensor) -> list[tuple[list[int], list[float], bool]]:
@@ -147,3 +133,47 @@ def _until_stop(token_RT: Tensor, logprob_RT: Tensor, stop_ids: Tensor) -> list[
     length_R = torch.where(finished_R, stops_RT.int().argmax(1) + 1, token_RT.shape[1])
     columns = (column.tolist() for column in (token_RT, logprob_RT, length_R, finished_R))
     return [(ids[:n], logprobs[:n], finished) for ids, logprobs, n, finished in zip(*columns, strict=True)]
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the distribution function at ``uniform_B``, and its untruncated log-probability.
+
+    The nucleus is the smallest set of most probable tokens whose probability reaches ``top_p`` (Holtzman et al. 2020,
+    arXiv 1904.09751). Temperature 0 takes the most probable token; its log-probability is that of temperature 1.
+    """
+    logits_BV = raised(logits_BV)
+    if temperature not in (0, 1):
+        logits_BV = logits_BV / temperature
+    probability_BV = logits_BV.softmax(-1)
+    norm_B = logits_BV.amax(-1) - probability_BV.amax(-1).log()
+    if temperature == 0:
+        token_B = logits_BV.argmax(-1)
+    else:
+        token_B = _invert(_nucleus(probability_BV, top_p) if top_p < 1 else probability_BV, uniform_B)
+    return token_B, logits_BV.gather(-1, token_B[:, None]).squeeze(-1) - norm_B
+
+
+def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The first token up to which the weights sum to more than ``uniform_B`` of their total.
+
+    Sums are in float64, whose error is far below a token's share of a large vocabulary. A token without weight is never
+    taken, unless weights are not numbers.
+    """
+    cumulative_BV = weight_BV.cumsum(-1, dtype=torch.float64)
+    end_B1 = cumulative_BV[:, -1:]
+    target_B1 = torch.minimum(uniform_B[:, None] * end_B1, torch.nextafter(end_B1, torch.zeros_like(end_B1)))
+    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+    return token_B.clamp(max=weight_BV.shape[-1] - 1)  # sums that are not numbers have no such place
+
+
+def _nucleus(probability_BV: Tensor, top_p: float) -> Tensor:
+    """The probabilities, 0 outside of the nucleus; of equally probable tokens at its edge it takes the first."""
+    ranked_BK = probability_BV.topk(min(RANKED_TOKENS, probability_BV.shape[-1]), dim=-1).values.double()
+    if bool((ranked_BK.sum(-1) < top_p).any()):
+        ranked_BK = probability_BV.sort(dim=-1, descending=True).values.double()
+    size_B1 = (ranked_BK.cumsum(-1) - ranked_BK < top_p).sum(-1, keepdim=True).clamp(min=1)
+    edge_B1 = ranked_BK.gather(-1, size_B1 - 1)
+    above_BV, at_BV = probability_BV > edge_B1, probability_BV == edge_B1
+    room_B1 = size_B1 - above_BV.sum(-1, keepdim=True)
+    at_BV &= at_BV.cumsum(-1, dtype=torch.int32) <= room_B1
+    return probability_BV.masked_fill(~(above_BV | at_BV), 0)

@@ -1,17 +1,21 @@
-"""Advantages: completions compared with the others of their group, or with what a value model expected.
+"""Advantages: completions compared with the others of their group, or with the expectation of a value model (PPO).
 
-Shape suffixes: P prompts, G completions of each, T token positions.
+Shape suffixes: P prompts of G completions; B completions of T positions; N tokens laid end to end; H hidden size.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pspo.base.schema import Schema, key
+from pspo.model import Policy
+from pspo.model.batch import Batch, scatter
+from pspo.model.logprob import autocast_to_bfloat16, predicting_states
 
 Rows = list[list[float]]
 """One list for each completion, one number for each of its tokens."""
@@ -19,10 +23,7 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Advantage(Schema, ABC, block="advantage"):
-    """Base of all estimators: ``estimate`` turns the rewards of a step into advantages of its tokens.
-
-    A group whose rewards are all equal has advantage exactly 0 under every group-relative estimator.
-    """
+    """Base of all estimators of advantages."""
 
     name: str
     per_token: ClassVar[bool] = False
@@ -32,13 +33,12 @@ class Advantage(Schema, ABC, block="advantage"):
     def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
         """Rewards (P, G) -> advantages of every completion's tokens, and the returns that a value model is fitted to.
 
-        ``lengths`` are the P·G completions' tokens, ``values`` V of each token where ``per_token``. Group-relative
-        estimators give every token of a completion one advantage, and no returns.
+        ``lengths`` are the P·G completions' tokens, ``values`` V of each token where ``per_token``.
         """
 
 
 class GroupRelative(Advantage):
-    """One advantage for a whole completion, relative to the other completions of its prompt."""
+    """One advantage for a whole completion, exactly 0 where all rewards of its group are equal; no returns."""
 
     def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
         advantages = self(reward_PG).flatten().tolist()
@@ -83,8 +83,7 @@ class GAE(Advantage):
     """Generalised advantage estimation from a value model, per token (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 
     δ_t = r_t + γ V_{t+1} − V_t; A_t = Σ_k (γλ)^k δ_{t+k}; returns A_t + V_t. The reward stands at the last token, after
-    which V = 0, also where the completion was truncated: it is judged as it stands. ``pspo.advantage.critic`` has the
-    value model.
+    which V = 0, also where the completion was truncated: it is judged as it stands. ``Critic`` is the value model.
     """
 
     per_token: ClassVar[bool] = True
@@ -94,19 +93,17 @@ class GAE(Advantage):
     critic: Literal["trunk", "separate"] = key("a value head on the policy's trunk, or a model of its own")
     value_lr: float = key("highest learning rate of the value model's own weights", within="(0, inf)")
     value_weight: float = key("weight of the value loss", within="(0, inf)")
-    value_clip: float | None = key(
-        "how far a value may move in one step's updates; null for no bound", within="(0, inf)"
-    )
+    value_clip: float | None = key("how far a value may move in a step; null for no bound", within="(0, inf)")
 
     def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
         assert values is not None
         advantages = []
         for reward, value in zip(reward_PG.flatten().tolist(), values, strict=True):
-            ahead, advantage = 0.0, []
-            for t in reversed(range(len(value))):
-                following = reward if t + 1 == len(value) else self.gamma * value[t + 1]
-                ahead = following - value[t] + self.gamma * self.lam * ahead
-                advantage.append(ahead)
+            following_advantage, target, advantage = 0.0, reward, []  # target: r_t + γ V_{t+1}
+            for v in reversed(value):
+                following_advantage = target - v + self.gamma * self.lam * following_advantage
+                target = self.gamma * v
+                advantage.append(following_advantage)
             advantages.append(advantage[::-1])
         returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, values, strict=True)]
         if self.normalize:
@@ -128,3 +125,46 @@ def has_spread(reward_PG: Tensor) -> Tensor:
 def _centred(reward_PG: Tensor) -> Tensor:
     reward_PG = reward_PG.double()
     return torch.where(has_spread(reward_PG)[:, None], reward_PG - reward_PG.mean(dim=1, keepdim=True), 0.0)
+
+
+class Critic(torch.nn.Module):
+    """The value model of PPO: V(s_t) from the hidden state that predicts token t, by a linear layer that begins at 0.
+
+    On the policy's trunk the value loss reaches the policy's weights as well; a separate critic begins as a copy of
+    the policy's trunk and leaves the policy alone.
+    """
+
+    def __init__(self, config: GAE, policy: Policy) -> None:
+        super().__init__()
+        self.config = config
+        decoder = policy.model.get_decoder()
+        self.decoder: Any = copy.deepcopy(decoder) if config.critic == "separate" else None
+        self.head = torch.nn.Linear(decoder.config.hidden_size, 1, device=policy.device, dtype=policy.model.dtype)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch, hidden_NH: Tensor, autocast: bool) -> Tensor:
+        """Values (B, T), 0 where masked; ``hidden_NH`` are the policy's states, for a critic on its trunk."""
+        if self.decoder is not None:
+            hidden_NH = predicting_states(self.decoder, batch, autocast)
+        with autocast_to_bfloat16(batch.mask_BT.device, autocast):
+            value_N = self.head(hidden_NH).squeeze(-1)
+        return scatter(batch.mask_BT, value_N.to(self.head.weight.dtype))
+
+    def loss(self, value_BT: Tensor, old_value_BT: Tensor, return_BT: Tensor) -> Tensor:
+        """Value loss per token, weighted: w/2 · (V − R)², with a bound c on the move, w/2 · max((V − R)², (V' − R)²).
+
+        V' = V_old + clip(V − V_old, −c, c): the value clipping of OpenAI's PPO2 (Huang et al. 2022, "The 37
+        implementation details of PPO", detail 9).
+        """
+        error_BT = (value_BT - return_BT).square()
+        if self.config.value_clip is not None:
+            bound = self.config.value_clip
+            near_BT = old_value_BT + (value_BT - old_value_BT).clamp(-bound, bound)
+            error_BT = torch.maximum(error_BT, (near_BT - return_BT).square())
+        return self.config.value_weight / 2 * error_BT
+
+
+def make_critic(advantage: Advantage, policy: Policy) -> Critic | None:
+    """The value model that the advantage needs, or None."""
+    return Critic(advantage, policy) if isinstance(advantage, GAE) else None
