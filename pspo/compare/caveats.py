@@ -1,7 +1,6 @@
 """What a reader must know before the numbers of a comparison: one sentence each, the gravest first."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,132 +22,115 @@ MAX_SPENT_RATIO = {"prompts": 1.01, "completion_tokens": 1.1}
 Arms = Mapping[str, Sequence[str]]
 
 
-def differing_keys(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def differing(settings: pd.DataFrame) -> list[str]:
     """The keys that do not have one value in all rows: the objective's first, and in each block its ``name`` first."""
-    rows = list(rows)
-    keys = dict.fromkeys(key for row in rows for key in row)
-    differing = [key for key in keys if any(row.get(key) != rows[0].get(key) for row in rows)]
-    return sorted(differing, key=lambda key: (not key.startswith("objective."), not key.endswith(".name")))
+    keys = settings.columns[settings.nunique(dropna=False) > 1]
+    return sorted(keys, key=lambda key: (not key.startswith("objective."), not key.endswith(".name")))
 
 
-def caveats(
-    results: Results, arms: Arms, labels: Mapping[str, str], confounds: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
+def caveats(results: Results, arms: Arms, labels: Mapping[str, str], confounds: pd.DataFrame) -> Iterator[str]:
     """One sentence for each thing that makes arms differ in more than what is compared, or less than their names say.
 
     ``labels`` has the arm of every run, unfinished ones too; ``confounds`` the values, by run, of each key that differs
     and is not what is compared.
     """
-    trained = {label: runs for label, runs in arms.items() if not label.startswith(UNTRAINED)}
+    trained = {arm: runs for arm, runs in arms.items() if not arm.startswith(UNTRAINED)}
     runs = results.runs.set_index("run")
-    return [
-        *(
-            f"arms differ in more than what is compared: {key} is {_listed(trained, confounds[key])}"
-            for key in confounds
-        ),
-        *_code(arms, runs["code"].to_dict()),
-        *_budgets(trained, runs),
-        *_seeds(trained, labels, runs),
-        *_inert(trained),
-        *_truncation(results, arms),
-        *_settings(arms),
-        *_problems(results.answers, arms),
-    ]
-
-
-def _code(arms: Arms, code: Mapping[str, Any]) -> Iterable[str]:
-    if len({code[run] for runs in arms.values() for run in runs}) > 1:
-        yield f"runs were made by different code: its digest is {_listed(arms, code)}"
-
-
-def _budgets(arms: Arms, runs: pd.DataFrame) -> Iterable[str]:
+    for key, values in confounds.items():
+        yield f"arms differ in more than what is compared: {key} is {_listed(trained, values)}"
+    if runs.loc[[run for of_arm in arms.values() for run in of_arm], "code"].nunique(dropna=False) > 1:
+        yield f"runs were made by different code: its digest is {_listed(arms, runs['code'])}"
     for unit, ratio in MAX_SPENT_RATIO.items():
-        spent = {label: float(runs.loc[list(of_arm), f"spent.{unit}"].mean()) for label, of_arm in arms.items()}
+        spent = {arm: runs.loc[of_arm, f"spent.{unit}"].mean() for arm, of_arm in trained.items()}
         if spent and max(spent.values()) > ratio * min(spent.values()):
-            means = ", ".join(f"{label} {value:,.0f}" for label, value in spent.items())
+            means = ", ".join(f"{arm} {mean:,.0f}" for arm, mean in spent.items())
             yield f"arms have spent unequal budgets: mean {unit.replace('_', ' ')} {means}"
-
-
-def _seeds(arms: Arms, labels: Mapping[str, str], runs: pd.DataFrame) -> Iterable[str]:
-    """Seeds of other arms that an arm lacks, with the state of the run that should be there, and repeated seeds."""
-    seeds = {label: Counter(int(runs.loc[run, "seed"]) for run in of_arm) for label, of_arm in arms.items()}
-    states = {(label, int(runs.loc[run, "seed"])): runs.loc[run, "state"] for run, label in labels.items()}
-    every = sorted({seed for of_arm in seeds.values() for seed in of_arm} | {s for at, s in states if at in arms})
-    alike: dict[str, list[str]] = {}
-    for label, of_arm in seeds.items():
-        if lacking := [f"{seed} ({states.get((label, seed), 'no run')})" for seed in every if seed not in of_arm]:
-            alike.setdefault(f"lacks seed {', '.join(lacking)}", []).append(label)
-        if repeated := [str(seed) for seed, count in of_arm.items() if count > 1]:
-            sentence = f"several runs of seed {', '.join(repeated)}, which count as one, by their mean"
-            alike.setdefault(sentence, []).append(label)
-    for sentence, of_arms in alike.items():
+    for sentence, of_arms in _arms_of([*_seeds(trained, runs.assign(arm=labels)), *_inert(trained)]).items():
         yield f"{', '.join(of_arms)}: {sentence}"
-    for label in sorted({label for label in labels.values() if not label.startswith(UNTRAINED)} - set(arms)):
-        yield f"{label} has no finished run"
+    for arm in sorted({arm for arm in labels.values() if not arm.startswith(UNTRAINED)} - set(arms)):
+        yield f"{arm} has no finished run"
+    yield from _truncation(results, arms)
+    yield from _settings(arms)
+    yield from _problems(results.answers, arms)
 
 
-def _inert(arms: Arms) -> Iterable[str]:
-    """Trust regions without an effect: what a run of the arm says of itself when it starts."""
-    arms_of: dict[str, list[str]] = {}
-    for label, runs in arms.items():
+def _seeds(arms: Arms, runs: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Arms with the seeds that only other arms have, and with repeated seeds."""
+    states = runs[runs["arm"].isin(arms)].groupby(["arm", "seed"])["state"].agg(list)
+    for arm in arms:
+        of_seed = {seed: states.get((arm, seed), ["no run"]) for seed in sorted(states.index.unique("seed"))}
+        if lacking := [f"{seed} ({own[-1]})" for seed, own in of_seed.items() if "done" not in own]:
+            yield arm, f"lacks seed {', '.join(lacking)}"
+        if repeated := [str(seed) for seed, own in of_seed.items() if own.count("done") > 1]:
+            yield arm, f"several runs of seed {', '.join(repeated)}, which count as one, by their mean"
+
+
+def _inert(arms: Arms) -> Iterator[tuple[str, str]]:
+    """Arms with a trust region without an effect: what a run of the arm says of itself when it starts."""
+    for arm, runs in arms.items():
         try:
             sentences = advice(read(Path(runs[0], "config.yaml")))
         except ConfigError as error:
             sentences = [str(error)]
         for sentence in sentences:
-            arms_of.setdefault(sentence.partition(";")[0], []).append(label)
-    for sentence, labels in arms_of.items():
-        yield f"{', '.join(labels)}: {sentence}"
+            yield arm, sentence.partition(";")[0]
 
 
-def _truncation(results: Results, arms: Arms) -> Iterable[str]:
+def _truncation(results: Results, arms: Arms) -> Iterator[str]:
     """Arms with many completions that ended at the token limit, in training or among the answers to a set after it."""
     places = [("training", results.steps, "completion/truncated_rate")]
-    if len(answers := results.answers):
-        narrow = answers.loc[answers["when"] == "after", ["run", "set", "evaluation", "truncated"]]
-        after = narrow.groupby(["set", "evaluation"], observed=True)
-        places += [(f"answers to {name} ({evaluation})", rows, "truncated") for (name, evaluation), rows in after]
+    for (name, evaluation), rows in _after(results.answers, arms, "truncated"):
+        places.append((f"answers to {name} ({evaluation})", rows, "truncated"))
     for place, rows, column in places:
         if column in rows:
-            rate = rows.groupby("run", observed=True)[column].mean()
-            rates = {label: float(rate.reindex(list(runs)).mean()) for label, runs in arms.items()}
-            if high := [f"{label} {100 * share:.0f} %" for label, share in rates.items() if share > MAX_TRUNCATED_RATE]:
+            rate = rows.groupby("run")[column].mean()
+            rates = {arm: rate.reindex(runs).mean() for arm, runs in arms.items()}
+            if high := [f"{arm} {100 * share:.0f} %" for arm, share in rates.items() if share > MAX_TRUNCATED_RATE]:
                 yield f"more than {100 * MAX_TRUNCATED_RATE:.0f} % truncated completions in {place}: {', '.join(high)}"
 
 
-def _settings(arms: Arms) -> Iterable[str]:
+def _settings(arms: Arms) -> Iterator[str]:
     """Answers that were made with other lengths, samples or prompts under the same name."""
     by_place: dict[str, dict[str, dict[str, Any]]] = {}
     for run in (run for runs in arms.values() for run in runs):
         for path in Path(run).glob("evaluation/*/*/settings.json"):
             by_place.setdefault(f"{path.parts[-3]}/{path.parts[-2]}", {})[run] = read_json(path)
     for place, settings in sorted(by_place.items()):
-        for key in differing_keys(settings.values()):
-            if key != "ungradable":
-                values = {run: values.get(key) for run, values in settings.items()}
-                yield f"answers {place} were made with another {key}: {_listed(arms, values)}"
+        table = pd.DataFrame.from_dict(settings, orient="index").drop(columns="ungradable", errors="ignore").astype(str)
+        for key in differing(table):
+            yield f"answers {place} were made with another {key}: {_listed(arms, table[key])}"
 
 
-def _problems(answers: pd.DataFrame, arms: Arms) -> Iterable[str]:
+def _problems(answers: pd.DataFrame, arms: Arms) -> Iterator[str]:
     """Arms that answered other problems of a set than the first arm did; nothing pairs their answers."""
-    if answers.empty:
-        return
-    arm_of = {run: label for label, runs in arms.items() for run in runs}
-    chosen = (answers["when"] == "after") & answers["run"].isin(arm_of.keys())
-    after = answers.loc[chosen, ["run", "set", "evaluation", "problem"]]
-    for (name, evaluation), rows in after.groupby(["set", "evaluation"], observed=True):
-        problems = rows.groupby("run", observed=True)["problem"].agg(frozenset)
+    for (name, evaluation), rows in _after(answers, arms, "problem"):
+        problems = rows.groupby("run")["problem"].agg(frozenset)
         if problems.nunique() > 1:
-            counts = problems.map(len).to_dict()
-            yield f"{name} ({evaluation}): runs answered different problems: their number is {_listed(arms, counts)}"
-        if absent := [label for label, runs in arms.items() if not any(run in problems for run in runs)]:
+            counts = _listed(arms, problems.map(len))
+            yield f"{name} ({evaluation}): runs answered different problems: their number is {counts}"
+        if absent := [arm for arm, runs in arms.items() if not any(run in problems for run in runs)]:
             yield f"{name} ({evaluation}): no answers of {', '.join(absent)}"
 
 
-def _listed(arms: Arms, value_of: Mapping[str, Any]) -> str:
+def _after(answers: pd.DataFrame, arms: Arms, column: str) -> Any:
+    """One column of the answers after training, by set and evaluation."""
+    answers = answers.reindex(columns=["when", "run", "set", "evaluation", column])
+    is_of_arm = answers["run"].isin([run for runs in arms.values() for run in runs])
+    return answers[(answers["when"] == "after") & is_of_arm].groupby(["set", "evaluation"])
+
+
+def _listed(arms: Arms, value_of: Mapping[str, Any] | pd.Series) -> str:
     """``0.1 (pspo), 0.2 (clip, cispo)``: the values of an arm's runs, with the arms that have these values."""
-    arms_of: dict[str, list[str]] = {}
-    for label, runs in arms.items():
-        if texts := dict.fromkeys(str(value_of[run])[:20] for run in runs if run in value_of):
-            arms_of.setdefault(" and ".join(texts), []).append(label)
+    values = {
+        arm: dict.fromkeys(str(value_of[run])[:20] for run in runs if run in value_of) for arm, runs in arms.items()
+    }
+    arms_of = _arms_of((arm, " and ".join(texts)) for arm, texts in values.items() if texts)
     return ", ".join(f"{text} ({', '.join(labels)})" for text, labels in arms_of.items())
+
+
+def _arms_of(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The arms of each text, from pairs of an arm and a text."""
+    arms_of: dict[str, list[str]] = {}
+    for arm, text in pairs:
+        arms_of.setdefault(text, []).append(arm)
+    return arms_of

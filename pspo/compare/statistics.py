@@ -173,10 +173,9 @@ def _resampled_problems(count: int, stream: int) -> Floats:
     return generator.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) / count
 
 
-def percentiles(draws_B: Floats) -> tuple[float, float]:
-    """The percentile interval of bootstrap draws."""
-    low, high = np.quantile(draws_B, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
+def percentiles(draws_B: Floats, prefix: str = "") -> dict[str, float]:
+    """The percentile interval of bootstrap draws: its ends ``low`` and ``high``, after a prefix."""
+    return dict(zip((f"{prefix}low", f"{prefix}high"), np.quantile(draws_B, [LEVEL / 2, 1 - LEVEL / 2]), strict=True))
 
 
 def interquartile_mean(values: Floats) -> Floats:
@@ -184,13 +183,9 @@ def interquartile_mean(values: Floats) -> Floats:
     return np.asarray(stats.trim_mean(values, TRIMMED_SHARE, axis=-1))
 
 
-def probability_of_improvement(a_S: Floats, b_S: Floats) -> tuple[float, float]:
-    """P(A > B) + P(A = B) / 2 over all pairs of seeds, and the p-value of Mann and Whitney's test (1947).
-
-    Its smallest possible p-value is 2 / C(2S, S) for S seeds an arm: 0.1 for three.
-    """
-    result = stats.mannwhitneyu(a_S, b_S)
-    return float(result.statistic) / (len(a_S) * len(b_S)), float(result.pvalue)
+def probability_of_improvement(a_S: Floats, b_S: Floats) -> float:
+    """P(A > B) + P(A = B) / 2 over all pairs of seeds: Mann and Whitney's statistic over the number of pairs."""
+    return float(stats.mannwhitneyu(a_S, b_S).statistic) / (len(a_S) * len(b_S))
 
 
 def mcnemar(a_P: Floats, b_P: Floats) -> float:

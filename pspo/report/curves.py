@@ -11,8 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from pspo.base.figure import GREEN, GREY, name_curves, png, styled, write_png
-from pspo.base.files import read_json
-from pspo.report.metrics import read_metrics
+from pspo.base.files import read_json, read_lines
 from pspo.report.panels import FIGURE, Panel
 
 LABEL_SPACING = 0.13
@@ -24,13 +23,12 @@ Rows = Sequence[dict[str, Any]]
 @styled
 def write_curves(directory: Path) -> Path:
     """Draw ``curves.png`` from metrics.jsonl and summary.json; panels without a metric are left out."""
-    rows, summary = read_metrics(directory), read_json(directory / "summary.json")
+    rows, summary = read_lines(directory / "metrics.jsonl"), read_json(directory / "summary.json")
     panels = panels_of(rows)
-    columns = max(1, min(3, len(panels)))
-    lines = max(1, math.ceil(len(panels) / columns))
+    columns, lines = min(3, len(panels)) or 1, math.ceil(len(panels) / 3) or 1
     figure = Figure(figsize=(4.9 * columns, 3.3 * lines), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    for subfigure, panel in zip(figure.subfigures(lines, columns, squeeze=False).flat, panels, strict=False):
-        _draw(subfigure, panel, rows, summary)
+    for number, panel in enumerate(panels, start=1):
+        _draw(figure.add_subplot(lines, columns, number), panel, rows, summary)
     if not panels:
         figure.text(0.5, 0.5, "no steps were logged", ha="center", color=GREY)
     path = directory / "curves.png"
@@ -44,36 +42,23 @@ def panel_images(rows: Rows, summary: dict[str, Any]) -> dict[str, bytes]:
     images = {}
     for panel in panels_of(rows):
         figure = Figure(figsize=(4.9, 3.3), layout="constrained")
-        _draw(figure, panel, rows, summary)
+        _draw(figure.subplots(), panel, rows, summary)
         images[panel.title] = png(figure, dpi=160)
     return images
 
 
 def panels_of(rows: Rows) -> list[Panel]:
     """The panels of which a metric was logged."""
-    return [panel for panel in FIGURE if _logged(panel, rows)]
-
-
-def _logged(panel: Panel, rows: Rows) -> list[Panel]:
-    """The panel and the one below it, without a panel of which no metric was logged."""
-    return [part for part in panel.parts() if any(_points(rows, metric) for metric in part.curves)]
+    return [panel for panel in FIGURE if any(_points(rows, metric) for metric in panel.curves)]
 
 
 def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
     return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
 
 
-def _draw(figure: Any, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
-    parts = _logged(panel, rows)
-    heights = (2, 1)[: len(parts)]
-    grid = figure.subplots(len(parts), sharex=True, squeeze=False, height_ratios=heights).flat
-    for axes, part in zip(grid, parts, strict=True):
-        _draw_axes(axes, part, rows, summary)
-    axes.set_xlabel("step")
-
-
-def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
+def _draw(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
     axes.set_title(panel.title)
+    axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     names = _draw_tests(axes, summary) if panel.tests else []
     for metric, name in panel.curves.items():

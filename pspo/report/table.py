@@ -1,9 +1,10 @@
 """Test accuracy before and after training and the difference, each with its 95 % interval."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -32,23 +33,27 @@ def points(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return f"{d:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def final_table(summary: Mapping[str, Any]) -> Table:
+def final_table(summary: Mapping[str, Any]) -> Group:
     """The table that a run prints at its end: accuracy per test set, before and after training where it has trained."""
-    table = Table(
-        title=Text(f"{objective(summary)}, seed {summary['seed']}, {summary['steps']} steps", style="bold"),
-        title_justify="left",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
     results = summary.get("evaluation", {})
-    trained = any("before" in result for result in results.values())
-    accuracies = ("before [95 %]", "after [95 %]", "points [95 %]") if trained else ("accuracy [95 %]",)
-    for column in ("test set", "n", *accuracies):
-        table.add_column(column, justify="left" if column == "test set" else "right", no_wrap=True)
+    is_trained = any("before" in result for result in results.values())
+    accuracies = ("before [95 %]", "after [95 %]", "points [95 %]") if is_trained else ("accuracy [95 %]",)
+    rows = []
     for name, result in results.items():
         change = [points(result["before"], result["after"])] if "before" in result else []
-        table.add_row(name, f"{result['after']['n']:,}", *map(percent, result.values()), *change)
-    return table
+        rows.append([name, f"{result['after']['n']:,}", *map(percent, result.values()), *change])
+    title = f"{objective(summary)}, seed {summary['seed']}, {summary['steps']} steps"
+    return plain(title, ("test set", "n", *accuracies), rows)
+
+
+def plain(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Group:
+    """A table without lines, the first column at the left, under a title that may be wider than the table."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for place, name in enumerate(columns):
+        table.add_column(Text(name), justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return Group(Text(title, style="bold"), table)
 
 
 def objective(summary: Mapping[str, Any]) -> str:
