@@ -19,8 +19,6 @@ MAX_TRUNCATED_RATE = 0.2
 MAX_SPENT_RATIO = {"prompts": 1.01, "completion_tokens": 1.1}
 """Largest over smallest mean budget spent by an arm, above which the budgets count as unequal."""
 
-Arms = Mapping[str, Sequence[str]]
-
 
 def differing(settings: pd.DataFrame) -> list[str]:
     """The keys that do not have one value in all rows: the objective's first, and in each block its ``name`` first."""
@@ -28,34 +26,44 @@ def differing(settings: pd.DataFrame) -> list[str]:
     return sorted(keys, key=lambda key: (not key.startswith("objective."), not key.endswith(".name")))
 
 
-def caveats(results: Results, arms: Arms, labels: Mapping[str, str], confounds: pd.DataFrame) -> Iterator[str]:
+def caveats(
+    results: Results, arms: Mapping[str, Sequence[str]], labels: Mapping[str, str], confounds: pd.DataFrame
+) -> Iterator[str]:
     """One sentence for each thing that makes arms differ in more than what is compared, or less than their names say.
 
     ``labels`` has the arm of every run, unfinished ones too; ``confounds`` the values, by run, of each key that differs
     and is not what is compared.
     """
-    trained = {arm: runs for arm, runs in arms.items() if not arm.startswith(UNTRAINED)}
-    runs = results.runs.set_index("run")
+    runs = results.runs.set_index("run").assign(arm=labels)
+    finished = runs.loc[[run for of_arm in arms.values() for run in of_arm]]
+    trained = finished[~finished["arm"].str.startswith(UNTRAINED)]
     for key, values in confounds.items():
         yield f"arms differ in more than what is compared: {key} is {_listed(trained, values)}"
-    if runs.loc[[run for of_arm in arms.values() for run in of_arm], "code"].nunique(dropna=False) > 1:
-        yield f"runs were made by different code: its digest is {_listed(arms, runs['code'])}"
+    if finished["code"].nunique(dropna=False) > 1:
+        yield f"runs were made by different code: its digest is {_listed(finished, finished['code'])}"
     for unit, ratio in MAX_SPENT_RATIO.items():
-        spent = {arm: runs.loc[of_arm, f"spent.{unit}"].mean() for arm, of_arm in trained.items()}
-        if spent and max(spent.values()) > ratio * min(spent.values()):
+        spent = trained.groupby("arm", sort=False)[f"spent.{unit}"].mean()
+        if spent.max() > ratio * spent.min():
             means = ", ".join(f"{arm} {mean:,.0f}" for arm, mean in spent.items())
             yield f"arms have spent unequal budgets: mean {unit.replace('_', ' ')} {means}"
-    for sentence, of_arms in _arms_of([*_seeds(trained, runs.assign(arm=labels)), *_inert(trained)]).items():
-        yield f"{', '.join(of_arms)}: {sentence}"
+    for sentence, of_arms in _arms_of([*_seeds(trained, runs), *_inert(trained)]).items():
+        yield f"{of_arms}: {sentence}"
     for arm in sorted({arm for arm in labels.values() if not arm.startswith(UNTRAINED)} - set(arms)):
         yield f"{arm} has no finished run"
-    yield from _truncation(results, arms)
-    yield from _settings(arms)
-    yield from _problems(results.answers, arms)
+    yield from _truncation(results, finished)
+    yield from _settings(finished)
+    for (name, evaluation), rows in _after(results.answers, finished):
+        problems = rows.groupby("run")["problem"].agg(frozenset)
+        if problems.nunique() > 1:
+            counts = _listed(finished, problems.map(len))
+            yield f"{name} ({evaluation}): runs answered different problems: their number is {counts}"
+        if absent := [arm for arm in arms if arm not in {*finished.loc[problems.index, "arm"]}]:
+            yield f"{name} ({evaluation}): no answers of {', '.join(absent)}"
 
 
-def _seeds(arms: Arms, runs: pd.DataFrame) -> Iterator[tuple[str, str]]:
+def _seeds(trained: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Arms with the seeds that only other arms have, and with repeated seeds."""
+    arms = trained["arm"].unique()
     states = runs[runs["arm"].isin(arms)].groupby(["arm", "seed"])["state"].agg(list)
     for arm in arms:
         of_seed = {seed: states.get((arm, seed), ["no run"]) for seed in sorted(states.index.unique("seed"))}
@@ -65,72 +73,55 @@ def _seeds(arms: Arms, runs: pd.DataFrame) -> Iterator[tuple[str, str]]:
             yield arm, f"several runs of seed {', '.join(repeated)}, which count as one, by their mean"
 
 
-def _inert(arms: Arms) -> Iterator[tuple[str, str]]:
+def _inert(trained: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Arms with a trust region without an effect: what a run of the arm says of itself when it starts."""
-    for arm, runs in arms.items():
+    for run, arm in trained["arm"].drop_duplicates().items():
         try:
-            sentences = advice(read(Path(runs[0], "config.yaml")))
+            sentences = advice(read(Path(run, "config.yaml")))
         except ConfigError as error:
             sentences = [str(error)]
         for sentence in sentences:
             yield arm, sentence.partition(";")[0]
 
 
-def _truncation(results: Results, arms: Arms) -> Iterator[str]:
+def _truncation(results: Results, finished: pd.DataFrame) -> Iterator[str]:
     """Arms with many completions that ended at the token limit, in training or among the answers to a set after it."""
     places = [("training", results.steps, "completion/truncated_rate")]
-    for (name, evaluation), rows in _after(results.answers, arms, "truncated"):
+    for (name, evaluation), rows in _after(results.answers, finished):
         places.append((f"answers to {name} ({evaluation})", rows, "truncated"))
     for place, rows, column in places:
         if column in rows:
-            rate = rows.groupby("run")[column].mean()
-            rates = {arm: rate.reindex(runs).mean() for arm, runs in arms.items()}
+            rate = rows.groupby("run")[column].mean().reindex(finished.index)
+            rates = rate.groupby(finished["arm"], sort=False).mean()
             if high := [f"{arm} {100 * share:.0f} %" for arm, share in rates.items() if share > MAX_TRUNCATED_RATE]:
                 yield f"more than {100 * MAX_TRUNCATED_RATE:.0f} % truncated completions in {place}: {', '.join(high)}"
 
 
-def _settings(arms: Arms) -> Iterator[str]:
+def _settings(finished: pd.DataFrame) -> Iterator[str]:
     """Answers that were made with other lengths, samples or prompts under the same name."""
     by_place: dict[str, dict[str, dict[str, Any]]] = {}
-    for run in (run for runs in arms.values() for run in runs):
+    for run in finished.index:
         for path in Path(run).glob("evaluation/*/*/settings.json"):
             by_place.setdefault(f"{path.parts[-3]}/{path.parts[-2]}", {})[run] = read_json(path)
     for place, settings in sorted(by_place.items()):
         table = pd.DataFrame.from_dict(settings, orient="index").drop(columns="ungradable", errors="ignore").astype(str)
         for key in differing(table):
-            yield f"answers {place} were made with another {key}: {_listed(arms, table[key])}"
+            yield f"answers {place} were made with another {key}: {_listed(finished, table[key])}"
 
 
-def _problems(answers: pd.DataFrame, arms: Arms) -> Iterator[str]:
-    """Arms that answered other problems of a set than the first arm did; nothing pairs their answers."""
-    for (name, evaluation), rows in _after(answers, arms, "problem"):
-        problems = rows.groupby("run")["problem"].agg(frozenset)
-        if problems.nunique() > 1:
-            counts = _listed(arms, problems.map(len))
-            yield f"{name} ({evaluation}): runs answered different problems: their number is {counts}"
-        if absent := [arm for arm, runs in arms.items() if not any(run in problems for run in runs)]:
-            yield f"{name} ({evaluation}): no answers of {', '.join(absent)}"
+def _after(answers: pd.DataFrame, finished: pd.DataFrame) -> Any:
+    """The finished runs' answers after training, by set and evaluation."""
+    answers = answers.reindex(columns=["when", "run", "set", "evaluation", "problem", "truncated"])
+    return answers[(answers["when"] == "after") & answers["run"].isin(finished.index)].groupby(["set", "evaluation"])
 
 
-def _after(answers: pd.DataFrame, arms: Arms, column: str) -> Any:
-    """One column of the answers after training, by set and evaluation."""
-    answers = answers.reindex(columns=["when", "run", "set", "evaluation", column])
-    is_of_arm = answers["run"].isin([run for runs in arms.values() for run in runs])
-    return answers[(answers["when"] == "after") & is_of_arm].groupby(["set", "evaluation"])
+def _listed(runs: pd.DataFrame, values: pd.Series) -> str:
+    """``0.1 (pspo), 0.2 (clip, cispo)``: the values of the arms' runs, with the arms that have these values."""
+    texts = values[runs.index.intersection(values.index)].map(lambda value: str(value)[:20])
+    of_arms = texts.groupby(runs["arm"], sort=False).agg(lambda own: " and ".join(dict.fromkeys(own)))
+    return ", ".join(f"{text} ({arms})" for text, arms in _arms_of(of_arms.items()).items())
 
 
-def _listed(arms: Arms, value_of: Mapping[str, Any] | pd.Series) -> str:
-    """``0.1 (pspo), 0.2 (clip, cispo)``: the values of an arm's runs, with the arms that have these values."""
-    values = {
-        arm: dict.fromkeys(str(value_of[run])[:20] for run in runs if run in value_of) for arm, runs in arms.items()
-    }
-    arms_of = _arms_of((arm, " and ".join(texts)) for arm, texts in values.items() if texts)
-    return ", ".join(f"{text} ({', '.join(labels)})" for text, labels in arms_of.items())
-
-
-def _arms_of(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def _arms_of(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     """The arms of each text, from pairs of an arm and a text."""
-    arms_of: dict[str, list[str]] = {}
-    for arm, text in pairs:
-        arms_of.setdefault(text, []).append(arm)
-    return arms_of
+    return dict(pd.DataFrame(pairs, columns=["arm", "text"]).groupby("text", sort=False)["arm"].agg(", ".join))
