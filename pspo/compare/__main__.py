@@ -14,10 +14,9 @@ from rich.text import Text
 from pspo.base.command import answering
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
-from pspo.compare.comparison import Comparison, choose, compare
+from pspo.compare.comparison import Comparison, choose, compare, tables
 from pspo.compare.page import write_page
 from pspo.compare.published import sentences
-from pspo.compare.tables import tables
 from pspo.report.table import plain
 from pspo.results import load
 
@@ -43,8 +42,8 @@ def main() -> None:
     parser.add_argument("paths", nargs="+", help="outputs/<group>, or run directories, or quoted globs of them")
     parser.add_argument("--by", action="append", default=[], help="key that sets arms apart; default: all that differ")
     parser.add_argument("--against", help="reference arm; default: noclip where there is one, else the first arm")
-    parser.add_argument("--set", action="append", default=[], dest="sets", help="test set; default: all")
-    parser.add_argument("--evaluation", help="settings of the answers; default: greedy where there are such answers")
+    parser.add_argument("--set", action="append", default=[], help="test set; default: all")
+    parser.add_argument("--evaluation", action="append", default=[], help="evaluate.name of answers; default: greedy")
     parser.add_argument("--temperature", action="append", default=[], type=float, help="default: the lowest")
     parser.add_argument("--when", default="after", help="before, after or step_<number>; default: after")
     parser.add_argument("--score", default="correct", choices=["correct", "strict"], help="strict: in the asked format")
@@ -55,8 +54,8 @@ def main() -> None:
     with answering(ConfigError, OSError):
         paths = [path for pattern in arguments.paths for path in sorted(glob.glob(pattern)) or [pattern]]
         runs = group(load(paths, texts=False), arguments.by)
-        wanted = arguments.sets, arguments.evaluation, arguments.temperature, arguments.when, arguments.score
-        comparison = compare(runs, choose(runs, *wanted), arguments.against)
+        chosen = choose(runs, vars(arguments), arguments.when, arguments.score)
+        comparison = compare(runs, chosen, arguments.against)
         console = Console()
         show(console, comparison)
         for sentence in sentences(comparison, arguments.step_s) if arguments.published else ():

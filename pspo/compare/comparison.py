@@ -1,10 +1,12 @@
 """The tables of a comparison: each arm's score, its difference from a reference arm, pass@k, and a verdict in words."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,32 @@ from pspo.compare.statistics import Floats
 BOOTSTRAP_COVERAGE = {3: (85, 99), 5: (90, 99), 10: (94, 99)}
 """Measured coverage in per cent of the bootstrap's 95 % interval, by seeds, with large and with small seed variance."""
 DEFAULT_REFERENCE, DEFAULT_EVALUATION = "noclip", "greedy"
+COLUMNS = {
+    "arms": {"arm": "{arm}", "seeds": "{seeds}", "mean": "{mean:.1f}", "95 %": "[{low:.1f}, {high:.1f}]",
+             "bootstrap": "[{bootstrap_low:.1f}, {bootstrap_high:.1f}]", "IQM": "{iqm:.1f}"},
+    "differences": {"arm": "{arm}", "points": "{difference:+.1f}", "95 %": "[{low:+.1f}, {high:+.1f}]",
+                    "bootstrap": "[{bootstrap_low:+.1f}, {bootstrap_high:+.1f}]", "p": "{p:.3f}",
+                    "Holm": "{p_holm:.3f}", "sees": "±{detectable:.1f}", "verdict": "{verdict}"},
+    "pass_at_k": {"arm": "{arm}", "k": "{k}", "pass@k": "{pass_at_k:.1f}", "bootstrap": "[{low:.1f}, {high:.1f}]"},
+}  # fmt: skip
+"""The columns of each table, and how a row of a comparison's frame, shares in per cent, is written in them."""
+SHARES = ["mean", "low", "high", "bootstrap_low", "bootstrap_high", "iqm", "difference", "detectable", "pass_at_k"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: ``shown`` has it as text, for people, ``numbers`` with all digits, for programs."""
+
+    title: str
+    shown: pd.DataFrame
+    numbers: pd.DataFrame
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The numbers as CSV and the text as LaTeX with booktabs: name of each file -> an address that holds it."""
+        name, latex = re.sub(r"[^\w.@]+", "_", self.title).strip("_"), self.shown.to_latex(index=False, escape=True)
+        csv = "data:text/csv;charset=utf-8," + quote(self.numbers.to_csv(index=False))
+        return {f"{name}.csv": csv, f"{name}.tex": "data:text/x-tex;charset=utf-8," + quote(latex)}
 
 
 @dataclass(frozen=True)
@@ -71,32 +99,45 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
 
 
 def choose(
-    group: Group,
-    sets: Sequence[str] = (),
-    evaluation: str | None = None,
-    temperatures: Sequence[float] = (),
-    when: str = "after",
-    score: str = "correct",
+    group: Group, wanted: Mapping[str, Sequence[Any]], when: str = "after", score: str = "correct"
 ) -> list[Selection]:
-    """The selections asked for: by default all sets of the evaluation ``greedy``, at the lowest temperature.
+    """The selections with a ``wanted`` set, evaluation and temperature.
 
-    Raises ConfigError for what no arm has answered, with what there is.
+    Without a wish: all sets, the evaluation ``greedy``, the lowest temperature. Raises ConfigError for what no arm has
+    answered, with what there is.
     """
     known = [s for s in selections(group) if s.when == when]
     if not known:
         whens = ", ".join(dict.fromkeys(s.when for s in selections(group))) or "none"
         raise ConfigError(f"--when {when}: no run has such answers; answers there are: {whens}")
     evaluations = {s.evaluation for s in known}
-    evaluation = evaluation or (DEFAULT_EVALUATION if DEFAULT_EVALUATION in evaluations else min(evaluations))
-    wanted: dict[str, Sequence[Any]] = {"evaluation": [evaluation], "set": sets, "temperature": temperatures}
-    for name, values in wanted.items():
-        there = list(dict.fromkeys(getattr(s, name) for s in known))
+    default = [DEFAULT_EVALUATION if DEFAULT_EVALUATION in evaluations else min(evaluations)]
+    for name in ("evaluation", "set", "temperature"):
+        there = {getattr(s, name) for s in known}
+        values = wanted.get(name) or (default if name == "evaluation" else there)
         for value in values:
             if value not in there:
-                raise unknown(str(value), map(str, there), name)
-        known = [s for s in known if not values or getattr(s, name) in values]
-    lowest = {s.set: min(other.temperature for other in known if other.set == s.set) for s in known}
-    return [dataclasses.replace(s, score=score) for s in known if temperatures or s.temperature == lowest[s.set]]
+                raise unknown(str(value), map(str, sorted(there)), name)
+        known = [s for s in known if getattr(s, name) in values]
+    lowest = {s.set: s.temperature for s in sorted(known, key=lambda s: -s.temperature)}
+    chosen = [s for s in known if wanted.get("temperature") or s.temperature == lowest[s.set]]
+    return [dataclasses.replace(s, score=score) for s in chosen]
+
+
+def tables(comparison: Comparison) -> Iterator[Table]:
+    """Every table, selection by selection."""
+    units = {"arms": "arms, %", "differences": f"minus {comparison.against}, points", "pass_at_k": "pass@k, %"}
+    for selection in comparison.arms["selection"].unique():
+        for name, columns in COLUMNS.items():
+            frame: pd.DataFrame = getattr(comparison, name)
+            if len(rows := frame[frame["selection"] == selection]):
+                percent = rows.reindex(columns=rows.columns.union(SHARES))
+                percent[SHARES] *= 100
+                cells = [[text.format(**row) for text in columns.values()] for row in percent.to_dict("records")]
+                texts = pd.DataFrame(cells, columns=list(columns)).replace(
+                    {r"^\[?[+-]?nan(, [+-]?nan\])?$": "", r"^0\.000$": "<.001"}, regex=True
+                )
+                yield Table(f"{selection}: {units[name]}", texts.loc[:, (texts != "").any()], rows)
 
 
 def _arm(label: str, table: pd.DataFrame) -> dict[str, Any]:

@@ -28,8 +28,6 @@ SYMBOLS = {
     "cross": "M-5 0H5M0-5V5",
 }
 """plotly's name of a marker -> its SVG path."""
-FILLS = (("#c8ced6", ""), ("#ffffff", "/"), ("#6b7280", ""))
-"""Ground and pattern of each part of a bar."""
 INK = "#1f2933"
 BAND_OPACITY = "24"
 """Two hexadecimal digits after a colour: 14 %."""
@@ -37,8 +35,8 @@ MAX_POINTS_PER_CURVE = 100
 """Steps beyond this number are averaged in windows before a curve is drawn."""
 LABEL_CHARACTERS = 18
 """Longest line of an arm's label at an axis: a telephone shows 390 pixels."""
-LINE_PIXELS, ROW_PIXELS, AXIS_PIXELS = 17, 36, 110
-"""Heights: of a line of a label, of a row of marks at least, and of what stands above and below the rows."""
+LINE_PIXELS, ROW_PIXELS, AXIS_PIXELS = 17, 36, 80
+"""Heights: of a line of a label, of a row of marks at least, and of the axis below the rows."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +91,15 @@ def intervals(rows: pd.DataFrame, arms: Iterable[str], x: str, title: str) -> Fi
 def forest(rows: pd.DataFrame, arms: Sequence[str], title: str, x: str, *, zero: bool = False) -> Figure:
     """A mark with its interval for each arm, one under the other; ``zero`` draws the line of no difference."""
     looks = pd.DataFrame([style(arms.index(arm)) for arm in rows["arm"]])
+    labels = ["<br>".join(map(html.escape, textwrap.wrap(arm, LABEL_CHARACTERS))) for arm in rows["arm"]]
     marker = {"symbol": [*looks["symbol"]], "color": [*looks["color"]], "size": 10}
     trace = {"type": "scatter", "mode": "markers", "x": short(rows["value"]), "y": [*range(len(rows))]}
-    trace |= {"marker": marker, "error_x": _error(rows) | {"color": INK}, "text": [*map(html.escape, rows["arm"])]}
+    trace |= {"marker": marker, "error_x": _error(rows) | {"color": INK}, "text": labels}
     trace |= {"hovertemplate": "%{text}<br>%{x}<extra></extra>"}
-    line = {"zeroline": True, "zerolinecolor": INK, "rangemode": "tozero"} if zero else {}
-    return _rows(title, [trace], rows["arm"], {"title": {"text": x}} | line)
-
-
-def bars(parts: pd.DataFrame, title: str, x: str) -> Figure:
-    """Horizontal bars, one for each row of ``parts``, stacked from its columns. A pattern tells the columns apart."""
-    traces = []
-    for (part, lengths), (color, shape) in zip(parts.items(), FILLS, strict=False):
-        pattern = {"shape": shape, "fgcolor": INK, "size": 6, "solidity": 0.15}
-        trace = {"type": "bar", "orientation": "h", "name": part, "x": short(lengths), "y": [*range(len(parts))]}
-        trace |= {"marker": {"color": color, "pattern": pattern, "line": {"color": INK, "width": 1}}}
-        traces.append(trace | {"hovertemplate": "%{x} %{fullData.name}<extra></extra>"})
-    return _rows(title, traces, parts.index, {"title": {"text": x}}, barmode="stack", showlegend=True)
+    x_axis = {"title": {"text": x}} | ({"zeroline": True, "zerolinecolor": INK, "rangemode": "tozero"} if zero else {})
+    y_axis = {"tickvals": trace["y"], "ticktext": labels, "range": [len(rows) - 0.5, -0.5], "showgrid": False}
+    pixels = max(ROW_PIXELS, *(LINE_PIXELS * (label.count("<br>") + 1) for label in labels))
+    return Figure(title, [trace], {"xaxis": x_axis, "yaxis": y_axis}, len(rows) * pixels + AXIS_PIXELS)
 
 
 def short(values: Iterable[float]) -> list[float | None]:
@@ -136,12 +126,3 @@ def _error(rows: pd.DataFrame) -> dict[str, Any]:
     """Plotly's error bars from the ends of intervals."""
     ends = {"array": short(rows["high"] - rows["value"]), "arrayminus": short(rows["value"] - rows["low"])}
     return {"type": "data", "symmetric": False, "width": 5, "thickness": 1.5} | ends
-
-
-def _rows(title: str, traces: list[dict[str, Any]], labels: Iterable[str], x_axis: Any, **layout: Any) -> Figure:
-    """A figure with a row for each label, the first at the top, all as high as the label of most lines needs."""
-    texts = ["<br>".join(map(html.escape, textwrap.wrap(label, LABEL_CHARACTERS))) for label in labels]
-    most_lines = max(text.count("<br>") + 1 for text in texts)
-    y_axis = {"tickvals": [*range(len(texts))], "ticktext": texts, "range": [len(texts) - 0.5, -0.5], "showgrid": False}
-    height = len(texts) * max(ROW_PIXELS, LINE_PIXELS * most_lines) + AXIS_PIXELS
-    return Figure(title, traces, layout | {"xaxis": x_axis, "yaxis": y_axis}, height)

@@ -199,8 +199,6 @@ def mcnemar(a_P: Floats, b_P: Floats) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979, Scand. J. Stat. 6:65): max over j ≤ i of (m − j + 1) p_(j), at most 1."""
-    order = np.argsort(p_values, kind="stable")
-    stepped = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1)
-    return [float(p) for p in adjusted]
+    ordered = pd.Series(p_values, dtype=float).sort_values(kind="stable")
+    stepped = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+    return list(stepped.sort_index())

@@ -69,7 +69,7 @@ def judge(arguments: argparse.Namespace) -> None:
 
     people = read_labels(arguments.human) if arguments.human else {}
     compared, name = group(load(arguments.paths)), arguments.model
-    selected = choose(compared, arguments.sets, None, [], "after", "correct")
+    selected = choose(compared, {"set": arguments.sets})
     answers = compared.results.answers.merge(pd.DataFrame(map(asdict, selected)).drop(columns="score"))
     answers = answers[answers["run"].isin(compared.arm_of.keys()) & (answers["sample"] == 0)]
     arms = [arm for arm, runs in compared.arms.items() if answers["run"].isin(runs).any()]
