@@ -53,14 +53,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with answering(ConfigError, OSError):
         paths = [path for pattern in arguments.paths for path in sorted(glob.glob(pattern)) or [pattern]]
-        runs = group(load(paths, texts=False), arguments.by)
-        chosen = choose(runs, vars(arguments), arguments.when, arguments.score)
-        comparison = compare(runs, chosen, arguments.against)
+        compared = group(load(paths, texts=False), arguments.by)
+        chosen = choose(compared, vars(arguments), arguments.when, arguments.score)
+        comparison = compare(compared, chosen, arguments.against)
         console = Console()
         show(console, comparison)
         for sentence in sentences(comparison, arguments.step_s) if arguments.published else ():
             console.print(Text(sentence))
-        path = arguments.page or Path(next(iter(runs.arm_of))).parent / "comparison.html"
+        path = arguments.page or Path(compared.runs.index[0]).parent / "comparison.html"
         console.print(Text(f"wrote {write_page(comparison, path)}"))
 
 

@@ -1,18 +1,18 @@
 """Runs as arms and seeds: what sets the arms apart, what a reader must know first, and the score of every problem."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pspo.base.schema import ConfigError, unknown
+from pspo.base.schema import ConfigError, dotted, unknown
 from pspo.compare.caveats import UNTRAINED, caveats, differing
-from pspo.config import NOT_SCIENCE, ONLY_MEMORY, Config
+from pspo.config import Config, read, science
 from pspo.results import Results
 from pspo.run.name import short_names
-from pspo.smoothing import Smoothing
 
 WHERE = ["set", "evaluation", "temperature", "when"]
 """Columns of the answers that a selection fixes."""
@@ -41,24 +41,23 @@ class Group:
 
     Attributes:
         results: everything that the run directories hold.
-        settings: the settings that could set an arm apart, a row for each run.
-        arms: the finished runs of each arm, in the order of their seeds, by the arm's label.
+        runs: the finished runs, arm by arm and in the order of their seeds: ``results.runs`` with the column ``arm``,
+            the arm's label; among the settings a list is its text, an absent value None.
         by: the dotted keys that set the arms apart.
         warnings: one sentence for each thing that a reader must know before the numbers, the gravest first.
         left_out: one sentence for each directory that takes no part.
     """
 
     results: Results
-    settings: pd.DataFrame
-    arms: dict[str, list[str]]
+    runs: pd.DataFrame
     by: list[str]
     warnings: list[str]
     left_out: list[str]
 
-    @property
-    def arm_of(self) -> dict[str, str]:
-        """The label of each run's arm, by run."""
-        return {run: label for label, runs in self.arms.items() for run in runs}
+    @cached_property
+    def arms(self) -> dict[str, list[str]]:
+        """The runs of each arm."""
+        return {arm: [*runs.index] for arm, runs in self.runs.groupby("arm", sort=False)}
 
     def arm(self, name: str) -> str:
         """The label that ``name`` stands for: itself, or the only label that begins with it. Raises ConfigError."""
@@ -73,11 +72,20 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
 
     Runs of no steps are arms of untrained models. Raises ConfigError for an unknown key, or without a finished run.
     """
-    runs = results.runs.sort_values(["seed", "run"], kind="stable").set_index("run")
-    settings = science(runs)
-    is_done, is_untrained = runs["state"] == "done", settings["budget.steps"] == 0
-    left_out = [f"{run} is left out: {state}, not done" for run, state in runs["state"][~is_done].items()]
-    left_out = results.left_out + left_out
+    runs, left_out = results.runs.sort_values(["seed", "run"], kind="stable").set_index("run"), [*results.left_out]
+    by_run: dict[str, dict[str, Any]] = {}
+    for run, state in runs["state"].items():
+        try:
+            by_run[run] = settings_of(read(Path(run, "config.yaml")))
+            left_out += [f"{run} is left out: {state}, not done"] if state != "done" else []
+        except ConfigError as error:
+            left_out.append(f"{run} is left out: {error}")
+    runs = runs.loc[[*by_run]]
+    if not (is_done := runs["state"] == "done").any():
+        raise ConfigError(f"no finished run to compare: {'; '.join(left_out)}")
+    settings = pd.DataFrame.from_dict(by_run, orient="index", dtype=object)
+    settings = settings.where(settings.notna(), None)
+    is_untrained = settings["budget.steps"] == 0
     trained, untrained = settings[~is_untrained], settings[is_untrained]
     keys = differing(trained)
     for name in by:
@@ -89,14 +97,11 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
     labels = {run: label or trained.loc[run, "objective.name"] for run, label in _labels(trained, chosen).items()}
     of_models = [key for key in differing(untrained) if key.partition(".")[0] in ("model", "dataset")]
     labels |= {run: f"{UNTRAINED} {label}".strip() for run, label in _labels(untrained, of_models).items()}
-    arms: dict[str, list[str]] = {}
-    for run in sorted(runs.index[is_done], key=lambda run: (is_untrained[run], _order(settings.loc[run, chosen]))):
-        arms.setdefault(labels[run], []).append(run)
-    if not arms:
-        raise ConfigError(f"no finished run to compare: {'; '.join(left_out)}")
+    runs = runs.assign(**settings, arm=labels)
+    done = sorted(runs.index[is_done], key=lambda run: (is_untrained[run], _order(settings.loc[run, chosen])))
     subject = chosen if by else [key for key in chosen if key.startswith("objective.")] or chosen[:1]
     confounds = trained[[key for key in keys if key not in subject]]
-    return Group(results, settings, arms, chosen, [*caveats(results, arms, labels, confounds)], left_out)
+    return Group(results, runs.loc[done], chosen, [*caveats(results, runs, runs.loc[done], confounds)], left_out)
 
 
 def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
@@ -107,10 +112,8 @@ def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame,
     """
     answers = group.results.answers.reindex(columns=["run", "problem", *WHERE, selection.score])
     rows = answers[(answers[WHERE] == [getattr(selection, name) for name in WHERE]).all(axis=1)]
-    seeds = group.results.runs.set_index("run")["seed"]
-    rows = rows.assign(arm=rows["run"].map(group.arm_of), seed=rows["run"].map(seeds))
-    scores = rows.astype({selection.score: float}).groupby(["arm", "seed", "problem"])[selection.score]
-    cells = scores.agg(["sum", "size"])
+    rows = rows.join(group.runs[["arm", "seed"]], on="run", how="inner").astype({selection.score: float})
+    cells = rows.groupby(["arm", "seed", "problem"])[selection.score].agg(["sum", "size"])
     answered = [arm for arm in group.arms if arm in cells.index.levels[0]]
     tables = {arm: cells.loc[arm].unstack("problem").dropna(axis=1) for arm in answered}
     return {arm: (table["sum"], table["size"]) for arm, table in tables.items() if not table.empty}
@@ -119,20 +122,15 @@ def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame,
 def selections(group: Group) -> list[Selection]:
     """Every (set, evaluation, temperature, when) with answers of an arm."""
     answers = group.results.answers.reindex(columns=["run", *WHERE])
-    rows = answers.loc[answers["run"].isin(group.arm_of.keys()), WHERE].drop_duplicates().sort_values(WHERE)
+    rows = answers.loc[answers["run"].isin(group.runs.index), WHERE].drop_duplicates().sort_values(WHERE)
     return [Selection(**row) for row in rows.to_dict("records")]
 
 
-def science(runs: pd.DataFrame) -> pd.DataFrame:
-    """The settings that could set an arm apart, a row for each run: a list is its text, an absent value None."""
-    memory = {f"{block}.{name}" for block, names in ONLY_MEMORY.items() for name in names}
-    blocks = {field.name for field in fields(Config)} - {*NOT_SCIENCE, "evaluate", "seed"}
-    keys = [key for key in runs if key.partition(".")[0] in blocks and key not in memory]
-    settings = runs[keys].map(lambda cell: str(cell) if isinstance(cell, list | dict) else cell).astype(object)
-    # The alpha of a constant smoothing stands in the objective.
-    constant = [Smoothing.select({"name": name}).constant for name in runs["smoothing.name"]]
-    settings.loc[constant, [key for key in keys if key.startswith("smoothing.")]] = None
-    return settings.where(settings.notna(), None)
+def settings_of(config: Config) -> dict[str, Any]:
+    """The settings that could set an arm apart, by dotted key; a list is its text."""
+    settings = dotted(science(config))
+    del settings["seed"], settings["evaluate.every"]
+    return {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def _labels(settings: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:

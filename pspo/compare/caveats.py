@@ -1,13 +1,12 @@
 """What a reader must know before the numbers of a comparison: one sentence each, the gravest first."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pspo.base.files import read_json
-from pspo.base.schema import ConfigError
 from pspo.config import read
 from pspo.results import Results
 from pspo.run.advice import advice
@@ -26,16 +25,12 @@ def differing(settings: pd.DataFrame) -> list[str]:
     return sorted(keys, key=lambda key: (not key.startswith("objective."), not key.endswith(".name")))
 
 
-def caveats(
-    results: Results, arms: Mapping[str, Sequence[str]], labels: Mapping[str, str], confounds: pd.DataFrame
-) -> Iterator[str]:
+def caveats(results: Results, runs: pd.DataFrame, finished: pd.DataFrame, confounds: pd.DataFrame) -> Iterator[str]:
     """One sentence for each thing that makes arms differ in more than what is compared, or less than their names say.
 
-    ``labels`` has the arm of every run, unfinished ones too; ``confounds`` the values, by run, of each key that differs
-    and is not what is compared.
+    ``runs``, of which ``finished`` are compared, have the column ``arm``; ``confounds`` has the values of each key that
+    differs and is not what is compared.
     """
-    runs = results.runs.set_index("run").assign(arm=labels)
-    finished = runs.loc[[run for of_arm in arms.values() for run in of_arm]]
     trained = finished[~finished["arm"].str.startswith(UNTRAINED)]
     for key, values in confounds.items():
         yield f"arms differ in more than what is compared: {key} is {_listed(trained, values)}"
@@ -48,7 +43,7 @@ def caveats(
             yield f"arms have spent unequal budgets: mean {unit.replace('_', ' ')} {means}"
     for sentence, of_arms in _arms_of([*_seeds(trained, runs), *_inert(trained)]).items():
         yield f"{of_arms}: {sentence}"
-    for arm in sorted({arm for arm in labels.values() if not arm.startswith(UNTRAINED)} - set(arms)):
+    for arm in sorted({*runs["arm"]} - {*finished["arm"]}):
         yield f"{arm} has no finished run"
     yield from _truncation(results, finished)
     yield from _settings(finished)
@@ -57,7 +52,7 @@ def caveats(
         if problems.nunique() > 1:
             counts = _listed(finished, problems.map(len))
             yield f"{name} ({evaluation}): runs answered different problems: their number is {counts}"
-        if absent := [arm for arm in arms if arm not in {*finished.loc[problems.index, "arm"]}]:
+        if absent := finished["arm"][~finished["arm"].isin(finished["arm"][problems.index])].unique().tolist():
             yield f"{name} ({evaluation}): no answers of {', '.join(absent)}"
 
 
@@ -76,11 +71,7 @@ def _seeds(trained: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, str
 def _inert(trained: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Arms with a trust region without an effect: what a run of the arm says of itself when it starts."""
     for run, arm in trained["arm"].drop_duplicates().items():
-        try:
-            sentences = advice(read(Path(run, "config.yaml")))
-        except ConfigError as error:
-            sentences = [str(error)]
-        for sentence in sentences:
+        for sentence in advice(read(Path(run, "config.yaml"))):
             yield arm, sentence.partition(";")[0]
 
 

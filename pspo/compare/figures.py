@@ -18,16 +18,10 @@ from pspo.report.panels import Panel
 
 DASHES = {"solid": "", "dash": "6 4", "dot": "2 3", "longdash": "10 4", "dashdot": "6 3 2 3", "longdashdot": "10 3 2 3"}
 """plotly's name of a line's dashes -> SVG's, for the legend that the page draws itself."""
-SYMBOLS = {
-    "circle": "M4 0A4 4 0 1 1-4 0A4 4 0 1 1 4 0Z",
-    "square": "M-4-4H4V4H-4Z",
-    "diamond": "M0-5L5 0L0 5L-5 0Z",
-    "triangle-up": "M0-5L5 4H-5Z",
-    "x": "M-4-4L4 4M-4 4L4-4",
-    "triangle-down": "M0 5L5-4H-5Z",
-    "cross": "M-5 0H5M0-5V5",
-}
-"""plotly's name of a marker -> its SVG path."""
+SYMBOLS = dict(
+    zip(["circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross"], "●■◆▲✖▼✚", strict=True)
+)
+"""plotly's name of a marker -> a character that looks like it."""
 INK = "#1f2933"
 BAND_OPACITY = "24"
 """Two hexadecimal digits after a colour: 14 %."""

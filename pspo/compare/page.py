@@ -57,7 +57,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
     environment.filters |= {"digest": _digest, "number": drawn.index}
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     page = environment.get_template("page.html").render(
-        title=", ".join(sorted({Path(run).parent.name for run in group.arm_of})),
+        title=", ".join(sorted({Path(run).parent.name for run in group.runs.index})),
         group=group,
         arms={arm: figures.style(number) for number, arm in enumerate(group.arms)},
         dashes=figures.DASHES,
@@ -74,12 +74,10 @@ def write_page(comparison: Comparison, path: Path) -> Path:
 
 def _arms(group: Group) -> Section:
     """The keys that set the arms apart, and what each arm has spent."""
-    runs, rows = group.results.runs.set_index("run"), []
-    spent = runs.reindex(columns=[f"spent.{unit}" for unit in ("steps", "prompts", "completion_tokens")])
-    for label, of_arm in group.arms.items():
-        seeds = {"seeds": " ".join(str(seed) for seed in sorted(set(runs.loc[of_arm, "seed"])))}
-        rows.append({"arm": label, **group.settings.loc[of_arm[0], group.by], **seeds, **spent.loc[of_arm].mean()})
-    numbers = pd.DataFrame(rows)
+    of_arms, settings = group.runs.groupby("arm", sort=False), group.runs.drop_duplicates("arm").set_index("arm")
+    seeds = of_arms["seed"].agg(lambda own: " ".join(map(str, sorted(set(own)))))
+    spent = of_arms[[key for key in group.runs if key.startswith("spent.")]].mean()
+    numbers = pd.concat([settings[group.by], seeds, spent], axis=1).reset_index()
     text = ["Budgets are means over the runs of an arm."]
     return Section("What differs", text, tables=[Table("Arms", numbers.map(_text), numbers)])
 
@@ -119,7 +117,7 @@ def _training(comparison: Comparison) -> Iterator[Section]:
             printed.append(Table("Where the time goes: seconds per step", numbers.map(_text), numbers))
         if drawn:
             text = (
-                "Line: mean over an arm's runs; band, with up to five arms shown: from the lowest run to the highest."
+                "Line: mean over an arm's runs; band, with up to five arms shown: from the lowest to the highest run."
             )
             yield Section(title, [text], drawn, printed)
 
@@ -154,7 +152,7 @@ def _evaluation(comparison: Comparison) -> Iterator[figures.Figure]:
 
 def _swept(group: Group, key: str, rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of arms that share all keys but ``key``, which has several numbers; ``arm`` is what the arms share."""
-    settings = group.settings.loc[[group.arms[arm][0] for arm in rows["arm"]], group.by]
+    settings = group.runs.drop_duplicates("arm").set_index("arm").loc[rows["arm"], group.by]
     numbers = pd.to_numeric(settings[key].map(str), errors="coerce").to_numpy()
     others = settings.drop(columns=key).to_numpy()
     shared = [" ".join(str(value) for value in values if value is not None) for values in others]
@@ -185,12 +183,14 @@ def _completions(comparison: Comparison) -> Iterator[Section]:
 def _qualities(comparison: Comparison) -> Section:
     """What can be counted in the answers' texts, a row for each measure: means over the runs of each arm."""
     group, where, rows = comparison.group, comparison.arms.iloc[0][WHERE].to_list(), []
-    prompts = group.results.runs.set_index("run")["dataset.system_prompt"]
     for arm, runs in group.arms.items():
         for run in (run for run in runs if _file(run, *where).is_file()):
             with _file(run, *where).open("rb") as file:
                 lines = [*itertools.islice(file, math.ceil(MAX_MEASURED_ANSWERS / len(runs)))]
-            rows += [{"arm": arm, "run": run} | measure(json.loads(line), prompts[run]) for line in lines]
+            rows += [
+                {"arm": arm, "run": run} | measure(json.loads(line), group.runs.loc[run, "dataset.system_prompt"])
+                for line in lines
+            ]
     means = pd.DataFrame(rows).groupby(["arm", "run"], sort=False).mean().groupby("arm", sort=False).mean()
     numbers = means.T.rename_axis("measure").reset_index()
     shown = numbers.map(_text).assign(**{"what is counted": numbers["measure"].map(MEASURES)})
@@ -200,7 +200,7 @@ def _qualities(comparison: Comparison) -> Section:
 
 def _with_arms(rows: pd.DataFrame, group: Group) -> pd.DataFrame:
     """The rows of finished runs, with the label of the run's arm."""
-    return rows.assign(arm=rows["run"].map(group.arm_of)).dropna(subset="arm") if len(rows) else rows
+    return rows.join(group.runs["arm"], on="run", how="inner") if len(rows) else rows
 
 
 def _percent(rows: pd.DataFrame, value: str) -> pd.DataFrame:

@@ -1,13 +1,13 @@
 """Published accuracies beside ours with what differs, and what the whole published table costs in GPU-hours."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 
-from pspo.base.schema import as_dict, dotted
-from pspo.compare.arms import Group, science
+from pspo.compare.arms import Group, settings_of
 from pspo.compare.comparison import Comparison
-from pspo.config import compose, groups
+from pspo.config import compose, groups, read
 
 PAPER_SEEDS = 5
 PAPER, VERSION_2 = "arXiv 2509.21282", "arXiv 2509.21282 version 2, temperature 0"
@@ -51,25 +51,21 @@ def beside(comparison: Comparison) -> pd.DataFrame:
     ``differs`` has the keys that are not as in the paper's recipe, with their values, ours first.
     """
     group, published = comparison.group, pd.DataFrame(PUBLISHED, columns=[*KEYS, "published", "source"])
-    first = [group.arms[arm][0] for arm in comparison.arms["arm"]]
-    ours = group.settings.loc[first, ["model.name", "objective.name", "budget.steps"]].reset_index()
-    ours["published_arm"] = ours["objective.name"].where(ours["budget.steps"] != 0, "untrained")
-    ours = comparison.arms.assign(run=first, model=ours["model.name"], published_arm=ours["published_arm"])
+    first = group.runs.reset_index().drop_duplicates("arm").rename(columns={"model.name": "model"})
+    first["published_arm"] = first["objective.name"].where(first["budget.steps"] != 0, "untrained")
+    ours = comparison.arms.merge(first[["arm", "run", "model", "published_arm"]], on="arm")
     rows = published.merge(ours, how="left", on=KEYS)
     recipes = "paper_" + rows["model"] + "_" + rows["published_arm"]
-    differs = [_differs(group, *pair) for pair in zip(rows["run"], recipes, strict=True)]
+    differs = [_differs(*pair) if isinstance(pair[0], str) else "" for pair in zip(rows["run"], recipes, strict=True)]
     return rows.assign(differs=differs)
 
 
-def _differs(group: Group, run: str | float, experiment: str) -> str:
-    if pd.isna(run):
-        return ""
+def _differs(run: str, experiment: str) -> str:
     if experiment not in groups()["experiment"]:
         return f"what cannot be told: there is no experiment={experiment}"
-    recipe = science(pd.DataFrame([dotted(as_dict(compose([f"experiment={experiment}"])))])).iloc[0]
-    ours = group.settings.loc[run].reindex(recipe.index)
-    keys = [key for key in recipe.index if key != "model.path" and ours[key] != recipe[key]]
-    return ", ".join(f"{key} {ours[key]} ({recipe[key]})" for key in keys) or "nothing that is configured"
+    ours, recipe = settings_of(read(Path(run, "config.yaml"))), settings_of(compose([f"experiment={experiment}"]))
+    keys = [key for key in recipe if key != "model.path" and ours.get(key) != recipe[key]]
+    return ", ".join(f"{key} {ours.get(key)} ({recipe[key]})" for key in keys) or "nothing that is configured"
 
 
 def cost(group: Group, step_s: float | None = None) -> pd.DataFrame:
@@ -78,7 +74,9 @@ def cost(group: Group, step_s: float | None = None) -> pd.DataFrame:
     Seconds a step are ``step_s``, else the median of the group's steps by the same model and objective, else by the
     same model; NaN where no run has that model.
     """
-    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(group.settings, on="run")
+    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(
+        group.runs[["model.name", "objective.name"]], on="run"
+    )
     rows = []
     for name in groups()["experiment"]:
         if name.startswith("paper_"):

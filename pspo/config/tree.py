@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pspo import dataset, model
 from pspo.advantage import Advantage
+from pspo.base.files import read_yaml
 from pspo.base.schema import ConfigError, Schema, as_dict, build, key
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
@@ -94,7 +93,7 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 def read(path: Path) -> Config:
     """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError, also for another version's."""
     try:
-        return build(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        return build(Config, read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path} was written by another version of pspo, with other keys: {error}") from error
 
