@@ -17,7 +17,7 @@ from pspo.compare.arms import group
 from pspo.compare.comparison import Comparison, choose, compare, tables
 from pspo.compare.page import write_page
 from pspo.compare.published import sentences
-from pspo.report.table import plain
+from pspo.report.page import plain
 from pspo.results import load
 
 

@@ -16,12 +16,13 @@ import pandas as pd
 from pspo.base.figure import COLORS
 from pspo.report.panels import Panel
 
-DASHES = {"solid": "", "dash": "6 4", "dot": "2 3", "longdash": "10 4", "dashdot": "6 3 2 3", "longdashdot": "10 3 2 3"}
-"""plotly's name of a line's dashes -> SVG's, for the legend that the page draws itself."""
-SYMBOLS = dict(
-    zip(["circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross"], "●■◆▲✖▼✚", strict=True)
-)
-"""plotly's name of a marker -> a character that looks like it."""
+LOOKS = {
+    "color": COLORS,
+    "dash": ("solid", "6px,4px", "2px,3px", "10px,4px", "6px,3px,2px,3px", "10px,3px,2px,3px"),
+    "symbol": ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross"),
+    "sign": "●■◆▲✖▼✚",
+}
+"""Colour, dashes and marker of an arm as plotly has them, and a character like the marker for the page's legend."""
 INK = "#1f2933"
 BAND_OPACITY = "24"
 """Two hexadecimal digits after a colour: 14 %."""
@@ -45,8 +46,7 @@ class Figure:
 
 def style(arm: int) -> dict[str, str]:
     """How the arm of this number is drawn in every figure: no two of the first 42 arms are alike."""
-    looks = {"color": COLORS, "dash": [*DASHES], "symbol": [*SYMBOLS]}
-    return {name: values[arm % len(values)] for name, values in looks.items()}
+    return {name: values[arm % len(values)] for name, values in LOOKS.items()}
 
 
 def curves(rows: pd.DataFrame, arms: Sequence[str], x: str, panel: Panel) -> Iterator[Figure]:

@@ -60,8 +60,6 @@ def write_page(comparison: Comparison, path: Path) -> Path:
         title=", ".join(sorted({Path(run).parent.name for run in group.runs.index})),
         group=group,
         arms={arm: figures.style(number) for number, arm in enumerate(group.arms)},
-        dashes=figures.DASHES,
-        symbols=figures.SYMBOLS,
         shown=sorted(group.arms, key=lambda arm: arm != comparison.against)[:MAX_ARMS_SHOWN],
         max_characters=MAX_COMPLETION_CHARACTERS,
         sections=sections,
@@ -145,9 +143,6 @@ def _evaluation(comparison: Comparison) -> Iterator[figures.Figure]:
             lengths = rows.groupby("arm")["tokens"].quantile([*LENGTHS]).unstack().rename(columns=LENGTHS)
             title = f"Length of {'correct' if is_correct else 'wrong'} answers, 5, 50 and 95 %: {selection}"
             yield figures.forest(lengths.reset_index(), arms, title, "tokens")
-        of_runs = own.groupby(["arm", "run"])["truncated"].mean().groupby("arm")
-        rates = _percent(of_runs.agg(value="mean", low="min", high="max").reset_index(), "value")
-        yield figures.forest(rates, arms, f"Truncated answers, of the runs' lowest to highest: {selection}", "per cent")
 
 
 def _swept(group: Group, key: str, rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from pspo.report.curves import write_curves
 from pspo.report.metrics import METRICS, meaning
-from pspo.report.page import write_report
-from pspo.report.table import difference, final_table
+from pspo.report.page import difference, final_table, write_report
 
 __all__ = ["METRICS", "difference", "final_table", "meaning", "write_curves", "write_report"]

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with a title; a run's figure draws test accuracy into the axes of a panel with ``tests``.
-
-    ``curves`` maps a metric to the name at the end of its curve, which only a panel with several curves needs.
-    """
+    """Axes with a title; ``curves`` maps a metric to its curve's name, which only a panel with several needs."""
 
     title: str
     curves: Mapping[str, str]
     percent: bool = False
     log: bool = False
-    tests: bool = False
 
 
 ACCURACY = {"reward/correct_mean": "training,\nsampled", "validation/greedy_accuracy": "validation,\ngreedy"}
@@ -24,7 +20,7 @@ VALIDATION_LENGTH = {"validation/greedy_length_mean": "greedy", "validation/samp
 
 SECTIONS = {
     "Learning": (
-        Panel("Accuracy", ACCURACY, percent=True, tests=True),
+        Panel("Accuracy", ACCURACY, percent=True),
         Panel("Reward", {"reward/mean": ""}),
         Panel("Completion length (tokens)", {"completion/length_mean": ""}),
         Panel("Truncated completions", {"completion/truncated_rate": ""}, percent=True),

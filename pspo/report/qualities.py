@@ -17,10 +17,8 @@ REPEATED_WORDS = 4
 MEASURES = {
     "leakage": "share of completions with 6 words in a row of the system prompt, or with a marker of chat turns",
     "repetition": "share of 4-grams of words that the completion has had before: 1 - distinct / all (arXiv 1908.04319)",
-    "format_line": "share of completions with a line '#### <answer>'",
-    "format_last": "share of completions whose last line, and no other line, is '#### <answer>'",
+    "format": "share of completions whose last line, and no other line, is '#### <answer>'",
     "foreign_letters": "share of letters that are neither Latin nor, as in formulas, Greek",
-    "length": "tokens of a completion",
     "length_right": "tokens of a correct completion",
     "length_wrong": "tokens of a wrong completion",
     "truncated": "share of completions cut at the largest number of tokens",
@@ -48,10 +46,8 @@ def measure(row: Mapping[str, Any], system_prompt: str = "") -> dict[str, float]
     return {
         "leakage": float(bool(_MARKER.search(text)) or not set(leakable).isdisjoint(_grams(text, LEAKED_WORDS))),
         "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
-        "format_line": float(bool(lines)),
-        "format_last": float(len(lines) == 1 and "\n" not in text[lines[0] :].strip()),
+        "format": float(len(lines) == 1 and "\n" not in text[lines[0] :].strip()),
         "foreign_letters": sum(script not in ("LATIN", "GREEK") for script in scripts) / max(1, len(letters)),
-        "length": tokens,
         "length_right": tokens if row["correct"] else math.nan,
         "length_wrong": math.nan if row["correct"] else tokens,
         "truncated": float(row["truncated"]),
