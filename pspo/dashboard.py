@@ -48,8 +48,8 @@ def renew(directory: Path, by: Sequence[str] = ()) -> str:
     after = results.answers.reindex(columns=["when", "set"]).query("when == 'after'")
     workspace.sections = _sections(sorted(after["set"].unique()))
     workspace.settings = workspaces.WorkspaceSettings(max_runs=100)
-    filters, groupby = [expr.Metric("Group") == name], [expr.Config(key) for key in keys]
-    workspace.runset_settings = workspaces.RunsetSettings(filters=filters, groupby=groupby)
+    arms: list[Any] = [expr.Config(key) for key in keys]
+    workspace.runset_settings = workspaces.RunsetSettings(filters=[expr.Metric("Group") == name], groupby=arms)
     address = str(workspace.save().url)
     write_json(record, {"url": address})
     return address

@@ -94,8 +94,9 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
         for row, p_holm in zip(family, statistics.holm([row["p"] for row in family]), strict=True):
             row["p_holm"] = p_holm
             row["verdict"] = _verdict(row)
-    frames = [pd.DataFrame(rows or {name: [] for name in about}) for rows in (arms, differences, passes)]
-    return Comparison(group, reference, *frames, _notes(arms, differences))
+    rows_of = {"arms": arms, "differences": differences, "pass_at_k": passes}
+    frames = {name: pd.DataFrame(rows or {column: [] for column in about}) for name, rows in rows_of.items()}
+    return Comparison(group, reference, **frames, notes=_notes(arms, differences))
 
 
 def choose(

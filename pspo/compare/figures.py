@@ -78,8 +78,8 @@ def intervals(rows: pd.DataFrame, arms: Iterable[str], x: str, title: str) -> Fi
     """An accuracy over the few values of ``x``, at equal distances, with its interval at every value."""
     traces = [line | {"x": _texts(own[x]), "error_y": _error(own)} for _, own, line in _lines(rows, arms)]
     x_axis = {"title": {"text": html.escape(x)}, "type": "category", "categoryarray": _texts(sorted(set(rows[x])))}
-    side_by_side = {"scattermode": "group", "scattergap": 0.8}
-    return Figure(title, traces, side_by_side | {"xaxis": x_axis, "yaxis": {"tickformat": "~%"}})
+    layout: dict[str, Any] = {"scattermode": "group", "scattergap": 0.8}
+    return Figure(title, traces, layout | {"xaxis": x_axis, "yaxis": {"tickformat": "~%"}})
 
 
 def forest(rows: pd.DataFrame, arms: Sequence[str], title: str, x: str, *, zero: bool = False) -> Figure:
@@ -87,7 +87,7 @@ def forest(rows: pd.DataFrame, arms: Sequence[str], title: str, x: str, *, zero:
     looks = pd.DataFrame([style(arms.index(arm)) for arm in rows["arm"]])
     labels = ["<br>".join(map(html.escape, textwrap.wrap(arm, LABEL_CHARACTERS))) for arm in rows["arm"]]
     marker = {"symbol": [*looks["symbol"]], "color": [*looks["color"]], "size": 10}
-    trace = {"type": "scatter", "mode": "markers", "x": short(rows["value"]), "y": [*range(len(rows))]}
+    trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "x": short(rows["value"]), "y": [*range(len(rows))]}
     trace |= {"marker": marker, "error_x": _error(rows) | {"color": INK}, "text": labels}
     trace |= {"hovertemplate": "%{text}<br>%{x}<extra></extra>"}
     x_axis = {"title": {"text": x}} | ({"zeroline": True, "zerolinecolor": INK, "rangemode": "tozero"} if zero else {})
@@ -110,7 +110,7 @@ def _lines(rows: pd.DataFrame, arms: Iterable[str]) -> Iterator[tuple[str, pd.Da
     for number, arm in enumerate(arms):
         if len(own := rows[rows["arm"] == arm]):
             look = style(number)
-            line = {"type": "scatter", "mode": "lines+markers", "name": html.escape(arm), "meta": arm}
+            line: dict[str, Any] = {"type": "scatter", "mode": "lines+markers", "name": html.escape(arm), "meta": arm}
             line |= {"line": {"color": look["color"], "dash": look["dash"], "width": 2}, "y": short(own["value"])}
             line |= {"marker": {"color": look["color"], "symbol": look["symbol"], "size": 7}}
             yield arm, own, line | {"hovertemplate": "%{fullData.name}<br>%{x}: %{y}<extra></extra>"}
@@ -118,5 +118,8 @@ def _lines(rows: pd.DataFrame, arms: Iterable[str]) -> Iterator[tuple[str, pd.Da
 
 def _error(rows: pd.DataFrame) -> dict[str, Any]:
     """Plotly's error bars from the ends of intervals."""
-    ends = {"array": short(rows["high"] - rows["value"]), "arrayminus": short(rows["value"] - rows["low"])}
+    ends: dict[str, Any] = {
+        "array": short(rows["high"] - rows["value"]),
+        "arrayminus": short(rows["value"] - rows["low"]),
+    }
     return {"type": "data", "symmetric": False, "width": 5, "thickness": 1.5} | ends

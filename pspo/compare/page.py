@@ -19,6 +19,7 @@ from pspo.base.files import read_lines, write_text
 from pspo.compare import figures
 from pspo.compare.arms import WHERE, Group, selections
 from pspo.compare.comparison import Comparison, Table, compare, tables
+from pspo.compare.figures import Figure
 from pspo.report.page import MAX_COMPLETION_CHARACTERS, templates
 from pspo.report.panels import INNER_STEPS, SECTIONS
 from pspo.report.qualities import MEASURES, measure
@@ -41,7 +42,7 @@ class Section:
 
     title: str
     text: list[str]
-    figures: list[figures.Figure] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     completions: list[dict[str, Any]] = field(default_factory=list)
     wide: bool = False
@@ -120,7 +121,7 @@ def _training(comparison: Comparison) -> Iterator[Section]:
             yield Section(title, [text], drawn, printed)
 
 
-def _evaluation(comparison: Comparison) -> Iterator[figures.Figure]:
+def _evaluation(comparison: Comparison) -> Iterator[Figure]:
     """Accuracy over every swept number and over the temperature, pass@k, lengths and truncation."""
     group, arms = comparison.group, list(comparison.group.arms)
     answers = _with_arms(group.results.answers, group)
