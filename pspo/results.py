@@ -1,11 +1,5 @@
-"""Runs as pandas data frames, for notebooks, scripts and the comparison of arms.
+"""Runs as pandas data frames, for notebooks, scripts and the comparison of arms: ``load("outputs/main").steps``."""
 
-from pspo.results import load
-results = load("outputs/main")
-results.steps.groupby("run").plot(x="step", y="validation/sampled_accuracy")
-"""
-
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +10,7 @@ import pyarrow as pa
 import pyarrow.json
 import yaml
 
-from pspo.base.files import read_yaml
+from pspo.base.files import read_json, read_yaml
 from pspo.base.schema import ConfigError, dotted
 from pspo.run.lock import is_held
 
@@ -84,7 +78,7 @@ def directories(path: Path) -> list[Path]:
 
 def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str, pa.Table]]]:
     """The row of a run and its tables that have rows. Raises ValueError for what is no run of this version."""
-    path, inputs = directory / "config.yaml", directory / "inputs.json"
+    path = directory / "config.yaml"
     if not path.is_file():
         raise ValueError("it has no config.yaml; give outputs/<group> or outputs/<group>/<run>")
     config = read_yaml(path)
@@ -98,8 +92,8 @@ def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str,
     last = steps.slice(len(steps) - 1).to_pylist()[0] if len(steps) else {}
     spent = {f"spent.{name.partition('/')[2]}": x for name, x in last.items() if name.startswith("budget/")}
     about = {"run": str(directory), "group": directory.parent.name, "state": _state(directory)}
-    code = {"code": json.loads(inputs.read_text(encoding="utf-8")).get("code") if inputs.is_file() else None}
-    return about | code | dotted(config) | spent, [(name, table) for name, table in tables if len(table)]
+    about["code"] = read_json(directory / "inputs.json").get("code")
+    return about | dotted(config) | spent, [(name, table) for name, table in tables if len(table)]
 
 
 def _answers(directory: Path, texts: bool) -> Iterator[pa.Table]:

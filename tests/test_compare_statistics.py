@@ -144,50 +144,53 @@ def test_equal_answers_are_no_difference():
 @given(answers)
 def test_two_single_models_as_errorbars_and_scipy_have_them(pairs):
     a, b = np.array(pairs, dtype=float).T
-    found, theirs = difference(table([a]), table([b])), paired_compare(a, b)
-    assert found.paired == "problems"
-    assert found.estimate.mean == pytest.approx(theirs.mean_diff)
-    assert found.estimate.se == pytest.approx(theirs.se_paired, abs=1e-12)
+    (found, _, paired), theirs = difference(table([a]), table([b])), paired_compare(a, b)
+    assert paired == "problems"
+    assert found.mean == pytest.approx(theirs.mean_diff)
+    assert found.se == pytest.approx(theirs.se_paired, abs=1e-12)
     assert statistics.mcnemar(a, b) == pytest.approx(theirs.mcnemar.p_value)
-    if found.estimate.se > 0:
-        assert found.estimate.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-4)
-        assert found.estimate.mean - found.estimate.half_width == pytest.approx(theirs.ci_low, abs=1e-5)
+    if found.se > 0:
+        assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-4)
+        assert found.mean - found.half_width == pytest.approx(theirs.ci_low, abs=1e-5)
 
 
 def test_arms_of_different_problems_are_not_paired():
     generator = np.random.default_rng(0)
     a, b = generator.random((1, 30)), generator.random((1, 40))
-    found = difference(table(a, problems=[f"a{n}" for n in range(30)]), table(b))
-    assert found.paired == "nothing"
-    assert found.estimate.se == pytest.approx(math.sqrt(a.var(ddof=1) / 30 + b.var(ddof=1) / 40))
-    assert found.estimate.p == pytest.approx(stats.ttest_ind(a[0], b[0], equal_var=False).pvalue, rel=0.02)
+    found, _, paired = difference(table(a, problems=[f"a{n}" for n in range(30)]), table(b))
+    assert paired == "nothing"
+    assert found.se == pytest.approx(math.sqrt(a.var(ddof=1) / 30 + b.var(ddof=1) / 40))
+    assert found.p == pytest.approx(stats.ttest_ind(a[0], b[0], equal_var=False).pvalue, rel=0.02)
 
 
 def test_pairing_is_by_name_and_by_seed():
     generator = np.random.default_rng(1)
     a, b = table(generator.random((3, 20))), table(generator.random((3, 20)))
-    found, shuffled = difference(a, b), difference(a, b.loc[[2, 0, 1], list(range(19, -1, -1))])
-    assert found.paired == shuffled.paired == "seeds and problems"
-    assert found.estimate.mean == pytest.approx(shuffled.estimate.mean)
-    assert found.estimate.se == pytest.approx(shuffled.estimate.se)
-    assert difference(b, a).estimate.mean == pytest.approx(-found.estimate.mean)
-    assert difference(b, a).estimate.p == pytest.approx(found.estimate.p)
+    found, _, paired = difference(a, b)
+    shuffled, _, shuffled_paired = difference(a, b.loc[[2, 0, 1], list(range(19, -1, -1))])
+    assert paired == shuffled_paired == "seeds and problems"
+    assert found.mean == pytest.approx(shuffled.mean)
+    assert found.se == pytest.approx(shuffled.se)
+    reverse, _, _ = difference(b, a)
+    assert reverse.mean == pytest.approx(-found.mean)
+    assert reverse.p == pytest.approx(found.p)
 
 
 def test_other_seeds_on_the_same_problems_pair_problems_alone():
     generator = np.random.default_rng(2)
     difficulty = generator.normal(0, 1, 50)
     a, b = (table(difficulty + generator.normal(0, 0.1, (3, 50)), seeds=seeds) for seeds in ([0, 1, 2], [5, 6, 7]))
-    found, apart = difference(a, b), difference(a, b.rename(columns=str))
-    assert (found.paired, apart.paired) == ("problems", "nothing")
-    assert found.estimate.se < apart.estimate.se / 3  # the problems' difficulty drops out
-    interval, wide = statistics.percentiles(found.draws_B), statistics.percentiles(apart.draws_B)
+    found, draws, paired = difference(a, b)
+    apart, apart_draws, apart_paired = difference(a, b.rename(columns=str))
+    assert (paired, apart_paired) == ("problems", "nothing")
+    assert found.se < apart.se / 3  # the problems' difficulty drops out
+    interval, wide = statistics.percentiles(draws), statistics.percentiles(apart_draws)
     assert interval["high"] - interval["low"] < wide["high"] - wide["low"]
 
 
 def test_an_arm_of_one_model_stands_against_each_seed():
     a, b = table(np.random.default_rng(3).random((4, 20))), table(np.random.default_rng(4).random((1, 20)), seeds=[9])
-    assert difference(a, b).estimate == estimate(a.to_numpy() - b.to_numpy())
+    assert difference(a, b)[0] == estimate(a.to_numpy() - b.to_numpy())
 
 
 def test_the_detectable_difference_has_its_power():

@@ -24,16 +24,15 @@ from pspo.results import load
 def show(console: Console, comparison: Comparison) -> None:
     """Print what to know first, then every table, with the verdicts below the differences."""
     for title, lines in (("Left out", comparison.group.left_out), ("Know first", comparison.group.warnings)):
-        for place, sentence in enumerate(lines):
-            console.print(Text.assemble(("" if place else f"{title}\n", "bold yellow"), f"- {sentence}"))
+        if lines:
+            console.print(Text.assemble((title, "bold yellow"), *(f"\n- {line}" for line in lines)))
     for table in tables(comparison):
         shown = table.shown.drop(columns="verdict", errors="ignore")
         console.print(plain(f"\n{table.title}", list(shown), shown.itertuples(index=False)))
         for row in table.numbers.to_dict("records") if "verdict" in table.shown else []:
             chance = "" if pd.isna(row.get("improvement")) else f"; probability of improvement {row['improvement']:.2f}"
             console.print(Text.assemble((f"{row['arm']}: ", "bold"), row["verdict"] + chance))
-    for place, note in enumerate(comparison.notes):
-        console.print(Text(("" if place else "\n") + f"- {note}"))
+    console.print(Text("".join(f"\n- {note}" for note in comparison.notes)))
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="test set; default: all")
     parser.add_argument("--evaluation", action="append", default=[], help="evaluate.name of answers; default: greedy")
     parser.add_argument("--temperature", action="append", default=[], type=float, help="default: the lowest")
-    parser.add_argument("--when", default="after", help="before, after or step_<number>; default: after")
+    parser.add_argument("--when", action="append", default=[], help="before, after or step_<number>; default: after")
     parser.add_argument("--score", default="correct", choices=["correct", "strict"], help="strict: in the asked format")
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: comparison.html in the first run's group")
     parser.add_argument("--published", action="store_true", help="published numbers beside ours, and the table's cost")
@@ -54,8 +53,7 @@ def main() -> None:
     with answering(ConfigError, OSError):
         paths = [path for pattern in arguments.paths for path in sorted(glob.glob(pattern)) or [pattern]]
         compared = group(load(paths, texts=False), arguments.by)
-        chosen = choose(compared, vars(arguments), arguments.when, arguments.score)
-        comparison = compare(compared, chosen, arguments.against)
+        comparison = compare(compared, choose(compared, vars(arguments), arguments.score), arguments.against)
         console = Console()
         show(console, comparison)
         for sentence in sentences(comparison, arguments.step_s) if arguments.published else ():

@@ -138,14 +138,10 @@ def _labels(settings: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:
 
     Options stand alone, other values after the short names of their keys; "" where nothing sets arms apart.
     """
-
-    def num_arms(keys: Sequence[str]) -> int:
-        return len(settings[list(keys)].drop_duplicates())
-
-    needed = list(by)
+    needed, num_arms = list(by), len(settings[list(by)].drop_duplicates())
     for key in reversed(by):
         rest = [name for name in needed if name != key]
-        if rest and not key.endswith(".name") and num_arms(rest) == num_arms(by):
+        if rest and not key.endswith(".name") and len(settings[rest].drop_duplicates()) == num_arms:
             needed = rest
     short = short_names(key.removeprefix("objective.") for key in settings)
     words: dict[str, list[str]] = {run: [] for run in settings.index}

@@ -19,7 +19,8 @@ from pspo.compare.statistics import Floats
 
 BOOTSTRAP_COVERAGE = {3: (85, 99), 5: (90, 99), 10: (94, 99)}
 """Measured coverage in per cent of the bootstrap's 95 % interval, by seeds, with large and with small seed variance."""
-DEFAULT_REFERENCE, DEFAULT_EVALUATION = "noclip", "greedy"
+DEFAULT_REFERENCE = "noclip"
+DEFAULTS = {"when": "after", "evaluation": "greedy"}
 COLUMNS = {
     "arms": {"arm": "{arm}", "seeds": "{seeds}", "mean": "{mean:.1f}", "95 %": "[{low:.1f}, {high:.1f}]",
              "bootstrap": "[{bootstrap_low:.1f}, {bootstrap_high:.1f}]", "IQM": "{iqm:.1f}"},
@@ -80,15 +81,15 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
     for selection in chosen:
         about = {"selection": str(selection)} | dataclasses.asdict(selection)
         totals_of = {label: table for label, table in samples(group, selection).items() if table[0].shape[1] > 1}
-        tables = {label: totals / counts for label, (totals, counts) in totals_of.items()}
-        arms += [about | _arm(label, table) for label, table in tables.items()]
-        if (b := tables.get(reference)) is not None:
-            differences += [about | _difference(a, tables[a], reference, b) for a in tables if a != reference]
+        scores = {label: totals / counts for label, (totals, counts) in totals_of.items()}
+        arms += [about | _arm(label, table) for label, table in scores.items()]
+        if (b := scores.get(reference)) is not None:
+            differences += [about | _difference(a, scores[a], reference, b) for a in scores if a != reference]
         for label, (totals, counts) in totals_of.items():
             passes += [about | row for row in _passes(label, totals.to_numpy(), counts.to_numpy())]
     if not arms:
-        there = ", ".join(map(str, chosen))
-        raise ConfigError(f"no arm has two answers to {there}; python -m pspo.evaluate makes them")
+        missing = ", ".join(map(str, chosen)) or "any test set"
+        raise ConfigError(f"no arm has two answers to {missing}; python -m pspo.evaluate makes them")
     for test in dict.fromkeys(row["test"] for row in differences):
         family = [row for row in differences if row["test"] == test]
         for row, p_holm in zip(family, statistics.holm([row["p"] for row in family]), strict=True):
@@ -99,26 +100,20 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
     return Comparison(group, reference, **frames, notes=_notes(arms, differences))
 
 
-def choose(
-    group: Group, wanted: Mapping[str, Sequence[Any]], when: str = "after", score: str = "correct"
-) -> list[Selection]:
-    """The selections with a ``wanted`` set, evaluation and temperature.
+def choose(group: Group, wanted: Mapping[str, Sequence[Any]], score: str = "correct") -> list[Selection]:
+    """The selections of which ``wanted`` names the values of ``WHERE``.
 
-    Without a wish: all sets, the evaluation ``greedy``, the lowest temperature. Raises ConfigError for what no arm has
-    answered, with what there is.
+    Without a wish: all sets, greedy answers after training, else the lowest temperature. Raises ConfigError for what
+    no arm has answered, with what there is.
     """
-    known = [s for s in selections(group) if s.when == when]
-    if not known:
-        whens = ", ".join(dict.fromkeys(s.when for s in selections(group))) or "none"
-        raise ConfigError(f"--when {when}: no run has such answers; answers there are: {whens}")
-    evaluations = {s.evaluation for s in known}
-    default = [DEFAULT_EVALUATION if DEFAULT_EVALUATION in evaluations else min(evaluations)]
-    for name in ("evaluation", "set", "temperature"):
-        there = {getattr(s, name) for s in known}
-        values = wanted.get(name) or (default if name == "evaluation" else there)
+    known = selections(group)
+    for name in ("when", "evaluation", "set", "temperature"):
+        there = sorted({getattr(s, name) for s in known})
+        default = [DEFAULTS[name]] if DEFAULTS.get(name) in there else there[:1] if name in DEFAULTS else there
+        values = wanted.get(name) or default
         for value in values:
             if value not in there:
-                raise unknown(str(value), map(str, sorted(there)), name)
+                raise unknown(str(value), map(str, there), name)
         known = [s for s in known if getattr(s, name) in values]
     lowest = {s.set: s.temperature for s in sorted(known, key=lambda s: -s.temperature)}
     chosen = [s for s in known if wanted.get("temperature") or s.temperature == lowest[s.set]]
@@ -162,16 +157,15 @@ def _difference(label: str, table: pd.DataFrame, against: str, reference: pd.Dat
     of_mean, draws_B, paired = statistics.difference(table, reference)
     a_SP, b_SP = table.to_numpy(), reference.to_numpy()
     row: dict[str, Any] = {"arm": label, "against": against, "paired": paired, "seeds": min(len(a_SP), len(b_SP))}
-    row |= {"problems": a_SP.shape[1], "difference": of_mean.mean, "test": "t over seeds and problems", "p": of_mean.p}
+    row |= {"problems": a_SP.shape[1], "difference": of_mean.mean, "test": "t over problems", "p": of_mean.p}
     row |= {"low": of_mean.mean - of_mean.half_width, "high": of_mean.mean + of_mean.half_width}
     row |= statistics.percentiles(draws_B, "bootstrap_")
     row |= {"detectable": of_mean.detectable, "seeds_needed": of_mean.seeds_needed}
     if row["seeds"] > 1:
-        row["improvement"] = statistics.probability_of_improvement(a_SP.mean(1), b_SP.mean(1))
+        improvement = statistics.probability_of_improvement(a_SP.mean(1), b_SP.mean(1))
+        row |= {"test": "t over seeds and problems", "improvement": improvement}
     elif len(a_SP) == len(b_SP) and paired == "problems" and _is_binary(np.concatenate([a_SP, b_SP])):
         row |= {"test": "McNemar", "p": statistics.mcnemar(a_SP[0], reference[table.columns].to_numpy()[0])}
-    else:
-        row["test"] = "t over problems"
     return row
 
 

@@ -24,8 +24,7 @@ LOOKS = {
 }
 """Colour, dashes and marker of an arm as plotly has them, and a character like the marker for the page's legend."""
 INK = "#1f2933"
-BAND_OPACITY = "24"
-"""Two hexadecimal digits after a colour: 14 %."""
+BAND_OPACITY = "24"  # after a colour, two hexadecimal digits: 14 %
 MAX_POINTS_PER_CURVE = 100
 """Steps beyond this number are averaged in windows before a curve is drawn."""
 LABEL_CHARACTERS = 18
@@ -76,8 +75,9 @@ def curves(rows: pd.DataFrame, arms: Sequence[str], x: str, panel: Panel) -> Ite
 
 def intervals(rows: pd.DataFrame, arms: Iterable[str], x: str, title: str) -> Figure:
     """An accuracy over the few values of ``x``, at equal distances, with its interval at every value."""
-    traces = [line | {"x": _texts(own[x]), "error_y": _error(own)} for _, own, line in _lines(rows, arms)]
-    x_axis = {"title": {"text": html.escape(x)}, "type": "category", "categoryarray": _texts(sorted(set(rows[x])))}
+    rows = rows.sort_values(x, kind="stable").assign(name=rows[x].map("{:g}".format))
+    traces = [line | {"x": [*own["name"]], "error_y": _error(own)} for _, own, line in _lines(rows, arms)]
+    x_axis = {"title": {"text": html.escape(x)}, "type": "category", "categoryarray": [*rows["name"].unique()]}
     layout: dict[str, Any] = {"scattermode": "group", "scattergap": 0.8}
     return Figure(title, traces, layout | {"xaxis": x_axis, "yaxis": {"tickformat": "~%"}})
 
@@ -99,10 +99,6 @@ def forest(rows: pd.DataFrame, arms: Sequence[str], title: str, x: str, *, zero:
 def short(values: Iterable[float]) -> list[float | None]:
     """Numbers with four digits; what is no number, and infinity, is None."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in map(float, values)]
-
-
-def _texts(values: Iterable[float]) -> list[str]:
-    return [f"{value:g}" for value in values]
 
 
 def _lines(rows: pd.DataFrame, arms: Iterable[str]) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any]]]:

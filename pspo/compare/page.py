@@ -33,7 +33,7 @@ LENGTHS = {0.05: "low", 0.5: "value", 0.95: "high"}
 """Quantile of the answers' lengths -> its place in a figure."""
 TIMES = {"time/rollout_s": "rollout", "time/update_s": "update", "time/validation_s": "validation"}
 """Metric with the seconds of a part of a step -> the part."""
-INNER_STEP = "optimizer step of the rollout"
+INNER_STEP = "optimizer step of the rollout"  # the x of a figure
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def _arms(group: Group) -> Section:
     seeds = of_arms["seed"].agg(lambda own: " ".join(map(str, sorted(set(own)))))
     spent = of_arms[[key for key in group.runs if key.startswith("spent.")]].mean()
     numbers = pd.concat([settings[group.by], seeds, spent], axis=1).reset_index()
-    text = ["Budgets are means over the runs of an arm."]
-    return Section("What differs", text, tables=[Table("Arms", numbers.map(_text), numbers)])
+    return Section(
+        "What differs", ["Budgets are means over runs."], tables=[Table("Arms", numbers.map(_text), numbers)]
+    )
 
 
 def _outcome(comparison: Comparison) -> Section:
@@ -86,11 +87,9 @@ def _outcome(comparison: Comparison) -> Section:
     drawn, arms = [], list(comparison.group.arms)
     for selection, rows in comparison.arms.groupby("selection", sort=False):
         drawn.append(figures.forest(_percent(rows, "mean"), arms, f"Accuracy: {selection}", "per cent"))
-        own = comparison.differences[comparison.differences["selection"] == selection]
-        if len(own):
-            title = f"Difference from {comparison.against}: {selection}"
-            points = _percent(own, "difference")
-            drawn.append(figures.forest(points, arms, title, "percentage points", zero=True))
+    for selection, rows in comparison.differences.groupby("selection", sort=False):
+        title, points = f"Difference from {comparison.against}: {selection}", _percent(rows, "difference")
+        drawn.append(figures.forest(points, arms, title, "percentage points", zero=True))
     text = ["Marks: means; bars: 95 % intervals over seeds and problems.", *comparison.notes]
     return Section("Outcome", text, drawn, [*tables(comparison)], wide=True)
 
@@ -153,7 +152,7 @@ def _swept(group: Group, key: str, rows: pd.DataFrame) -> pd.DataFrame:
     others = settings.drop(columns=key).to_numpy()
     shared = [" ".join(str(value) for value in values if value is not None) for values in others]
     swept = rows.rename(columns={"mean": "value"}).assign(arm=shared, **{key: numbers}).dropna(subset=[key])
-    return swept[swept.groupby("arm")[key].transform("nunique") > 1].sort_values(key)
+    return swept[swept.groupby("arm")[key].transform("nunique") > 1]
 
 
 def _completions(comparison: Comparison) -> Iterator[Section]:

@@ -71,19 +71,15 @@ def _differs(run: str, experiment: str) -> str:
 def cost(group: Group, step_s: float | None = None) -> pd.DataFrame:
     """GPU-hours to train every recipe ``experiment=paper_*`` with the paper's five seeds; evaluation comes on top.
 
-    Seconds a step are ``step_s``, else the median of the group's steps by the same model and objective, else by the
-    same model; NaN where no run has that model.
+    Seconds a step are ``step_s``, else the median of the group's steps by the same model, NaN where there is no step.
     """
-    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(
-        group.runs[["model.name", "objective.name"]], on="run"
-    )
+    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(group.runs["model.name"], on="run")
     rows = []
     for name in groups()["experiment"]:
         if name.startswith("paper_"):
             recipe = compose([f"experiment={name}"])
-            same = steps[steps["model.name"] == recipe.model.name]
-            own = same[same["objective.name"] == recipe.objective.name]
-            seconds = (own if len(own) else same)["time/step_s"].median() if step_s is None else step_s
+            measured = steps.loc[steps["model.name"] == recipe.model.name, "time/step_s"]
+            seconds = measured.median() if step_s is None else step_s
             hours = PAPER_SEEDS * (recipe.budget.steps or 0) * seconds / 3600
             rows.append({"experiment": name, "steps": recipe.budget.steps, "step_s": seconds, "gpu_hours": hours})
     return pd.DataFrame(rows)

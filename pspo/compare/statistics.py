@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -115,11 +115,9 @@ def estimate(values_SP: Floats) -> Estimate:
     """The mean of scores or of paired differences over seeds and problems, both random.
 
     Var(mean) = MS_seeds / SP + max(MS_problems − MS_rest, 0) / SP, that is σ²_u / S + σ²_v / P + σ²_e / SP. One seed
-    has the problems' part alone: then the mean is of that one model. Raises ValueError for fewer than two problems.
+    has the problems' part alone: then the mean is of that one model. There must be two problems or more.
     """
     num_seeds, num_problems = values_SP.shape
-    if num_problems < 2:
-        raise ValueError(f"an interval needs two problems, got {num_problems}")
     if num_seeds == 1:
         parts = [Part(float(values_SP.var(ddof=1)) / num_problems, num_problems, "problems")]
     else:
@@ -128,24 +126,16 @@ def estimate(values_SP: Floats) -> Estimate:
     return Estimate(float(values_SP.mean()), tuple(parts))
 
 
-class Difference(NamedTuple):
-    """The difference of two arms' means with its bootstrap draws, paired over "seeds and problems", …, "nothing"."""
+def difference(a: pd.DataFrame, b: pd.DataFrame) -> tuple[Estimate, Floats, str]:
+    """The difference of the means of two arms' scores, seeds × problems, its bootstrap draws, and what pairs the arms.
 
-    estimate: Estimate
-    draws_B: Floats
-    paired: str
-
-
-def difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
-    """The difference of the means of two arms' scores, seeds × problems, paired over all that they share.
-
-    Arms of different problems are not paired. Arms of the same problems with fewer than two shared seeds are paired
-    over problems: seeds in their order, which are independent, or the single model of one arm with all of the other.
+    They are paired over "seeds and problems"; with fewer than two shared seeds over "problems": seeds in their order,
+    which are independent, or the single model of one arm with all of the other; arms of other problems by "nothing".
     """
     if set(a.columns) != set(b.columns):
         one, other = estimate(a.to_numpy()), estimate(b.to_numpy())
         draws_B = bootstrap(a.to_numpy()).mean(1) - bootstrap(b.to_numpy(), stream=1).mean(1)
-        return Difference(Estimate(one.mean - other.mean, one.parts + other.parts), draws_B, "nothing")
+        return Estimate(one.mean - other.mean, one.parts + other.parts), draws_B, "nothing"
     b, shared = b[a.columns], a.index.intersection(b.index)
     paired, fewest = "problems", min(len(a), len(b))
     if len(shared) > 1:
@@ -153,7 +143,7 @@ def difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
     elif fewest > 1:
         a, b = a.iloc[:fewest], b.iloc[:fewest]
     differences_SP = a.to_numpy() - b.to_numpy()
-    return Difference(estimate(differences_SP), bootstrap(differences_SP).mean(1), paired)
+    return estimate(differences_SP), bootstrap(differences_SP).mean(1), paired
 
 
 def bootstrap(values_SP: Floats, *, stream: int = 0) -> Floats:

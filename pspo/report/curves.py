@@ -1,7 +1,6 @@
 """The figure of a run: accuracy and reward over steps, and the lengths, divergence and gradients behind them."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from pspo.report.panels import FIGURE, Panel
 
 LABEL_SPACING = 0.13
 """Share of a panel's height between two curves' names, of two lines each."""
-
-Rows = Sequence[dict[str, Any]]
 
 
 @styled
@@ -37,7 +34,7 @@ def write_curves(directory: Path) -> Path:
 
 
 @styled
-def panel_images(rows: Rows) -> dict[str, bytes]:
+def panel_images(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Title -> PNG of every panel alone, so that a page can arrange the panels to its width."""
     images = {}
     for panel in panels_of(rows):
@@ -47,16 +44,16 @@ def panel_images(rows: Rows) -> dict[str, bytes]:
     return images
 
 
-def panels_of(rows: Rows) -> list[Panel]:
+def panels_of(rows: list[dict[str, Any]]) -> list[Panel]:
     """The panels of which a metric was logged."""
     return [panel for panel in FIGURE if any(_points(rows, metric) for metric in panel.curves)]
 
 
-def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
+def _points(rows: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
     return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
 
 
-def _draw(axes: Axes, panel: Panel, rows: Rows) -> None:
+def _draw(axes: Axes, panel: Panel, rows: list[dict[str, Any]]) -> None:
     axes.set_title(panel.title)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))

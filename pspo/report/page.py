@@ -81,11 +81,8 @@ def objective(summary: Mapping[str, Any]) -> str:
 
 
 def visible(value: Any) -> str:
-    """Text with pictures for control characters and ? for lone surrogates: a completion must not hide its text.
-
-    Markup, which only a page itself makes, stays as it is.
-    """
-    if isinstance(value, Markup):
+    """Text with pictures for control characters and ? for lone surrogates: a completion must not hide its text."""
+    if isinstance(value, Markup):  # only the page itself makes it
         return value
     return str(value).translate(_CONTROL_PICTURES).encode("utf-8", "replace").decode("utf-8")
 

@@ -1,7 +1,4 @@
-"""What can be counted in completions of the qualities that arXiv 2509.21282 had judged: no judge, no model, pure text.
-
-Each measure is a number for one completion; the comparison's page has its mean for an arm. Shares are 0 to 1.
-"""
+"""What can be counted, without a judge, of the qualities that arXiv 2509.21282 had judged in completions."""
 
 import math
 import re
@@ -9,10 +6,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-LEAKED_WORDS = 6
-"""Words in a row, without case and marks, that a completion has from the system prompt where it leaks instructions."""
-REPEATED_WORDS = 4
-"""Words of the n-grams of which ``repetition`` counts the repeated ones."""
+LEAKED_WORDS, REPEATED_WORDS = 6, 4
+"""Words in a row, without case and marks, of the system prompt that are a leak; of which repetition is counted."""
 
 MEASURES = {
     "leakage": "share of completions with 6 words in a row of the system prompt, or with a marker of chat turns",
