@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--evaluation", action="append", default=[], help="evaluate.name of answers; default: greedy")
     parser.add_argument("--temperature", action="append", default=[], type=float, help="default: the lowest")
     parser.add_argument("--when", action="append", default=[], help="before, after or step_<number>; default: after")
-    parser.add_argument("--score", default="correct", choices=["correct", "strict"], help="strict: in the asked format")
+    parser.add_argument(
+        "--score", default="correct", choices=["correct", "strict"], help="strict: in the prompt's format"
+    )
     parser.add_argument("--page", type=Path, metavar="FILE", help="default: comparison.html in the first run's group")
     parser.add_argument("--published", action="store_true", help="published numbers beside ours, and the table's cost")
     parser.add_argument("--step-s", type=float, help="seconds a step for the cost; default: measured by these runs")

@@ -74,14 +74,15 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
     """
     runs, left_out = results.runs.sort_values(["seed", "run"], kind="stable").set_index("run"), [*results.left_out]
     by_run: dict[str, dict[str, Any]] = {}
-    for run, state in runs["state"].items():
+    for run in runs.index:
         try:
             by_run[run] = settings_of(read(Path(run, "config.yaml")))
-            left_out += [f"{run} is left out: {state}, not done"] if state != "done" else []
         except ConfigError as error:
             left_out.append(f"{run} is left out: {error}")
     runs = runs.loc[[*by_run]]
-    if not (is_done := runs["state"] == "done").any():
+    is_done = runs["state"] == "done"
+    left_out += [f"{run} is left out: {state}, not done" for run, state in runs["state"][~is_done].items()]
+    if not is_done.any():
         raise ConfigError(f"no finished run to compare: {'; '.join(left_out)}")
     settings = pd.DataFrame.from_dict(by_run, orient="index", dtype=object)
     settings = settings.where(settings.notna(), None)

@@ -61,10 +61,10 @@ def _seeds(trained: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, str
     arms = trained["arm"].unique()
     states = runs[runs["arm"].isin(arms)].groupby(["arm", "seed"])["state"].agg(list)
     for arm in arms:
-        of_seed = {seed: states.get((arm, seed), ["no run"]) for seed in sorted(states.index.unique("seed"))}
-        if lacking := [f"{seed} ({own[-1]})" for seed, own in of_seed.items() if "done" not in own]:
+        by_seed = {seed: states.get((arm, seed), ["no run"]) for seed in sorted(states.index.unique("seed"))}
+        if lacking := [f"{seed} ({of_runs[-1]})" for seed, of_runs in by_seed.items() if "done" not in of_runs]:
             yield arm, f"lacks seed {', '.join(lacking)}"
-        if repeated := [str(seed) for seed, own in of_seed.items() if own.count("done") > 1]:
+        if repeated := [str(seed) for seed, of_runs in by_seed.items() if of_runs.count("done") > 1]:
             yield arm, f"several runs of seed {', '.join(repeated)}, which count as one, by their mean"
 
 

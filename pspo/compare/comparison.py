@@ -101,19 +101,20 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
 
 
 def choose(group: Group, wanted: Mapping[str, Sequence[Any]], score: str = "correct") -> list[Selection]:
-    """The selections of which ``wanted`` names the values of ``WHERE``.
+    """The selections with the ``wanted`` values of the answers' columns ``WHERE``.
 
-    Without a wish: all sets, greedy answers after training, else the lowest temperature. Raises ConfigError for what
-    no arm has answered, with what there is.
+    By default greedy answers to all sets after training; of another evaluation, those at the lowest temperature.
+    Raises ConfigError for a value that no arm's answers have, with the values that they have.
     """
     known = selections(group)
     for name in ("when", "evaluation", "set", "temperature"):
-        there = sorted({getattr(s, name) for s in known})
-        default = [DEFAULTS[name]] if DEFAULTS.get(name) in there else there[:1] if name in DEFAULTS else there
-        values = wanted.get(name) or default
+        answered = sorted({getattr(s, name) for s in known})
+        values = wanted.get(name) or answered
+        if name in DEFAULTS and not wanted.get(name):
+            values = [DEFAULTS[name]] if DEFAULTS[name] in answered else answered[:1]
         for value in values:
-            if value not in there:
-                raise unknown(str(value), map(str, there), name)
+            if value not in answered:
+                raise unknown(str(value), map(str, answered), name)
         known = [s for s in known if getattr(s, name) in values]
     lowest = {s.set: s.temperature for s in sorted(known, key=lambda s: -s.temperature)}
     chosen = [s for s in known if wanted.get("temperature") or s.temperature == lowest[s.set]]

@@ -29,11 +29,10 @@ MAX_ARMS_SHOWN = 8
 MAX_COMPLETIONS = 6
 MAX_MEASURED_ANSWERS = 600
 """Answers of an arm, about as many of each run, whose texts are read for the cheap measures."""
-LENGTHS = {0.05: "low", 0.5: "value", 0.95: "high"}
-"""Quantile of the answers' lengths -> its place in a figure."""
+LENGTHS = {0.05: "low", 0.5: "value", 0.95: "high"}  # quantile -> column of a figure's rows
 TIMES = {"time/rollout_s": "rollout", "time/update_s": "update", "time/validation_s": "validation"}
 """Metric with the seconds of a part of a step -> the part."""
-INNER_STEP = "optimizer step of the rollout"  # the x of a figure
+INNER_STEP = "optimizer step of the rollout"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     completions: list[dict[str, Any]] = field(default_factory=list)
-    wide: bool = False
 
 
 def write_page(comparison: Comparison, path: Path) -> Path:
@@ -91,7 +89,7 @@ def _outcome(comparison: Comparison) -> Section:
         title, points = f"Difference from {comparison.against}: {selection}", _percent(rows, "difference")
         drawn.append(figures.forest(points, arms, title, "percentage points", zero=True))
     text = ["Marks: means; bars: 95 % intervals over seeds and problems.", *comparison.notes]
-    return Section("Outcome", text, drawn, [*tables(comparison)], wide=True)
+    return Section("Outcome", text, drawn, [*tables(comparison)])
 
 
 def _training(comparison: Comparison) -> Iterator[Section]:
@@ -169,10 +167,8 @@ def _completions(comparison: Comparison) -> Iterator[Section]:
         of_run = read_lines(_file(run, *where))
         row = next(row for row in of_run if row["problem"] == problem and row["sample"] == 0)
         cards.setdefault(row["completion"], row | {"arms": []})["arms"].append(first[run])
-        if len(cards) == MAX_COMPLETIONS:
-            break
     text = f"The problem with the most different answers; {comparison.arms['selection'].iloc[0]}: first seeds."
-    yield Section("Completions of one problem", [text], completions=list(cards.values()))
+    yield Section("Completions of one problem", [text], completions=[*cards.values()][:MAX_COMPLETIONS])
 
 
 def _qualities(comparison: Comparison) -> Section:

@@ -23,8 +23,7 @@ LEVEL, POWER = 0.05, 0.8
 TRIMMED_SHARE, MIN_TRIMMED_SEEDS = 0.25, 4
 """The interquartile mean leaves out this share of the seeds at each end, and needs so many seeds."""
 BOOTSTRAP_DRAWS = 2000
-MAX_SEEDS = 100
-"""Seeds an arm beyond which ``seeds_needed`` does not look."""
+MAX_SEEDS = 100  # an arm, beyond which ``seeds_needed`` does not look
 
 
 @dataclass(frozen=True)

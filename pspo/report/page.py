@@ -21,8 +21,7 @@ from pspo.report.metrics import METRICS, meaning
 
 EXAMPLES_PER_STEP = 4
 MAX_COMPLETION_CHARACTERS = 4000
-LOCATION = ("group", "output_dir", "host", "job_id")
-"""Configuration that says where a run lies, not what the run computes."""
+LOCATION = ("group", "output_dir", "host", "job_id")  # settings that say where a run lies, not what it computes
 
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 
