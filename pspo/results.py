@@ -91,7 +91,7 @@ def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str,
     tables += [("answers", table) for table in _answers(directory, texts)]
     last = steps.slice(len(steps) - 1).to_pylist()[0] if len(steps) else {}
     spent = {f"spent.{name.partition('/')[2]}": x for name, x in last.items() if name.startswith("budget/")}
-    about = {"run": str(directory), "group": directory.parent.name, "state": _state(directory)}
+    about: dict[str, Any] = {"run": str(directory), "group": directory.parent.name, "state": _state(directory)}
     about["code"] = read_json(directory / "inputs.json").get("code")
     return about | dotted(config) | spent, [(name, table) for name, table in tables if len(table)]
 
