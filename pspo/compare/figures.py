@@ -68,7 +68,7 @@ def curves(rows: pd.DataFrame, arms: Sequence[str], x: str, panel: Panel) -> Ite
                 outline = {"x": short([*own[x], *own[x][::-1]]), "y": short([*own["high"], *own["low"][::-1]])}
                 traces.append({"type": "scatter", "mode": "lines", "meta": arm, "hoverinfo": "skip"} | look | outline)
             traces.append(line | {"x": short(own[x]), "marker": line["marker"] | {"maxdisplayed": 6}})
-        y_axis = {"type": "log", "dtick": 1} if panel.log else {"tickformat": "~%"} if panel.percent else {}
+        y_axis = {"type": "log"} if panel.log else {"tickformat": "~%"} if panel.percent else {}
         title = f"{panel.title}: {' '.join(name.split())}" if name else panel.title
         yield Figure(title, traces, {"xaxis": {"title": {"text": x}}, "yaxis": y_axis})
 
