@@ -16,7 +16,7 @@ from pspo.base.files import read_json, write_json
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
 from pspo.report.panels import SECTIONS
-from pspo.results import Results, load
+from pspo.results import load
 from pspo.tracker.wandb import check_login
 
 
@@ -32,31 +32,30 @@ def renew(directory: Path, by: Sequence[str] = ()) -> str:
     runs = results.runs[results.runs["tracker.name"] == "wandb"]
     if runs.empty:
         raise ConfigError(f"no run of {directory} has tracker=wandb; W&B has nothing that a workspace could show")
-    project, entity = runs[["tracker.project", "tracker.entity"]].iloc[0]
+    name, project, entity = runs[["group", "tracker.project", "tracker.entity"]].iloc[0]
     # A sweep is watched while it trains, so every run counts as finished here.
     keys = group(replace(results, runs=results.runs.assign(state="done")), by).by
     check_login()
     import wandb
     from wandb_workspaces import expr, workspaces
 
-    record, name = directory / "dashboard.json", str(results.runs["group"].iloc[0])
+    record = directory / "dashboard.json"
     try:
         workspace = workspaces.Workspace.from_url(read_json(record).get("url", ""))
     except ValueError:  # there is none yet, or it has been deleted
         owner = entity if isinstance(entity, str) else str(wandb.Api().default_entity)
         workspace = workspaces.Workspace(entity=owner, project=project, name=f"{name}: comparison")
-    workspace.sections = _sections(results)
+    after = results.answers.reindex(columns=["when", "set"]).query("when == 'after'")
+    workspace.sections = _sections(sorted(after["set"].unique()))
     workspace.settings = workspaces.WorkspaceSettings(max_runs=100)
-    workspace.runset_settings = workspaces.RunsetSettings(
-        filters=[expr.Metric("Group") == name],
-        groupby=[expr.Config(key) for key in keys],
-    )
+    arms: list[Any] = [expr.Config(key) for key in keys]
+    workspace.runset_settings = workspaces.RunsetSettings(filters=[expr.Metric("Group") == name], groupby=arms)
     address = str(workspace.save().url)
     write_json(record, {"url": address})
     return address
 
 
-def _sections(results: Results) -> list[Any]:
+def _sections(sets: Sequence[str]) -> list[Any]:
     """The panels' sections; "Evaluation" has accuracy on the test sets, the completions and the figures as well.
 
     Lines are means over the runs of an arm, bands go from the lowest run to the highest, as on the page.
@@ -65,22 +64,18 @@ def _sections(results: Results) -> list[Any]:
     from wandb_workspaces.workspaces import Section
 
     spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
-    sections = []
+    drawn: dict[str, list[Any]] = {}
     for title, panels in SECTIONS.items():
-        drawn: list[Any] = [
-            reports.LinePlot(title=part.title, x="Step", y=list(part.curves), log_y=part.log or None, **spread)
+        drawn[title] = [
+            reports.LinePlot(title=panel.title, x="Step", y=list(panel.curves), log_y=panel.log or None, **spread)
             for panel in panels
-            for part in panel.parts()
         ]
-        if title == "Evaluation":
-            answers = results.answers.reindex(columns=["when", "set"])
-            for name in answers.loc[answers["when"] == "after", "set"].sort_values().unique():
-                metrics: list[Any] = [f"evaluation/{name}/after/accuracy"]
-                drawn.append(reports.BarPlot(title=f"Accuracy on {name} after training", metrics=metrics, **spread))
-            drawn.append(reports.WeavePanelSummaryTable(table_name="completions"))
-            drawn.append(reports.MediaBrowser(title="Figures", media_keys=["figures/curves"]))
-        sections.append(Section(name=title, panels=drawn, is_open=True))
-    return sections
+    for name in sets:
+        accuracy: dict[str, Any] = {"metrics": [f"evaluation/{name}/after/accuracy"], **spread}
+        drawn["Evaluation"].append(reports.BarPlot(title=f"Accuracy on {name} after training", **accuracy))
+    drawn["Evaluation"].append(reports.WeavePanelSummaryTable(table_name="completions"))
+    drawn["Evaluation"].append(reports.MediaBrowser(title="Figures", media_keys=["figures/curves"]))
+    return [Section(name=title, panels=panels, is_open=True) for title, panels in drawn.items()]
 
 
 def main() -> None:

@@ -1,11 +1,5 @@
-"""Runs as pandas data frames, for notebooks, scripts and the comparison of arms.
+"""Runs as pandas data frames, for notebooks, scripts and the comparison of arms: ``load("outputs/main").steps``."""
 
-from pspo.results import load
-results = load("outputs/main")
-results.steps.groupby("run").plot(x="step", y="validation/sampled_accuracy")
-"""
-
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +10,17 @@ import pyarrow as pa
 import pyarrow.json
 import yaml
 
-from pspo.base.files import read_json, read_lines, read_yaml
+from pspo.base.files import read_json, read_yaml
 from pspo.base.schema import ConfigError, dotted
 from pspo.run.lock import is_held
-
-TEXTS = ("question", "answer", "completion", "components")
-"""Columns of the answers that no statistic needs, and that take most of the memory."""
 
 NUMBERS = pa.schema(
     {"problem": pa.string(), "sample": pa.int64(), "tokens": pa.int64(), "reward": pa.float64()}
     | {name: pa.bool_() for name in ("correct", "parsed", "strict", "timed_out", "truncated")}
 )
-"""The other columns of the answers."""
+"""The columns of the answers that take little memory."""
+TEXTS = pa.schema({name: pa.string() for name in ("question", "answer", "completion")})
+"""Columns of the answers that no statistic needs; pyarrow would infer a time for a text that looks like a date."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,6 @@ class Results:
             digest), every key of the configuration (``objective.alpha``), and the budget spent (``spent.prompts``).
         steps: one row for each step: the columns of metrics.jsonl, which README's table of metrics explains.
         inner_steps: one row for each optimizer step: the columns of diagnostics.jsonl.
-        completions: one row for each completion of the first prompt of every step.
         answers: one row for each answer to a held-out problem: ``when`` (before, after, step_000010), ``evaluation``
             (the name of its settings), ``set``, ``temperature``, then the columns of the answer files.
         left_out: one sentence for each directory that could not be read.
@@ -48,28 +40,19 @@ class Results:
     runs: pd.DataFrame
     steps: pd.DataFrame
     inner_steps: pd.DataFrame
-    completions: pd.DataFrame
     answers: pd.DataFrame
     left_out: list[str]
-
-    def config(self, run: str) -> dict[str, Any]:
-        """The resolved configuration of a run, as nested dictionaries."""
-        return dict(read_yaml(Path(run, "config.yaml")))
-
-    def summary(self, run: str) -> dict[str, Any]:
-        """The final numbers of a run, {} before its end."""
-        return read_json(Path(run, "summary.json"))
 
 
 def load(paths: str | Path | Sequence[str | Path], *, texts: bool = True) -> Results:
     """The results of run directories or of groups, done or still training.
 
-    Without ``texts`` the answers have no column of ``TEXTS``. Raises ConfigError where no run can be read.
+    Without ``texts`` the answers have the columns ``NUMBERS`` alone. Raises ConfigError where no run can be read.
     """
     several = [paths] if isinstance(paths, str | Path) else paths
     runs, left_out = [], []
-    parts: dict[str, list[Any]] = {"steps": [], "inner_steps": [], "completions": [], "answers": []}
-    for directory in (found for path in several for found in directories(Path(path).expanduser())):
+    tables_of: dict[str, list[pa.Table]] = {"steps": [], "inner_steps": [], "answers": []}
+    for directory in (run for path in several for run in directories(Path(path).expanduser())):
         try:
             row, tables = _read(directory, texts)
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
@@ -78,10 +61,10 @@ def load(paths: str | Path | Sequence[str | Path], *, texts: bool = True) -> Res
             continue
         runs.append(row)
         for name, table in tables:
-            parts[name].append(_with(table, {"run": str(directory)}))
+            tables_of[name].append(_with(table, {"run": str(directory)}))
     if not runs:
         raise ConfigError(left_out[0] if left_out else "no directory was given; give outputs/<group>")
-    frames = {name: _joined(tables) for name, tables in parts.items()}
+    frames = {name: _joined(tables) for name, tables in tables_of.items()}
     pa.default_memory_pool().release_unused()
     return Results(pd.DataFrame(runs), left_out=left_out, **frames)
 
@@ -93,7 +76,7 @@ def directories(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob("[!.]*/config.yaml")) or [path]
 
 
-def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str, pa.Table]]]:
     """The row of a run and its tables that have rows. Raises ValueError for what is no run of this version."""
     path = directory / "config.yaml"
     if not path.is_file():
@@ -103,55 +86,50 @@ def _read(directory: Path, texts: bool) -> tuple[dict[str, Any], list[tuple[str,
         raise ValueError("its config.yaml is not whole")
     if any(directory.glob("evaluation/*.jsonl")):
         raise ValueError("another version of pspo wrote its answers; rerun=all makes the run again")
-    steps, inputs = _table(directory / "metrics.jsonl"), directory / "inputs.json"
+    steps = _table(directory / "metrics.jsonl")
     tables = [("steps", steps), ("inner_steps", _table(directory / "diagnostics.jsonl"))]
-    tables += [("completions", pd.DataFrame(read_lines(directory / "completions.jsonl")))]
     tables += [("answers", table) for table in _answers(directory, texts)]
     last = steps.slice(len(steps) - 1).to_pylist()[0] if len(steps) else {}
     spent = {f"spent.{name.partition('/')[2]}": x for name, x in last.items() if name.startswith("budget/")}
-    about = {"run": str(directory), "group": directory.parent.name, "state": _state(directory)}
-    code = {"code": json.loads(inputs.read_text(encoding="utf-8")).get("code") if inputs.is_file() else None}
-    return about | code | dotted(config) | spent, [(name, table) for name, table in tables if len(table)]
+    about: dict[str, Any] = {"run": str(directory), "group": directory.parent.name, "state": _state(directory)}
+    about["code"] = read_json(directory / "inputs.json").get("code")
+    return about | dotted(config) | spent, [(name, table) for name, table in tables if len(table)]
 
 
-def _answers(directory: Path, texts: bool) -> Iterator[Any]:
+def _answers(directory: Path, texts: bool) -> Iterator[pa.Table]:
     """The answers of each file ``evaluation/<when>/<evaluation>/<set>_t<temperature>.jsonl``."""
     for path in sorted(directory.glob("evaluation/[!.]*/[!.]*/[!.]*.jsonl")):
         name, _, temperature = path.stem.rpartition("_t")
         about = {"when": path.parts[-3], "evaluation": path.parts[-2], "set": name, "temperature": float(temperature)}
-        yield _with(pd.DataFrame(read_lines(path)) if texts else _table(path, NUMBERS), about)
+        columns = pa.schema([*NUMBERS, *TEXTS]) if texts else NUMBERS
+        yield _with(_table(path, columns, "infer" if texts else "ignore"), about)
 
 
-def _table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
-    """A file of JSON lines without text of a model's, or the columns of ``schema`` alone; several times ``read_lines``.
+def _table(path: Path, schema: pa.Schema | None = None, other_columns: str = "infer") -> pa.Table:
+    """A file of JSON lines with the columns of ``schema``; ``other_columns`` are inferred or ignored.
 
     A last line still being written is left out.
     """
     whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
     if not whole:
         return pa.table({})
-    parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore" if schema else "infer")
+    parse = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=other_columns)
     block = pa.json.ReadOptions(use_threads=False, block_size=len(whole) + 1)  # a column's type is the whole file's
     return pa.json.read_json(pa.BufferReader(whole), block, parse)
 
 
-def _with(table: Any, about: Mapping[str, Any]) -> Any:
+def _with(table: pa.Table, about: Mapping[str, Any]) -> pa.Table:
     """A table with one more column, the same value in all rows, for each key of ``about``, at its left."""
     for place, (name, value) in enumerate(about.items()):
-        if isinstance(table, pd.DataFrame):
-            table.insert(place, name, value)
-        else:
-            table = table.add_column(place, name, pa.repeat(value, len(table)))
+        table = table.add_column(place, name, pa.repeat(value, len(table)))
     return table
 
 
-def _joined(tables: list[Any]) -> pd.DataFrame:
+def _joined(tables: list[pa.Table]) -> pd.DataFrame:
     """Tables of one kind under each other."""
-    if tables and isinstance(tables[0], pa.Table):
-        whole = pa.concat_tables(tables, promote_options="permissive")
-        tables.clear()  # so that each column's memory is free as soon as pandas has the column
-        return whole.to_pandas(split_blocks=True, self_destruct=True)
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    whole = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+    tables.clear()  # so that each column's memory is free as soon as pandas has the column
+    return whole.to_pandas(split_blocks=True, self_destruct=True)
 
 
 def _state(directory: Path) -> str:

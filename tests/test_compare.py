@@ -3,16 +3,14 @@
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 from comparison import write_run
 
 from pspo.base.schema import ConfigError
 from pspo.compare import __main__ as command
-from pspo.compare.arms import Selection, group, scores
-from pspo.compare.comparison import choose, compare
+from pspo.compare.arms import Selection, group, samples
+from pspo.compare.comparison import choose, compare, tables
 from pspo.compare.published import PUBLISHED, beside, cost
-from pspo.compare.tables import tables
 from pspo.results import load
 
 GREEDY = Selection("gsm8k")
@@ -34,6 +32,11 @@ def outputs(tmp_path):
         for arm, (overrides, gain) in enumerate(zip(ALPHAS, (0.0, 0.3), strict=True)):
             write_run(tmp_path / "demo", overrides, seed, answers(10 + 10 * arm + seed, 0.5 + gain))
     return tmp_path / "demo"
+
+
+def scores(group, selection):
+    """Each arm's mean score over samples, seeds × problems."""
+    return {label: totals / counts for label, (totals, counts) in samples(group, selection).items()}
 
 
 def run(monkeypatch, *arguments):
@@ -159,7 +162,9 @@ def test_verdicts_say_what_the_design_can_see(outputs):
     assert (rows["low"] < rows["difference"]).all()
     assert (rows["difference"] < rows["high"]).all()
     assert rows["p_holm"].tolist() == sorted(rows["p_holm"], reverse=rows["p"].is_monotonic_decreasing)
-    assert any("3 seeds: ranks alone decide nothing" in note for note in result.notes)
+    assert any(
+        "is over the 2 differences shown that have one test, t over seeds and problems" in n for n in result.notes
+    )
 
 
 def test_the_same_answers_are_no_difference(tmp_path):
@@ -176,7 +181,8 @@ def test_two_single_models_get_mcnemar_and_wilson(tmp_path):
     write_run(tmp_path / "demo", CLIP, 0, right)
     result = compare(group(load(tmp_path / "demo")), [GREEDY])
     (row,) = result.differences.to_dict("records")
-    assert row["p"] == row["p_mcnemar"] == pytest.approx(2 * 0.5**10)
+    assert row["test"] == "McNemar"
+    assert row["p"] == row["p_holm"] == pytest.approx(2 * 0.5**10)
     low, high = result.arms.set_index("arm").loc["noclip", ["low", "high"]]
     assert (low, high) == pytest.approx((0.35199, 0.64801), abs=1e-4)  # Wilson of 20 in 40
     assert any("one seed" in note for note in result.notes)
@@ -193,7 +199,7 @@ def test_pass_at_k_of_sampled_answers(tmp_path):
             temperature=0.8,
         )
     found = group(load(tmp_path / "demo"))
-    (selection,) = choose(found, [], None, [], "after", "correct")
+    (selection,) = choose(found, {})
     assert (selection.evaluation, selection.temperature) == ("paper", 0.8)
     table = compare(found, [selection]).pass_at_k.set_index("k")["pass_at_k"]
     assert table.to_dict() == pytest.approx({1: (1 / 4 + 0 + 1) / 3, 2: (1 / 2 + 0 + 1) / 3, 4: 2 / 3})
@@ -210,33 +216,27 @@ def test_selections_default_to_greedy_at_the_lowest_temperature(tmp_path):
             tmp_path / "demo", NOCLIP, 0, answers(0), evaluation=evaluation, test_set=test_set, temperature=temperature
         )
     found = group(load(tmp_path / "demo"))
-    assert choose(found, [], None, [], "after", "correct") == [GREEDY]
-    paper = choose(found, [], "paper", [], "after", "strict")
+    assert choose(found, {}) == [GREEDY]
+    paper = choose(found, {"evaluation": ["paper"]}, score="strict")
     assert [(s.set, s.temperature, s.score) for s in paper] == [("gsm8k", 0.2, "strict"), ("svamp", 0.4, "strict")]
-    assert [s.temperature for s in choose(found, ["gsm8k"], "paper", [0.8], "after", "correct")] == [0.8]
-    for asked, words in (
-        ((["svamp"], None, [], "after"), "unknown set svamp; known: gsm8k"),
-        (([], "judge", [], "after"), "unknown evaluation judge; known: greedy, paper"),
-        (([], None, [0.3], "after"), r"unknown temperature 0\.3.*; known: 0\.0"),
-        (([], None, [], "before"), "answers there are: after"),
+    wanted = {"set": ["gsm8k"], "evaluation": ["paper"], "temperature": [0.8]}
+    assert [s.temperature for s in choose(found, wanted)] == [0.8]
+    for wanted, words in (
+        ({"set": ["svamp"]}, "unknown set svamp; known: gsm8k"),
+        ({"evaluation": ["judge"]}, "unknown evaluation judge; known: greedy, paper"),
+        ({"temperature": [0.3]}, r"unknown temperature 0\.3.*; known: 0\.0"),
+        ({"when": ["before"]}, "unknown when before; known: after"),
     ):
         with pytest.raises(ConfigError, match=words):
-            choose(found, *asked, "correct")
+            choose(found, wanted)
 
 
-def test_the_command_fits_eighty_columns_and_writes_tables(outputs, monkeypatch, capsys, tmp_path):
+def test_the_command_fits_eighty_columns(outputs, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    files = ["--csv", tmp_path / "all.csv", "--latex", tmp_path / "all.tex"]
-    run(monkeypatch, outputs, "--against", "pspo_geometric alpha=0.5", *files)
+    run(monkeypatch, outputs, "--against", "pspo_geometric alpha=0.5")
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("minus pspo_geometric alpha=0.5, points" in line for line in lines)
-    table = pd.read_csv(tmp_path / "all.csv")
-    assert table["table"].value_counts().to_dict() == {"arms": 3, "differences": 2}
-    text = (tmp_path / "all.tex").read_text()
-    assert text.count(r"\begin{table}") == 2
-    assert r"pspo\_geometric alpha=0.1" in text
-    assert r"arms, \%" in text
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_command_fits_eighty_columns_and_writes_tables(outputs, monkeypatch,
         (["missing"], "missing"),
         (["demo", "--set", "mmlu"], "unknown set mmlu; known: gsm8k"),
         (["demo", "--against", "ppo"], "unknown arm ppo"),
-        (["demo", "--csv", "no/such/folder/x.csv"], "no/such/folder"),
+        (["demo", "--page", "no/such/folder/x.html"], "no/such/folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(outputs, monkeypatch, capsys, arguments, words):
@@ -274,13 +274,41 @@ def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path, monkeyp
     assert np.isnan(hours["paper_qwen1_5b_clip"])
     assert cost(found, step_s=3.6)["gpu_hours"].tolist() == pytest.approx([5 * 1311 / 1000] * 6)
     run(monkeypatch, tmp_path / "pap*", "--published")
-    assert "published 17.6 %" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "published 17.6 %" in shown
+    assert "together" in shown
+
+
+def test_without_a_measured_arm_the_published_table_has_no_cost(outputs, monkeypatch, capsys):
+    run(monkeypatch, outputs, "--published")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no arm here" in shown
+    assert "give --step-s" in shown
+    assert "together" not in shown
+
+
+def test_holms_family_is_the_differences_with_one_kind_of_test(outputs):
+    write_run(outputs.parent / "evaluate", ["budget.steps=0"], 0, answers(5))
+    result = compare(group(load([outputs, outputs.parent / "evaluate"])), [GREEDY])
+    rows = result.differences.set_index("arm")
+    assert rows["test"].tolist() == ["t over seeds and problems", "t over seeds and problems", "t over problems"]
+    assert rows.loc["untrained", "p_holm"] == rows.loc["untrained", "p"]  # one of its kind
+    alone = compare(group(load(outputs)), [GREEDY]).differences.set_index("arm")
+    assert rows["p_holm"].drop("untrained").tolist() == alone["p_holm"].tolist()
+
+
+def test_a_run_of_another_version_is_named_and_left_out(outputs):
+    old = write_run(outputs, CLIP, 0, answers(0))
+    (old / "config.yaml").write_text((old / "config.yaml").read_text() + "no_such_key: 1\n")
+    found = group(load(outputs))
+    assert "clip" not in found.arms
+    assert [old.name in sentence and "another version" in sentence for sentence in found.left_out] == [True]
 
 
 def test_only_numbers_that_are_missing_are_left_blank(tmp_path):
     for name in ("nano", "other"):
         (tmp_path / name).mkdir()
         write_run(tmp_path / "demo", [*NOCLIP, "model=hf", f"model.path={tmp_path / name}"], 0, answers(0))
-    (_, texts, _), *_ = tables(compare(group(load(tmp_path / "demo")), [GREEDY]))
-    assert texts["arm"].tolist() == ["model.path=nano", "model.path=other"]
-    assert "IQM" not in texts
+    table, *_ = tables(compare(group(load(tmp_path / "demo")), [GREEDY]))
+    assert table.shown["arm"].tolist() == ["model.path=nano", "model.path=other"]
+    assert "IQM" not in table.shown

@@ -46,10 +46,9 @@ def test_what_is_sent_are_the_panels_of_the_page_grouped_by_arm(directory, serve
     assert list(sent) == list(SECTIONS)
     for name, panels in SECTIONS.items():
         lines = [config for kind, config in sent[name] if kind == "Run History Line Plot"]
-        parts = [part for panel in panels for part in panel.parts()]
-        assert [config["chartTitle"] for config in lines] == [part.title for part in parts]
-        assert [config["metrics"] for config in lines] == [list(part.curves) for part in parts]
-        assert [config.get("yLogScale", False) for config in lines] == [part.log for part in parts]
+        assert [config["chartTitle"] for config in lines] == [panel.title for panel in panels]
+        assert [config["metrics"] for config in lines] == [list(panel.curves) for panel in panels]
+        assert [config.get("yLogScale", False) for config in lines] == [panel.log for panel in panels]
         assert {(config["groupAgg"], config["groupArea"]) for config in lines} == {("mean", "minmax")}
     kinds = [kind for kind, _ in sent["Evaluation"]]
     assert kinds[-3:] == ["Bar Chart", "Weave", "Media Browser"]

@@ -14,17 +14,15 @@ from benchmarks.comparison import ATTACK, arms, make_group
 from pspo.compare import figures
 from pspo.compare.arms import group, selections
 from pspo.compare.comparison import choose, compare
-from pspo.compare.figures import Style
 from pspo.compare.page import write_page
-from pspo.report.panels import SECTIONS
+from pspo.report.panels import SECTIONS, Panel
 from pspo.results import load
 
 
 def page_of(directory):
     """The page as ``python -m pspo.compare`` writes it."""
     runs = group(load(directory, texts=False))
-    chosen = choose(runs, [], None, [], "after", "correct")
-    return write_page(runs, compare(runs, chosen), directory / "comparison.html")
+    return write_page(compare(runs, choose(runs, {})), directory / "comparison.html")
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +54,15 @@ def test_page_has_a_figure_for_each_question(text):
     for part in (
         "Accuracy: training, sampled", "Accuracy: embedded, greedy", "Difference from noclip: embedded, greedy",
         "Accuracy over objective.alpha: embedded, greedy", "Accuracy over the temperature: embedded, paper",
-        "pass@k: embedded, temperature 0.8", "Length of answers: embedded, greedy",
-        "Truncated answers: embedded, greedy",
-        "Effective sample size, share of tokens by inner step", "Where the time goes",
+        "pass@k: embedded, temperature 0.8", "Length of correct answers", "Truncated completions",
+        "Effective sample size, share of tokens by inner step",
     ):  # fmt: skip
         assert any(part in title for title in titles), part
     positions = [text.index(f"<h2>{title}</h2>") for title in ("What differs", "Outcome", *SECTIONS)]
     assert positions == sorted(positions)
     for title in ("arms, %", "minus noclip, points"):
         assert f">embedded, greedy: {title}</h3>" in text
+    assert ">Where the time goes: seconds per step</h3>" in text
 
 
 def test_every_figure_is_one_that_plotly_knows(text):
@@ -104,7 +102,7 @@ def test_the_same_runs_have_the_same_page(directory, text, tmp_path):
 def test_tables_are_files_too(text, directory):
     links = dict(re.findall(r'download="(.+?)" href="data:text/[\w-]+;charset=utf-8,(.*?)"', text))
     runs = group(load(directory, texts=False))
-    expected = compare(runs, choose(runs, [], None, [], "after", "correct"))
+    expected = compare(runs, choose(runs, {}))
     numbers = pd.read_csv(io.StringIO(urllib.parse.unquote(links["embedded_greedy_arms.csv"])))
     pd.testing.assert_frame_equal(numbers, expected.arms, check_dtype=False)
     latex = urllib.parse.unquote(links["embedded_greedy_minus_noclip_points.tex"])
@@ -167,33 +165,41 @@ def rows_of(values):
     )
 
 
+PANEL = Panel("t", {"m": ""})
+
+
 def test_a_curve_is_the_mean_over_runs_with_a_band_from_the_lowest_to_the_highest():
-    figure = figures.curves(rows_of([(1, 1.0, 3.0), (2, 2.0, 6.0)]), ["x"], "step", "m", "t")
+    (figure,) = figures.curves(rows_of([(1, 1.0, 3.0), (2, 2.0, 6.0)]), ["x"], "step", PANEL)
     band, line = figure.traces
     assert (line["x"], line["y"]) == ([1, 2], [2, 4])
     assert (band["x"], band["y"]) == ([1, 2, 2, 1], [3, 6, 2, 1])
-    assert figures.curves(rows_of([(1, None, None)]), ["x"], "step", "m", "t") is None
-    assert figures.curves(rows_of([(1, 1.0, 2.0)]), ["x"], "step", "unknown", "t") is None
+    assert not [*figures.curves(rows_of([(1, None, None)]), ["x"], "step", PANEL)]
+    assert not [*figures.curves(rows_of([(1, 1.0, 2.0)]), ["x"], "step", Panel("t", {"unknown": ""}))]
 
 
 def test_long_curves_are_averaged_in_windows_that_end_at_their_step():
     values = [(step, float(step), float(step)) for step in range(1, 201)]
-    (_, line) = figures.curves(rows_of(values), ["x"], "step", "m", "t").traces
+    (figure,) = figures.curves(rows_of(values), ["x"], "step", PANEL)
+    (line,) = figure.traces
     assert line["x"] == list(range(2, 201, 2))
     assert line["y"] == [step - 0.5 for step in line["x"]]
 
 
 def test_marks_are_told_apart_without_colour():
-    styles = [Style.of(arm) for arm in range(42)]
-    assert len({(style.dash, style.symbol) for style in styles}) == 42
-    assert len({style.dash for style in styles[:6]}) == 6
+    styles = [figures.style(arm) for arm in range(42)]
+    assert len({(style["dash"], style["symbol"]) for style in styles}) == 42
+    assert len({style["dash"] for style in styles[:6]}) == 6
+    assert all(len(signs) == 1 for signs in ({style["sign"] for style in styles[n::7]} for n in range(7)))
 
 
 def test_an_interval_and_its_numbers_survive_the_drawing():
-    figure = figures.forest({"<a>": (1.0, 0.5, 2.5)}, ["<a>"], "t", "x", zero=True)
+    rows = pd.DataFrame([{"arm": "<a>", "value": 1.0, "low": 0.5, "high": 2.5}])
+    figure = figures.forest(rows, ["<a>"], "t", "x", zero=True)
     (trace,) = figure.traces
     assert (trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"]) == ([1], [1.5], [0.5])
     assert figure.layout["yaxis"]["ticktext"] == ["&lt;a&gt;"]
+    (line,) = figures.intervals(rows.assign(k=2), ["<a>"], "k", "t").traces
+    assert (line["x"], line["error_y"]["array"]) == (["2"], [1.5])
     assert figures.short([1 / 3, float("nan"), float("inf")]) == [0.3333, None, None]
 
 

@@ -23,7 +23,7 @@ def make_run(directory, steps=3, correct=(False, True)):
     for when, is_correct in zip(("before", "after"), correct, strict=True):
         folder = directory / "evaluation" / when / "greedy"
         folder.mkdir(parents=True)
-        line = json.dumps({"problem": "p1", "completion": "#### 4", "correct": is_correct})
+        line = json.dumps({"problem": "p1", "completion": "#### 4", "answer": "2026-01-01", "correct": is_correct})
         (folder / "my_set_t0.jsonl").write_text(line + "\n")
     return directory
 
@@ -35,14 +35,13 @@ def test_a_run_becomes_data_frames(tmp_path):
         "group", 4, "unfinished", "clip", 0.2,
     ]  # fmt: skip
     assert run["spent.prompts"] == 16
-    assert results.config(run["run"])["objective"] == {"name": "clip", "eps_low": 0.2}
-    assert results.summary(run["run"]) == {}
     assert results.steps["step"].tolist() == [0, 1, 2]  # the row still being written is left out
     assert pd.isna(results.steps["reward/mean"][0])
     assert results.steps["reward/mean"][2] == 0.5
     assert results.inner_steps.empty
     assert results.answers.set_index("when")["correct"].to_dict() == {"before": False, "after": True}
     assert set(results.answers["set"]) == {"my_set"}
+    assert set(results.answers["answer"]) == {"2026-01-01"}  # a text, whatever it looks like
     assert set(results.answers["evaluation"]) == {"greedy"}
     assert set(results.answers["temperature"]) == {0.0}
     assert "completion" not in load(tmp_path / "group" / "a", texts=False).answers

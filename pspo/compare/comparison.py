@@ -1,10 +1,12 @@
 """The tables of a comparison: each arm's score, its difference from a reference arm, pass@k, and a verdict in words."""
 
 import dataclasses
-import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,34 @@ from pspo.compare.statistics import Floats
 
 BOOTSTRAP_COVERAGE = {3: (85, 99), 5: (90, 99), 10: (94, 99)}
 """Measured coverage in per cent of the bootstrap's 95 % interval, by seeds, with large and with small seed variance."""
-DEFAULT_REFERENCE, DEFAULT_EVALUATION = "noclip", "greedy"
+DEFAULT_REFERENCE = "noclip"
+DEFAULTS = {"when": "after", "evaluation": "greedy"}
+COLUMNS = {
+    "arms": {"arm": "{arm}", "seeds": "{seeds}", "mean": "{mean:.1f}", "95 %": "[{low:.1f}, {high:.1f}]",
+             "bootstrap": "[{bootstrap_low:.1f}, {bootstrap_high:.1f}]", "IQM": "{iqm:.1f}"},
+    "differences": {"arm": "{arm}", "points": "{difference:+.1f}", "95 %": "[{low:+.1f}, {high:+.1f}]",
+                    "bootstrap": "[{bootstrap_low:+.1f}, {bootstrap_high:+.1f}]", "p": "{p:.3f}",
+                    "Holm": "{p_holm:.3f}", "sees": "±{detectable:.1f}", "verdict": "{verdict}"},
+    "pass_at_k": {"arm": "{arm}", "k": "{k}", "pass@k": "{pass_at_k:.1f}", "bootstrap": "[{low:.1f}, {high:.1f}]"},
+}  # fmt: skip
+"""The columns of each table, and how a row of a comparison's frame, shares in per cent, is written in them."""
+SHARES = ["mean", "low", "high", "bootstrap_low", "bootstrap_high", "iqm", "difference", "detectable", "pass_at_k"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: ``shown`` has it as text, for people, ``numbers`` with all digits, for programs."""
+
+    title: str
+    shown: pd.DataFrame
+    numbers: pd.DataFrame
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The numbers as CSV and the text as LaTeX with booktabs: name of each file -> an address that holds it."""
+        name, latex = re.sub(r"[^\w.@]+", "_", self.title).strip("_"), self.shown.to_latex(index=False, escape=True)
+        csv = "data:text/csv;charset=utf-8," + quote(self.numbers.to_csv(index=False))
+        return {f"{name}.csv": csv, f"{name}.tex": "data:text/x-tex;charset=utf-8," + quote(latex)}
 
 
 @dataclass(frozen=True)
@@ -29,9 +58,10 @@ class Comparison:
         against: the reference arm's label.
         arms: ``mean`` with its 95 % interval ``low``, ``high``; ``seed_std``; the bootstrap's interval of the mean;
             from four seeds on ``iqm`` with the bootstrap's interval.
-        differences: arm − reference: ``difference`` with ``low``, ``high``, the bootstrap's interval, ``p``,
-            ``p_holm``, the smallest ``detectable`` difference, ``seeds_needed``, ``paired`` and ``verdict``; of several
-            seeds ``improvement`` (probability of improvement) and ``p_rank``; of two single models ``p_mcnemar``.
+        differences: arm − reference: ``difference`` with ``low``, ``high``, the bootstrap's interval, the kind of
+            ``test``, ``p``, ``p_holm`` over all differences with that kind of test, the smallest ``detectable``
+            difference, ``seeds_needed``, ``paired`` and ``verdict``; of several seeds ``improvement``, the probability
+            of improvement.
         pass_at_k: ``k``, ``pass_at_k``, ``low``, ``high`` of arms with several samples a problem.
         notes: what the numbers cannot say.
     """
@@ -51,47 +81,60 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
     for selection in chosen:
         about = {"selection": str(selection)} | dataclasses.asdict(selection)
         totals_of = {label: table for label, table in samples(group, selection).items() if table[0].shape[1] > 1}
-        tables = {label: totals / counts for label, (totals, counts) in totals_of.items()}
-        arms += [about | _arm(label, table) for label, table in tables.items()]
-        if (b := tables.get(reference)) is not None:
-            differences += [about | _difference(a, tables[a], reference, b) for a in tables if a != reference]
+        scores = {label: totals / counts for label, (totals, counts) in totals_of.items()}
+        arms += [about | _arm(label, table) for label, table in scores.items()]
+        if (b := scores.get(reference)) is not None:
+            differences += [about | _difference(a, scores[a], reference, b) for a in scores if a != reference]
         for label, (totals, counts) in totals_of.items():
             passes += [about | row for row in _passes(label, totals.to_numpy(), counts.to_numpy())]
     if not arms:
-        raise ConfigError(
-            f"no arm has two answers to {', '.join(map(str, chosen))}; python -m pspo.evaluate makes them"
-        )
-    for row, p_holm in zip(differences, statistics.holm([row["p"] for row in differences]), strict=True):
-        row["p_holm"] = p_holm
-        row["verdict"] = _verdict(row)
-    return Comparison(
-        group, reference, pd.DataFrame(arms), pd.DataFrame(differences), pd.DataFrame(passes), _notes(arms, differences)
-    )
+        missing = ", ".join(map(str, chosen)) or "any test set"
+        raise ConfigError(f"no arm has two answers to {missing}; python -m pspo.evaluate makes them")
+    for test in dict.fromkeys(row["test"] for row in differences):
+        family = [row for row in differences if row["test"] == test]
+        for row, p_holm in zip(family, statistics.holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = p_holm
+            row["verdict"] = _verdict(row)
+    rows_of = {"arms": arms, "differences": differences, "pass_at_k": passes}
+    frames = {name: pd.DataFrame(rows or {column: [] for column in about}) for name, rows in rows_of.items()}
+    return Comparison(group, reference, **frames, notes=_notes(arms, differences))
 
 
-def choose(
-    group: Group, sets: Sequence[str], evaluation: str | None, temperatures: Sequence[float], when: str, score: str
-) -> list[Selection]:
-    """The selections asked for: by default all sets of the evaluation ``greedy``, at the lowest temperature.
+def choose(group: Group, wanted: Mapping[str, Sequence[Any]], score: str = "correct") -> list[Selection]:
+    """The selections with the ``wanted`` values of the answers' columns ``WHERE``.
 
-    Raises ConfigError for what no arm has answered, with what there is.
+    By default greedy answers to all sets after training; of another evaluation, those at the lowest temperature.
+    Raises ConfigError for a value that no arm's answers have, with the values that they have.
     """
-    known = [s for s in selections(group) if s.when == when]
-    if not known:
-        whens = ", ".join(dict.fromkeys(s.when for s in selections(group))) or "none"
-        raise ConfigError(f"--when {when}: no run has such answers; answers there are: {whens}")
-    evaluations = list(dict.fromkeys(s.evaluation for s in known))
-    evaluation = evaluation or (DEFAULT_EVALUATION if DEFAULT_EVALUATION in evaluations else evaluations[0])
-    asked_by_name: dict[str, Sequence[Any]] = {"evaluation": [evaluation], "set": sets, "temperature": temperatures}
-    for name, asked in asked_by_name.items():
-        there = list(dict.fromkeys(getattr(s, name) for s in known))
-        for value in asked:
-            if value not in there:
-                raise unknown(str(value), map(str, there), name)
-        known = [s for s in known if not asked or getattr(s, name) in asked]
-    lowest = {s.set: min(other.temperature for other in known if other.set == s.set) for s in known}
-    found = [s for s in known if temperatures or s.temperature == lowest[s.set]]
-    return [dataclasses.replace(s, score=score) for s in found]
+    known = selections(group)
+    for name in ("when", "evaluation", "set", "temperature"):
+        answered = sorted({getattr(s, name) for s in known})
+        values = wanted.get(name) or answered
+        if name in DEFAULTS and not wanted.get(name):
+            values = [DEFAULTS[name]] if DEFAULTS[name] in answered else answered[:1]
+        for value in values:
+            if value not in answered:
+                raise unknown(str(value), map(str, answered), name)
+        known = [s for s in known if getattr(s, name) in values]
+    lowest = {s.set: s.temperature for s in sorted(known, key=lambda s: -s.temperature)}
+    chosen = [s for s in known if wanted.get("temperature") or s.temperature == lowest[s.set]]
+    return [dataclasses.replace(s, score=score) for s in chosen]
+
+
+def tables(comparison: Comparison) -> Iterator[Table]:
+    """Every table, selection by selection."""
+    units = {"arms": "arms, %", "differences": f"minus {comparison.against}, points", "pass_at_k": "pass@k, %"}
+    for selection in comparison.arms["selection"].unique():
+        for name, columns in COLUMNS.items():
+            frame: pd.DataFrame = getattr(comparison, name)
+            if len(rows := frame[frame["selection"] == selection]):
+                percent = rows.reindex(columns=rows.columns.union(SHARES))
+                percent[SHARES] *= 100
+                cells = [[text.format(**row) for text in columns.values()] for row in percent.to_dict("records")]
+                texts = pd.DataFrame(cells, columns=list(columns)).replace(
+                    {r"^\[?[+-]?nan(, [+-]?nan\])?$": "", r"^0\.000$": "<.001"}, regex=True
+                )
+                yield Table(f"{selection}: {units[name]}", texts.loc[:, (texts != "").any()], rows)
 
 
 def _arm(label: str, table: pd.DataFrame) -> dict[str, Any]:
@@ -103,27 +146,27 @@ def _arm(label: str, table: pd.DataFrame) -> dict[str, Any]:
         low, high = wilson_interval(of_mean.mean * values_SP.shape[1], values_SP.shape[1])
     row = {"arm": label, "seeds": len(seed_S), "problems": values_SP.shape[1], "mean": of_mean.mean}
     row |= {"low": low, "high": high, "seed_std": float(seed_S.std(ddof=1)) if len(seed_S) > 1 else np.nan}
-    row |= _interval("bootstrap", statistics.percentiles(draws_BS.mean(1)))
+    row |= statistics.percentiles(draws_BS.mean(1), "bootstrap_")
     if len(seed_S) >= statistics.MIN_TRIMMED_SEEDS:
         row["iqm"] = float(statistics.interquartile_mean(seed_S))
-        row |= _interval("iqm", statistics.percentiles(statistics.interquartile_mean(draws_BS)))
+        row |= statistics.percentiles(statistics.interquartile_mean(draws_BS), "iqm_")
     return row
 
 
 def _difference(label: str, table: pd.DataFrame, against: str, reference: pd.DataFrame) -> dict[str, Any]:
     """An arm's difference from the reference arm; the test of two single models is McNemar's."""
-    found = statistics.difference(table, reference)
-    of_mean, a_SP, b_SP = found.estimate, table.to_numpy(), reference.to_numpy()
-    row = {"arm": label, "against": against, "paired": found.paired, "seeds": min(len(a_SP), len(b_SP))}
-    row |= {"problems": a_SP.shape[1], "difference": of_mean.mean, "p": of_mean.p}
+    of_mean, draws_B, paired = statistics.difference(table, reference)
+    a_SP, b_SP = table.to_numpy(), reference.to_numpy()
+    row: dict[str, Any] = {"arm": label, "against": against, "paired": paired, "seeds": min(len(a_SP), len(b_SP))}
+    row |= {"problems": a_SP.shape[1], "difference": of_mean.mean, "test": "t over problems", "p": of_mean.p}
     row |= {"low": of_mean.mean - of_mean.half_width, "high": of_mean.mean + of_mean.half_width}
-    row |= _interval("bootstrap", statistics.percentiles(found.draws_B))
+    row |= statistics.percentiles(draws_B, "bootstrap_")
     row |= {"detectable": of_mean.detectable, "seeds_needed": of_mean.seeds_needed}
-    if len(a_SP) > 1 and len(b_SP) > 1:
-        improvement, p_rank = statistics.probability_of_improvement(a_SP.mean(1), b_SP.mean(1))
-        row |= {"improvement": improvement, "p_rank": p_rank}
-    elif len(a_SP) == len(b_SP) == 1 and found.paired == "problems" and _is_binary(np.concatenate([a_SP, b_SP])):
-        row["p"] = row["p_mcnemar"] = statistics.mcnemar(a_SP[0], reference[table.columns].to_numpy()[0])
+    if row["seeds"] > 1:
+        improvement = statistics.probability_of_improvement(a_SP.mean(1), b_SP.mean(1))
+        row |= {"test": "t over seeds and problems", "improvement": improvement}
+    elif len(a_SP) == len(b_SP) and paired == "problems" and _is_binary(np.concatenate([a_SP, b_SP])):
+        row |= {"test": "McNemar", "p": statistics.mcnemar(a_SP[0], reference[table.columns].to_numpy()[0])}
     return row
 
 
@@ -137,34 +180,25 @@ def _passes(label: str, totals_SP: Floats, counts_SP: Floats) -> Iterator[dict[s
         value_of = {(n, c): pass_at_k(n, c, k) for n, c in np.unique(pairs, axis=0).tolist()}
         values_SP = np.array([value_of[n, c] for n, c in pairs.tolist()]).reshape(totals_SP.shape)
         interval = statistics.percentiles(statistics.bootstrap(values_SP).mean(1))
-        yield {"arm": label, "k": k, "pass_at_k": float(values_SP.mean()), "low": interval[0], "high": interval[1]}
-
-
-def _interval(name: str, ends: tuple[float, float]) -> dict[str, float]:
-    return {f"{name}_low": ends[0], f"{name}_high": ends[1]}
+        yield {"arm": label, "k": k, "pass_at_k": float(values_SP.mean())} | interval
 
 
 def _is_binary(values: Floats) -> bool:
     return bool(np.isin(values, (0, 1)).all())
 
 
-def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return f"{100 * share:+.1f}"
-
-
 def _verdict(row: Mapping[str, Any]) -> str:
     """What the test decides, or else what the design could have seen, and what would see the difference."""
-    size, one_seed = points(row["difference"]), row["seeds"] == 1
+    size, is_one_seed = f"{100 * row['difference']:+.1f}", row["seeds"] == 1
     if row["low"] == row["high"] == 0:
         return "equal: the same score on every problem"
     if row["p_holm"] < statistics.LEVEL:
         verdict = f"{'better' if row['difference'] > 0 else 'worse'}: {size} points"
-        return f"{verdict} between two single models; one seed decides nothing about arms" if one_seed else verdict
+        return f"{verdict} between two single models; one seed decides nothing about arms" if is_one_seed else verdict
     if row["p"] < statistics.LEVEL:
         return f"undecided: {size} points, p {row['p']:.3f} alone, {row['p_holm']:.3f} among all comparisons (Holm)"
     equal = f"equal as far as this design can see: ±{100 * row['detectable']:.1f} points"
-    if row["paired"] == "nothing" or one_seed:
+    if row["paired"] == "nothing" or is_one_seed:
         return equal
     if row["seeds_needed"] is None:
         return f"{equal}; {statistics.MAX_SEEDS} seeds an arm would not see {size}"
@@ -174,22 +208,18 @@ def _verdict(row: Mapping[str, Any]) -> str:
 def _notes(arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> list[str]:
     """What kind of intervals and tests were printed, and what so few seeds cannot decide."""
     sentences = []
-    if single := list(dict.fromkeys(row["arm"] for row in arms if row["seeds"] == 1)):
+    if single := dict.fromkeys(row["arm"] for row in arms if row["seeds"] == 1):
         sentences.append(f"one seed: the interval tells of one trained model, not of its arm ({', '.join(single)})")
     for paired in ("problems", "nothing"):
-        if some := list(dict.fromkeys(row["arm"] for row in differences if row["paired"] == paired)):
-            sentences.append(f"paired over {paired}, not over seeds: {', '.join(some)}")
+        if labels := dict.fromkeys(row["arm"] for row in differences if row["paired"] == paired):
+            sentences.append(f"paired over {paired}, not over seeds: {', '.join(labels)}")
     if several := [row["seeds"] for row in arms if row["seeds"] > 1]:
-        fewest = min(several)
-        if (least := 2 / math.comb(2 * fewest, fewest)) > statistics.LEVEL:
-            sentences.append(
-                f"{fewest} seeds: ranks alone decide nothing, Mann and Whitney's p is at least {least:.2f}"
-            )
-        nearest = min(BOOTSTRAP_COVERAGE, key=lambda seeds: abs(seeds - fewest))
+        nearest = min(BOOTSTRAP_COVERAGE, key=lambda seeds: abs(seeds - min(several)))
         sentences.append(
             "intervals and tests are t over seeds and problems, and hold their 95 and 5 % in simulation; bootstrap "
             "intervals cover {} to {} % at {} seeds".format(*BOOTSTRAP_COVERAGE[nearest], nearest)
         )
-    if len(differences) > 1:
-        sentences.append(f"Holm's correction is over the {len(differences)} differences shown")
+    for test, count in Counter(row["test"] for row in differences).items():
+        if count > 1:
+            sentences.append(f"Holm's correction is over the {count} differences shown that have one test, {test}")
     return sentences

@@ -17,7 +17,6 @@ function draw(element) {
   Plotly.newPlot(element, traces, {
     showlegend: false, dragmode: false, hovermode: "closest", margin: {l: 8, r: 12, t: 8, b: 8},
     font: {family: "system-ui, sans-serif", size: 12, color: "#1f2933"},
-    legend: {orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal"},
     ...layout, xaxis: {...axis, ...layout.xaxis}, yaxis: {...axis, ...layout.yaxis},
   }, config);
 }

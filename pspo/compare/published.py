@@ -1,14 +1,13 @@
 """Published accuracies beside ours with what differs, and what the whole published table costs in GPU-hours."""
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from pspo.base.schema import as_dict, dotted
-from pspo.compare.arms import Group, science_of
+from pspo.compare.arms import Group, settings_of
 from pspo.compare.comparison import Comparison
-from pspo.config import compose, groups
+from pspo.config import compose, groups, read
 
 PAPER_SEEDS = 5
 PAPER, VERSION_2 = "arXiv 2509.21282", "arXiv 2509.21282 version 2, temperature 0"
@@ -25,50 +24,62 @@ PUBLISHED = (
     ("qwen1_5b", "untrained", "gsm8k", "60", HARNESS),
     ("qwen2_math1_5b", "untrained", "gsm8k", "63 to 71", HARNESS),
 )
-"""Model, arm, test set, accuracy in per cent, source. Of noclip the paper says "similar to PSPO", without a number."""
+KEYS = ["model", "published_arm", "set"]
+"""First columns of ``PUBLISHED``, then accuracy in per cent and source. The paper has no number for noclip."""
+
+
+def sentences(comparison: Comparison, step_s: float | None = None) -> Iterator[str]:
+    """Each published number with the arms that it may be held to, then the cost of the published table."""
+    yield "Published, and ours"
+    for row in beside(comparison).to_dict("records"):
+        text = "{model} {published_arm}, {set}: published {published} % ({source}); "
+        ours = "ours {mean:.1%} [{low:.1%}, {high:.1%}], {arm}, {selection}, seeds: {seeds:.0f}; differs in {differs}"
+        yield (text + ("no arm here" if pd.isna(row["arm"]) else ours)).format(**row)
+    yield f"Training the published table, {PAPER_SEEDS} seeds, evaluation aside"
+    costs = cost(comparison.group, step_s)
+    for row in costs.dropna().to_dict("records"):
+        yield "{experiment}: {steps} steps of {step_s:.2f} s, {gpu_hours:.1f} GPU-hours".format(**row)
+    if missing := costs.loc[costs["step_s"].isna(), "experiment"].to_list():
+        yield f"no run here has measured a step of {', '.join(missing)}; give --step-s"
+    if len(missing) < len(costs):
+        yield f"together {costs['gpu_hours'].sum():.0f} GPU-hours"
 
 
 def beside(comparison: Comparison) -> pd.DataFrame:
-    """A row for each published number and each arm of its model and objective; ``arm`` is None where there is none.
+    """A row for each published number and each arm of its model and objective; ``arm`` is NaN where there is none.
 
     ``differs`` has the keys that are not as in the paper's recipe, with their values, ours first.
     """
-    runs = comparison.group.results.runs.set_index("run", drop=False)
-    rows = []
-    for model, kind, test_set, published, source in PUBLISHED:
-        about = {"model": model, "published_arm": kind, "set": test_set, "published": published, "source": source}
-        matching = []
-        for row in comparison.arms.to_dict("records"):
-            run = runs.loc[comparison.group.arms[row["arm"]][0]]
-            ours = run["model.name"], "untrained" if run["budget.steps"] == 0 else run["objective.name"], row["set"]
-            if ours == (model, kind, test_set):
-                matching.append(row | about | {"differs": _differs(run.to_dict(), f"paper_{model}_{kind}")})
-        rows += matching or [about | {"arm": None}]
-    return pd.DataFrame(rows).replace({np.nan: None})
+    group, published = comparison.group, pd.DataFrame(PUBLISHED, columns=[*KEYS, "published", "source"])
+    first = group.runs.reset_index().drop_duplicates("arm").rename(columns={"model.name": "model"})
+    first["published_arm"] = first["objective.name"].where(first["budget.steps"] != 0, "untrained")
+    ours = comparison.arms.merge(first[["arm", "run", "model", "published_arm"]], on="arm")
+    rows = published.merge(ours, how="left", on=KEYS)
+    recipes = "paper_" + rows["model"] + "_" + rows["published_arm"]
+    differs = [_differs(*pair) if isinstance(pair[0], str) else "" for pair in zip(rows["run"], recipes, strict=True)]
+    return rows.assign(differs=differs)
 
 
-def _differs(run: dict[str, Any], experiment: str) -> str:
+def _differs(run: str, experiment: str) -> str:
     if experiment not in groups()["experiment"]:
         return f"what cannot be told: there is no experiment={experiment}"
-    ours, published = science_of(run), science_of(dotted(as_dict(compose([f"experiment={experiment}"]))))
-    keys = [key for key in published if key != "model.path" and ours.get(key) != published[key]]
-    return ", ".join(f"{key} {ours.get(key)} ({published[key]})" for key in keys) or "nothing that is configured"
+    ours, recipe = settings_of(read(Path(run, "config.yaml"))), settings_of(compose([f"experiment={experiment}"]))
+    keys = [key for key in recipe if key != "model.path" and ours.get(key) != recipe[key]]
+    return ", ".join(f"{key} {ours.get(key)} ({recipe[key]})" for key in keys) or "nothing that is configured"
 
 
 def cost(group: Group, step_s: float | None = None) -> pd.DataFrame:
     """GPU-hours to train every recipe ``experiment=paper_*`` with the paper's five seeds; evaluation comes on top.
 
-    Seconds a step are ``step_s``, else the median of the group's steps by the same model and objective, else by the
-    same model; NaN where no run has that model.
+    Seconds a step are ``step_s``, else the median of the group's steps by the same model, NaN where there is no step.
     """
-    names, rows = group.results.runs[["run", "model.name", "objective.name"]], []
-    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).merge(names, on="run")
+    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(group.runs["model.name"], on="run")
+    rows = []
     for name in groups()["experiment"]:
         if name.startswith("paper_"):
             recipe = compose([f"experiment={name}"])
-            same = steps[steps["model.name"] == recipe.model.name]
-            own = same[same["objective.name"] == recipe.objective.name]
-            seconds = (own if len(own) else same)["time/step_s"].median() if step_s is None else step_s
+            measured = steps.loc[steps["model.name"] == recipe.model.name, "time/step_s"]
+            seconds = measured.median() if step_s is None else step_s
             hours = PAPER_SEEDS * (recipe.budget.steps or 0) * seconds / 3600
             rows.append({"experiment": name, "steps": recipe.budget.steps, "step_s": seconds, "gpu_hours": hours})
     return pd.DataFrame(rows)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,7 @@ LEVEL, POWER = 0.05, 0.8
 TRIMMED_SHARE, MIN_TRIMMED_SEEDS = 0.25, 4
 """The interquartile mean leaves out this share of the seeds at each end, and needs so many seeds."""
 BOOTSTRAP_DRAWS = 2000
-MAX_SEEDS = 100
-"""Seeds an arm beyond which ``seeds_needed`` does not look."""
+MAX_SEEDS = 100  # an arm, beyond which ``seeds_needed`` does not look
 
 
 @dataclass(frozen=True)
@@ -115,11 +114,9 @@ def estimate(values_SP: Floats) -> Estimate:
     """The mean of scores or of paired differences over seeds and problems, both random.
 
     Var(mean) = MS_seeds / SP + max(MS_problems − MS_rest, 0) / SP, that is σ²_u / S + σ²_v / P + σ²_e / SP. One seed
-    has the problems' part alone: then the mean is of that one model. Raises ValueError for fewer than two problems.
+    has the problems' part alone: then the mean is of that one model. There must be two problems or more.
     """
     num_seeds, num_problems = values_SP.shape
-    if num_problems < 2:
-        raise ValueError(f"an interval needs two problems, got {num_problems}")
     if num_seeds == 1:
         parts = [Part(float(values_SP.var(ddof=1)) / num_problems, num_problems, "problems")]
     else:
@@ -128,24 +125,16 @@ def estimate(values_SP: Floats) -> Estimate:
     return Estimate(float(values_SP.mean()), tuple(parts))
 
 
-class Difference(NamedTuple):
-    """The difference of two arms' means with its bootstrap draws, paired over "seeds and problems", …, "nothing"."""
+def difference(a: pd.DataFrame, b: pd.DataFrame) -> tuple[Estimate, Floats, str]:
+    """The difference of the means of two arms' scores, seeds × problems, its bootstrap draws, and what pairs the arms.
 
-    estimate: Estimate
-    draws_B: Floats
-    paired: str
-
-
-def difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
-    """The difference of the means of two arms' scores, seeds × problems, paired over all that they share.
-
-    Arms of different problems are not paired. Arms of the same problems with fewer than two shared seeds are paired
-    over problems: seeds in their order, which are independent, or the single model of one arm with all of the other.
+    They are paired over "seeds and problems"; with fewer than two shared seeds over "problems": seeds in their order,
+    which are independent, or the single model of one arm with all of the other; arms of other problems by "nothing".
     """
     if set(a.columns) != set(b.columns):
         one, other = estimate(a.to_numpy()), estimate(b.to_numpy())
         draws_B = bootstrap(a.to_numpy()).mean(1) - bootstrap(b.to_numpy(), stream=1).mean(1)
-        return Difference(Estimate(one.mean - other.mean, one.parts + other.parts), draws_B, "nothing")
+        return Estimate(one.mean - other.mean, one.parts + other.parts), draws_B, "nothing"
     b, shared = b[a.columns], a.index.intersection(b.index)
     paired, fewest = "problems", min(len(a), len(b))
     if len(shared) > 1:
@@ -153,7 +142,7 @@ def difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
     elif fewest > 1:
         a, b = a.iloc[:fewest], b.iloc[:fewest]
     differences_SP = a.to_numpy() - b.to_numpy()
-    return Difference(estimate(differences_SP), bootstrap(differences_SP).mean(1), paired)
+    return estimate(differences_SP), bootstrap(differences_SP).mean(1), paired
 
 
 def bootstrap(values_SP: Floats, *, stream: int = 0) -> Floats:
@@ -173,10 +162,9 @@ def _resampled_problems(count: int, stream: int) -> Floats:
     return generator.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) / count
 
 
-def percentiles(draws_B: Floats) -> tuple[float, float]:
-    """The percentile interval of bootstrap draws."""
-    low, high = np.quantile(draws_B, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(low), float(high)
+def percentiles(draws_B: Floats, prefix: str = "") -> dict[str, float]:
+    """The percentile interval of bootstrap draws: its ends ``low`` and ``high``, after a prefix."""
+    return dict(zip((f"{prefix}low", f"{prefix}high"), np.quantile(draws_B, [LEVEL / 2, 1 - LEVEL / 2]), strict=True))
 
 
 def interquartile_mean(values: Floats) -> Floats:
@@ -184,13 +172,9 @@ def interquartile_mean(values: Floats) -> Floats:
     return np.asarray(stats.trim_mean(values, TRIMMED_SHARE, axis=-1))
 
 
-def probability_of_improvement(a_S: Floats, b_S: Floats) -> tuple[float, float]:
-    """P(A > B) + P(A = B) / 2 over all pairs of seeds, and the p-value of Mann and Whitney's test (1947).
-
-    Its smallest possible p-value is 2 / C(2S, S) for S seeds an arm: 0.1 for three.
-    """
-    result = stats.mannwhitneyu(a_S, b_S)
-    return float(result.statistic) / (len(a_S) * len(b_S)), float(result.pvalue)
+def probability_of_improvement(a_S: Floats, b_S: Floats) -> float:
+    """P(A > B) + P(A = B) / 2 over all pairs of seeds: Mann and Whitney's statistic over the number of pairs."""
+    return float(stats.mannwhitneyu(a_S, b_S).statistic) / (len(a_S) * len(b_S))
 
 
 def mcnemar(a_P: Floats, b_P: Floats) -> float:
@@ -204,8 +188,6 @@ def mcnemar(a_P: Floats, b_P: Floats) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979, Scand. J. Stat. 6:65): max over j ≤ i of (m − j + 1) p_(j), at most 1."""
-    order = np.argsort(p_values, kind="stable")
-    stepped = np.asarray(p_values)[order] * np.arange(len(order), 0, -1)
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.minimum(np.maximum.accumulate(stepped), 1)
-    return [float(p) for p in adjusted]
+    ordered = pd.Series(p_values, dtype=float).sort_values(kind="stable")
+    stepped = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+    return list(stepped.sort_index())

@@ -69,9 +69,9 @@ def judge(arguments: argparse.Namespace) -> None:
 
     people = read_labels(arguments.human) if arguments.human else {}
     compared, name = group(load(arguments.paths)), arguments.model
-    selected = choose(compared, arguments.sets, None, [], "after", "correct")
+    selected = choose(compared, {"set": arguments.sets})
     answers = compared.results.answers.merge(pd.DataFrame(map(asdict, selected)).drop(columns="score"))
-    answers = answers[answers["run"].isin(compared.arm_of.keys()) & (answers["sample"] == 0)]
+    answers = answers[answers["run"].isin(compared.runs.index) & (answers["sample"] == 0)]
     arms = [arm for arm, runs in compared.arms.items() if answers["run"].isin(runs).any()]
     reference = compared.arm(arguments.against or (DEFAULT_REFERENCE if DEFAULT_REFERENCE in arms else arms[0]))
     chosen = items(compared, answers, list(dict.fromkeys([*arms, reference])), arguments.limit)
@@ -82,7 +82,7 @@ def judge(arguments: argparse.Namespace) -> None:
     warnings += [f"{arm} has no such answers and is not judged" for arm in compared.arms if arm not in arms]
     for sentence in warnings:
         log.warning("%s", sentence)
-    folder = Path(next(iter(compared.arm_of))).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
+    folder = Path(compared.runs.index[0]).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
     with lock.hold(folder):
         server = Judge(address, folder / "replies.jsonl", **{name: getattr(arguments, name) for name in LIMITS})
         num_before = len(server.replies)

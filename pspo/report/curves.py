@@ -1,36 +1,31 @@
 """The figure of a run: accuracy and reward over steps, and the lengths, divergence and gradients behind them."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pspo.base.figure import GREEN, GREY, name_curves, png, styled, write_png
-from pspo.base.files import read_json
-from pspo.report.metrics import read_metrics
+from pspo.base.figure import GREY, name_curves, png, styled, write_png
+from pspo.base.files import read_lines
 from pspo.report.panels import FIGURE, Panel
 
 LABEL_SPACING = 0.13
 """Share of a panel's height between two curves' names, of two lines each."""
 
-Rows = Sequence[dict[str, Any]]
-
 
 @styled
 def write_curves(directory: Path) -> Path:
-    """Draw ``curves.png`` from metrics.jsonl and summary.json; panels without a metric are left out."""
-    rows, summary = read_metrics(directory), read_json(directory / "summary.json")
+    """Draw ``curves.png`` from metrics.jsonl; panels without a metric are left out."""
+    rows = read_lines(directory / "metrics.jsonl")
     panels = panels_of(rows)
-    columns = max(1, min(3, len(panels)))
-    lines = max(1, math.ceil(len(panels) / columns))
+    columns, lines = min(3, len(panels)) or 1, math.ceil(len(panels) / 3) or 1
     figure = Figure(figsize=(4.9 * columns, 3.3 * lines), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    for subfigure, panel in zip(figure.subfigures(lines, columns, squeeze=False).flat, panels, strict=False):
-        _draw(subfigure, panel, rows, summary)
+    for number, panel in enumerate(panels, start=1):
+        _draw(figure.add_subplot(lines, columns, number), panel, rows)
     if not panels:
         figure.text(0.5, 0.5, "no steps were logged", ha="center", color=GREY)
     path = directory / "curves.png"
@@ -39,43 +34,30 @@ def write_curves(directory: Path) -> Path:
 
 
 @styled
-def panel_images(rows: Rows, summary: dict[str, Any]) -> dict[str, bytes]:
+def panel_images(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Title -> PNG of every panel alone, so that a page can arrange the panels to its width."""
     images = {}
     for panel in panels_of(rows):
         figure = Figure(figsize=(4.9, 3.3), layout="constrained")
-        _draw(figure, panel, rows, summary)
+        _draw(figure.subplots(), panel, rows)
         images[panel.title] = png(figure, dpi=160)
     return images
 
 
-def panels_of(rows: Rows) -> list[Panel]:
+def panels_of(rows: list[dict[str, Any]]) -> list[Panel]:
     """The panels of which a metric was logged."""
-    return [panel for panel in FIGURE if _logged(panel, rows)]
+    return [panel for panel in FIGURE if any(_points(rows, metric) for metric in panel.curves)]
 
 
-def _logged(panel: Panel, rows: Rows) -> list[Panel]:
-    """The panel and the one below it, without a panel of which no metric was logged."""
-    return [part for part in panel.parts() if any(_points(rows, metric) for metric in part.curves)]
-
-
-def _points(rows: Rows, metric: str) -> list[tuple[int, float]]:
+def _points(rows: list[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
     return [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
 
 
-def _draw(figure: Any, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
-    parts = _logged(panel, rows)
-    heights = (2, 1)[: len(parts)]
-    grid = figure.subplots(len(parts), sharex=True, squeeze=False, height_ratios=heights).flat
-    for axes, part in zip(grid, parts, strict=True):
-        _draw_axes(axes, part, rows, summary)
-    axes.set_xlabel("step")
-
-
-def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) -> None:
+def _draw(axes: Axes, panel: Panel, rows: list[dict[str, Any]]) -> None:
     axes.set_title(panel.title)
+    axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
-    names = _draw_tests(axes, summary) if panel.tests else []
+    names = []
     for metric, name in panel.curves.items():
         if points := _points(rows, metric):
             marker = "o" if metric.startswith("validation/") or len(points) == 1 else ""
@@ -83,9 +65,7 @@ def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) ->
             names.append((points[-1][1], name, str(line.get_color())))
     if panel.log:
         axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_locator(LogLocator(base=2, numticks=4))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_major_formatter("{x:g}")
     if panel.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
     low, high = axes.get_ylim()
@@ -98,16 +78,3 @@ def _draw_axes(axes: Axes, panel: Panel, rows: Rows, summary: dict[str, Any]) ->
     axes.set_ylim(low, high)
     if len(names) > 1:
         name_curves(axes, names, LABEL_SPACING)
-
-
-def _draw_tests(axes: Axes, summary: dict[str, Any]) -> list[tuple[float, str, str]]:
-    """Draw accuracy on the first test set before and after training, dashed, with 95 % bands; returns the names."""
-    names = []
-    for name, result in list(summary.get("evaluation", {}).items())[:1]:
-        for when, color in (("before", GREY), ("after", GREEN)):
-            if when in result:
-                test = result[when]
-                axes.axhspan(test["ci95_low"], test["ci95_high"], color=color, alpha=0.13, lw=0)
-                axes.axhline(test["accuracy"], color=color, lw=1.3, ls=(0, (4, 3)))
-                names.append((test["accuracy"], f"{name} test,\n{when}", color))
-    return names

@@ -1,10 +1,6 @@
-"""The rows of ``metrics.jsonl``, and the meaning of every metric."""
+"""The meaning of every metric, that is, of every key of ``metrics.jsonl``."""
 
 import re
-from pathlib import Path
-from typing import Any
-
-from pspo.base.files import read_lines
 
 QUANTILES = {f"q{percent:02}": f"{percent} % quantile" for percent in (1, 25, 50, 75, 99)}
 QUANTILES |= {"q50": "median", "max": "largest value in the step"}
@@ -83,8 +79,3 @@ def meaning(key: str) -> str | None:
     return METRICS.get(key) or next(
         (text for pattern, text in METRICS.items() if re.fullmatch(re.sub("<.*>", r"\\w+", pattern), key)), None
     )
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``, one per step; numbers that were not finite are None."""
-    return read_lines(directory / "metrics.jsonl")

@@ -1,7 +1,4 @@
-"""What can be counted in completions of the qualities that arXiv 2509.21282 had judged: no judge, no model, pure text.
-
-Each measure is a number for one completion; the comparison's page has its mean for an arm. Shares are 0 to 1.
-"""
+"""What can be counted, without a judge, of the qualities that arXiv 2509.21282 had judged in completions."""
 
 import math
 import re
@@ -9,22 +6,14 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-LEAKED_WORDS = 6
-"""Words in a row, without case and marks, that a completion has from the system prompt where it leaks instructions."""
-REPEATED_WORDS = 4
-"""Words of the n-grams of which ``repetition`` counts the repeated ones."""
-LOOP_TIMES, MAX_LOOP_WORDS = 4, 50
-"""A loop is a unit of at most so many words that stands at least so many times in a row at the completion's end."""
+LEAKED_WORDS, REPEATED_WORDS = 6, 4
+"""Words in a row, without case and marks, of the system prompt that are a leak; of which repetition is counted."""
 
 MEASURES = {
     "leakage": "share of completions with 6 words in a row of the system prompt, or with a marker of chat turns",
     "repetition": "share of 4-grams of words that the completion has had before: 1 - distinct / all (arXiv 1908.04319)",
-    "loop": "share of completions that end in one unit, of at most 50 words, at least 4 times in a row",
-    "format_line": "share of completions with a line '#### <answer>'",
-    "format_last": "share of completions whose last line, and no other line, is '#### <answer>'",
+    "format": "share of completions whose last line, and no other line, is '#### <answer>'",
     "foreign_letters": "share of letters that are neither Latin nor, as in formulas, Greek",
-    "cjk": "share of completions with a Chinese, Japanese or Korean letter",
-    "length": "tokens of a completion",
     "length_right": "tokens of a correct completion",
     "length_wrong": "tokens of a wrong completion",
     "truncated": "share of completions cut at the largest number of tokens",
@@ -37,7 +26,6 @@ _MARKER = re.compile(
     r"|^[ \t*#]*(?:human|user|assistant|system)[ \t*]*:",
     re.IGNORECASE | re.MULTILINE,
 )
-_CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC")
 
 
 def measure(row: Mapping[str, Any], system_prompt: str = "") -> dict[str, float]:
@@ -53,12 +41,8 @@ def measure(row: Mapping[str, Any], system_prompt: str = "") -> dict[str, float]
     return {
         "leakage": float(bool(_MARKER.search(text)) or not set(leakable).isdisjoint(_grams(text, LEAKED_WORDS))),
         "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0,
-        "loop": float(_loops(text.split())),
-        "format_line": float(bool(lines)),
-        "format_last": float(len(lines) == 1 and "\n" not in text[lines[0] :].strip()),
+        "format": float(len(lines) == 1 and "\n" not in text[lines[0] :].strip()),
         "foreign_letters": sum(script not in ("LATIN", "GREEK") for script in scripts) / max(1, len(letters)),
-        "cjk": float(any(script.startswith(_CJK) for script in scripts)),
-        "length": tokens,
         "length_right": tokens if row["correct"] else math.nan,
         "length_wrong": math.nan if row["correct"] else tokens,
         "truncated": float(row["truncated"]),
@@ -69,9 +53,3 @@ def _grams(text: str, n: int) -> list[tuple[str, ...]]:
     """Every ``n`` words in a row, without case and marks."""
     words = re.findall(r"\w+", text.casefold())
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _loops(words: list[str]) -> bool:
-    """Whether the last words are one unit several times in a row."""
-    units = range(1, min(MAX_LOOP_WORDS, len(words) // LOOP_TIMES) + 1)
-    return any(words[-LOOP_TIMES * n :] == words[-n:] * LOOP_TIMES for n in units)
