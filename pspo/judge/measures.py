@@ -1,114 +1,82 @@
 """What verdicts say of the arms, with intervals clustered by problem, and what they say of the judge."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+import pandas as pd
+from scipy import stats
 
-LENGTH_PENALTY = 1.0
-"""Ridge on φ, the effect of length in log-odds: a normal prior of variance 1, as no length explains every verdict."""
-NEWTON_STEPS = 30
-Row = dict[str, Any]
-About = tuple[str | None, ...]
+ABOUT = ["metric", "set", "problem", "run", "against_run"]
+"""What a verdict is about: the fields that a person's verdict shares with the judge's."""
 
 
-def estimate(
-    values: Sequence[float], clusters: Sequence[Hashable], *, share: bool = False,
-    lengths: Sequence[float] | None = None,
-) -> tuple[float, list[float] | None]:  # fmt: skip
-    """The mean, or the ``share`` of comparisons won (ties count half), and its 95 % interval clustered by problem.
+def estimate(values: Sequence[float], problems: Sequence[Any], lengths: Sequence[float] = ()) -> list[float]:
+    """The mean over problems, each the mean of its values, and the ends of Student's 95 % interval over problems.
 
-    A mean is θ in y_i = θ + e_i, a share is σ(θ) in P(win_i) = σ(θ), so that its interval stays between 0 and 1. With
-    ``lengths``, the differences Δ in tokens, P(win_i) = σ(θ + φ tanh(Δ_i / sd(Δ))), and σ(θ) is the win rate at equal
-    lengths of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, section 3) for two models, without its difficulty of
-    an instruction, which takes many models to estimate; φ has a ridge.
-
-    θ has the sandwich variance over G clusters, times G / (G − 1) (Liang and Zeger 1986, Biometrika 73:13), and
-    Student's t with G − 1 degrees of freedom. The interval is None for one cluster, or where all values are equal. It
+    With ``lengths``, the differences Δ in tokens, of which tanh(Δ / sd(Δ)) counts as in AlpacaEval 2 (Dubois et al.
+    2024, arXiv 2404.04475), the mean at Δ = 0, by least squares. One problem, or equal values, have no interval. It
     tells of these runs on other problems, not of other seeds.
     """
-    y, x = np.asarray(values, float), np.ones((len(values), 1))
-    if np.ptp(y) == 0:
-        return float(y[0]), None
-    if lengths is not None and np.std(lengths) > 0:
-        x = np.column_stack([x, np.tanh(np.asarray(lengths) / np.std(lengths))])
-    b, ridge = np.zeros(x.shape[1]), np.diag([0.0, LENGTH_PENALTY][: x.shape[1]])
-    for _ in range(NEWTON_STEPS):
-        fitted = special.expit(x @ b) if share else x @ b
-        slope = fitted * (1 - fitted) if share else np.ones(len(y))
-        bread = np.linalg.inv(x.T @ (slope[:, None] * x) + ridge)
-        b += bread @ (x.T @ (y - fitted) - ridge @ b)
-    number = {cluster: n for n, cluster in enumerate(dict.fromkeys(clusters))}
-    sums, free, half = np.zeros((len(number), len(b))), len(number) - 1, 0.0
-    np.add.at(sums, [number[cluster] for cluster in clusters], x * (y - fitted)[:, None])
-    if free:
-        half = stats.t.ppf(0.975, free) * np.sqrt((bread @ sums.T @ sums @ bread)[0, 0] * len(number) / free)
-    value, low, high = (float(special.expit(at) if share else at) for at in (b[0], b[0] - half, b[0] + half))
-    return value, [low, high] if free else None
+    x = np.tanh(np.asarray(lengths) / np.std(lengths)) if np.any(lengths) and np.std(lengths) else 0.0
+    table = pd.DataFrame({"x": x, "y": np.asarray(values, float)}).groupby(np.asarray(problems)).mean()
+    mean, se, df = table["y"].mean(), table["y"].sem(), len(table) - 1
+    if len(table) > 2 and np.ptp(table["x"]):
+        line = stats.linregress(table["x"], table["y"])
+        mean, se, df = line.intercept, line.intercept_stderr, len(table) - 2
+    half = stats.t.ppf(0.975, df) * se
+    return [float(mean), float(mean - half), float(mean + half)] if se > 0 else [float(mean)]
 
 
-def kappa(first: Sequence[float], second: Sequence[float], *, quadratic: bool = False) -> float | None:
-    """Cohen's κ = 1 − Σ w_ij o_ij / Σ w_ij e_ij of two raters; None where both always give one and the same value.
+def kappa(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Cohen's κ with quadratic weights of two raters; None where both always give one and the same value.
 
-    w_ij = [i ≠ j], or (i − j)² where ``quadratic``; o are the observed shares of the values i and j, e the products of
-    each rater's own shares (Cohen 1960, Educ. Psychol. Meas. 20:37; 1968, Psychol. Bull. 70:213).
+    κ = 1 − Σ (i − j)² o_ij / Σ (i − j)² e_ij; o are the observed shares of the values i and j, e the products of each
+    rater's own shares (Cohen 1968, Psychol. Bull. 70:213).
     """
-    difference = np.subtract.outer(np.asarray(first, float), np.asarray(second, float))
-    weight = difference**2 if quadratic else (difference != 0).astype(float)
-    expected = weight.mean()
-    return float(1 - np.diag(weight).mean() / expected) if expected else None
+    squares = np.subtract.outer(np.asarray(first, float), np.asarray(second, float)) ** 2
+    return float(1 - np.diag(squares).mean() / squares.mean()) if squares.any() else None
 
 
-def summarize(rows: Sequence[Row], people: Mapping[About, float]) -> Row:
-    """The numbers of summary.json: by arm and metric, by pair and metric, and of the judge itself.
+def summarize(verdicts: Sequence[dict[str, Any]], labels: pd.DataFrame) -> dict[str, Any]:
+    """The numbers of summary.json: scores and pairs by arm and metric, and what the judge itself is worth.
 
-    ``people`` gives a person's verdict by what it is about. Ties of equal answers count in the win rates and in
-    ``equal_answers``, not in the judge's own rates.
+    ``labels`` are people's verdicts. Ties of equal answers count in the win rates, not in the judge's own rates.
     """
-    asked = [row for row in rows if row["requests"]]
-    failures = Counter(row["error"].partition(":")[0] for row in asked if row["error"])
-    parts: dict[tuple[str, ...], list[Row]] = {}  # the verdicts of a kind, by arm or pair and metric
-    judged: dict[str, dict[About, float]] = {"score": {}, "repeat": {}, "pair": {}}
-    for row in rows:
-        if row["error"] is None:
-            parts.setdefault((row["kind"], row["arm"], row.get("against", ""), row["metric"]), []).append(row)
-            judged[row["kind"]][about(row)] = row["verdict"]
-    again = [judged["score"].get(name) == verdict for name, verdict in judged["repeat"].items()]
-    human = {}
-    for kind in ("score", "pair"):
-        if both := [(judged[kind][name], verdict) for name, verdict in people.items() if name in judged[kind]]:
-            human[kind] = {"n": len(both), "kappa": kappa(*zip(*both, strict=True), quadratic=kind == "score")}
+    rows = pd.DataFrame(verdicts, columns=["kind", "arm", *ABOUT, "verdict", "error", "orders", "lengths"])
+    kinds = {kind: rows[rows["error"].isna() & (rows["kind"] == kind)] for kind in ("score", "repeat", "pair")}
+    orders = [each for each in kinds["pair"]["orders"] if each]
+    again = kinds["score"].merge(kinds["repeat"], on=ABOUT)
+    human = {kind: kinds[kind].merge(labels, on=ABOUT) for kind in ("score", "pair")}
     return {
-        "scores": [_numbers(kind, part) for (kind, *_), part in parts.items() if kind == "score"],
-        "pairs": [_numbers(kind, part) for (kind, *_), part in parts.items() if kind == "pair"],
-        "failures": dict(failures),
-        "failure_rate": failures.total() / len(asked) if asked else None,
-        "self_agreement": {"n": len(again), "equal_rate": _rate(again)},
-        "human": human,
+        "scores": _table(kinds["score"], 1, 5),
+        "pairs": _table(kinds["pair"], 0, 1),
+        "failures": dict(Counter(row["error"].partition(":")[0] for row in verdicts if row["error"])),
+        "failure_rate": _rate([row["error"] is not None for row in verdicts if row["requests"]]),
+        "tie_rate": _rate([first != second or first == 0.5 for first, second in orders]),
+        "position_consistency": _rate([first == second for first, second in orders]),
+        "self_agreement": {"n": len(again), "equal_rate": _rate([*(again["verdict_x"] == again["verdict_y"])])},
+        "human": {
+            kind: {"n": len(both), "kappa": kappa(both["verdict_x"], both["verdict_y"])}
+            for kind, both in human.items()
+            if len(both)
+        },
     }
 
 
-def about(row: Row) -> About:
-    """What a verdict is about: the fields that a person's verdict shares with the judge's. Raises KeyError."""
-    return (row["metric"], row["set"], row["problem"], row["run"], row.get("against_run"))
-
-
-def _numbers(kind: str, part: Sequence[Row]) -> Row:
-    """What the verdicts of a kind on one arm or one pair, by one metric, say."""
-    outcomes, problems = [row["verdict"] for row in part], [(row["set"], row["problem"]) for row in part]
-    mean, interval = estimate(outcomes, problems, share=kind == "pair")
-    numbers = {"n": len(part), "win_rate" if kind == "pair" else "mean": mean, "ci95": interval}
-    if kind == "pair":
-        lengths = [row["tokens"] - row["against_tokens"] for row in part]
-        equal, interval = estimate(outcomes, problems, share=True, lengths=lengths)
-        orders = [row["orders"] for row in part if row["orders"]]
-        numbers |= {"length_controlled": equal, "length_controlled_ci95": interval}
-        numbers |= {"tie_rate": _rate([first != second or first == 0.5 for first, second in orders])}
-        numbers |= {"position_consistency": _rate([first == second for first, second in orders])}
-        numbers |= {"equal_answers": len(part) - len(orders)}
-    return {name: part[0][name] for name in ("arm", "against", "metric") if name in part[0]} | numbers
+def _table(rows: pd.DataFrame, least: int, greatest: int) -> list[dict[str, Any]]:
+    """Mean verdicts from ``least`` to ``greatest`` by arm and metric; of pairs, also the win rate at equal length."""
+    table = []
+    for (arm, metric), part in rows.groupby(["arm", "metric"], sort=False):
+        problems = part["set"] + "/" + part["problem"]
+        mean, *ends = np.clip(estimate(part["verdict"], problems), least, greatest).tolist()
+        table.append({"arm": arm, "metric": metric, "n": len(part), "mean": mean, "ci95": ends or None})
+        if part["lengths"].notna().all():
+            lengths = [own - other for own, other in part["lengths"]]
+            mean, *ends = np.clip(estimate(part["verdict"], problems, lengths), least, greatest).tolist()
+            table[-1] |= {"at_equal_length": mean, "at_equal_length_ci95": ends or None}
+    return table
 
 
 def _rate(flags: Sequence[bool]) -> float | None:
