@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import Any
 import pandas as pd
 
 from pspo.base.command import answering
-from pspo.base.console import log, log_to_console
-from pspo.base.files import write_json, write_text
+from pspo.base.console import Phase, log, log_to_console
+from pspo.base.files import JsonLines, write_json, write_text
 from pspo.base.schema import ConfigError, dotted
 from pspo.compare.arms import Group, group
 from pspo.compare.comparison import DEFAULT_REFERENCE, choose
@@ -29,10 +30,13 @@ from pspo.run import lock
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
 FAMILY = re.compile(r"qwen|llama|gemma|mistral|mixtral|deepseek|smollm|olmo|granite|falcon|gpt|(?<![a-z])phi")
 """Families of models by words in their names; a judge prefers its own family (Panickssery et al. 2024, 2404.13076)."""
+TIMEOUT_S, MAX_RETRIES = 300.0, 5
+"""Longest wait in seconds for a reply, or its next byte; retries of a request, with pauses that grow."""
+MAX_DETAIL_CHARACTERS = 200  # of an error
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command's arguments."""
+    """The command's arguments. Raises ConfigError for a value out of range, and without the package openai."""
     parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="outputs/<group>, or run directories; verdicts go into the first's group")
@@ -45,7 +49,16 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--human", type=Path, help="lines of verdicts.jsonl with a person's verdict in each, for Cohen's κ")
     add("--concurrency", type=int, default=8, help="requests at a time (default 8)")
     add("--prices", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million tokens")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError("pspo.judge needs the package openai; run pip install 'pspo[judge]'")
+    if not ADDRESS.fullmatch(arguments.base_url):  # the error does not have the value, which may hold a key
+        rule = "an address such as http://localhost:8000/v1, without user, password and query"
+        raise ConfigError(f"--base-url must be {rule}; put the key into the environment variable OPENAI_API_KEY")
+    for name in ("limit", "concurrency"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    return arguments
 
 
 def judge(arguments: argparse.Namespace) -> None:
@@ -53,35 +66,31 @@ def judge(arguments: argparse.Namespace) -> None:
 
     Judged are the first greedy answers after training. Raises ConfigError.
     """
-    check(arguments)
-    from pspo.judge.ask import Judge  # imports openai, which ``check`` has found
-
-    labels = read_labels(arguments.human)
-    compared, name, address = group(load(arguments.paths)), arguments.model, arguments.base_url.rstrip("/")
+    labels, compared, name = read_labels(arguments.human), group(load(arguments.paths)), arguments.model
     selected = choose(compared, arguments.sets, None, [], "after", "correct")
     answers = sample(compared, selected, arguments.limit)
     arms = [arm for arm in compared.arms if any(row["arm"] == arm for row in answers)]
     reference = compared.arm(arguments.against or (DEFAULT_REFERENCE if DEFAULT_REFERENCE in arms else arms[0]))
     questions = questions_about(answers, reference, arguments.metrics, name)
-    paired = {reference} | {row["arm"] for row in questions if row["kind"] == "pair"}
-    requests = {digest: body for question in questions for digest, body in question["requests"].items()}
-    warnings = compared.left_out + one_family(compared, arms, name)
+    requests = {row["request"]: row["body"] for row in questions if row["body"]}
+    paired = {reference} | {row["arm"] for row in questions if row["kind"] == "first"}
     lacking = f"has no such answer to a problem and seed that {reference} has answered, and is in no pair"
-    warnings += [f"{arm} {lacking}" for arm in compared.arms if arm not in paired]
+    warnings = [f"{arm} {lacking}" for arm in compared.arms if arm not in paired]
+    warnings += compared.left_out + one_family(compared, name)
     for sentence in warnings:
         log.warning("%s", sentence)
     folder = Path(next(iter(compared.arm_of))).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
     with lock.hold(folder):
-        server = Judge(address, folder / "replies.jsonl")
+        server = Judge(arguments.base_url, folder / "replies.jsonl")
         num_cached = len(requests.keys() & server.replies.keys())
-        log.info("%d questions in %d requests, %d of them in the cache", len(questions), len(requests), num_cached)
+        log.info("%d questions, %d of them answered by the cache", len(requests), num_cached)
         try:
             asyncio.run(server.ask(requests, arguments.concurrency))
         finally:
             replies = {digest: server.replies[digest] for digest in requests if digest in server.replies}
-            verdicts = [verdict(row, replies) for row in questions if row["requests"].keys() <= replies.keys()]
+            verdicts = [verdict(row, replies) for row in questions if row["request"] in (None, *replies)]
             valid = [reply for reply in replies.values() if "text" in reply]
-            tokens = {kind: sum(reply[f"{kind}_tokens"] for reply in valid) for kind in ("prompt", "completion")}
+            tokens = {kind: sum(reply[kind] for reply in valid) for kind in ("prompt_tokens", "completion_tokens")}
             summary = {
                 "judge": name,
                 "models": sorted({reply["model"] for reply in valid}),
@@ -91,7 +100,7 @@ def judge(arguments: argparse.Namespace) -> None:
                 "questions": len(questions),
                 "asked": len(verdicts),
                 "requests_sent": len(replies) - num_cached,
-                "tokens": tokens,
+                **tokens,
                 "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
                 **summarize(verdicts, labels),
                 "folder": str(folder),
@@ -101,36 +110,96 @@ def judge(arguments: argparse.Namespace) -> None:
             show(summary)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for arguments out of range, and without the package openai."""
-    if importlib.util.find_spec("openai") is None:
-        raise ConfigError("pspo.judge needs the package openai; run pip install 'pspo[judge]'")
-    if not ADDRESS.fullmatch(arguments.base_url):  # the error does not have the value, which may hold a key
-        rule = "an address such as http://localhost:8000/v1, without user, password and query"
-        raise ConfigError(f"--base-url must be {rule}; put the key into the environment variable OPENAI_API_KEY")
-    for name in ("limit", "concurrency"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+class Judge:
+    """A server of the OpenAI protocol and its ``replies`` by request: the parts of each, or else its ``error``."""
+
+    def __init__(self, base_url: str, cache: Path) -> None:
+        """Read the cache, which no other process may write; the key comes from ``OPENAI_API_KEY``."""
+        self.base_url, self.takes_schema, self.cache = base_url, True, JsonLines(cache)
+        self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # the client wants one, a local server does not
+        self.cache.cut(self.cache.num_rows())  # drops the half of a line that a killed process left
+        self.replies = {row.pop("request"): row for row in self.cache.rows()}
+
+    async def ask(self, requests: Mapping[str, Mapping[str, Any]], concurrency: int) -> None:
+        """Get the replies that the cache lacks; an error is not cached. Raises ConfigError for a server of no use.
+
+        Tasks, not threads: that error and Ctrl-C cancel what is under way.
+        """
+        import openai  # an extra
+
+        lacking = [name for name in requests if name not in self.replies]
+        waiting, num_cached = iter(lacking), len(requests) - len(lacking)
+        limits: dict[str, Any] = {"timeout": TIMEOUT_S, "max_retries": MAX_RETRIES}
+        async with openai.AsyncOpenAI(api_key=self.key, base_url=self.base_url, **limits) as client:
+            with Phase("judging", len(requests), done=num_cached, unit="requests") as phase:
+
+                async def work() -> None:
+                    for name in waiting:
+                        self.replies[name] = reply = await self._reply(client, requests[name], self.takes_schema)
+                        if "error" not in reply:
+                            self.cache.append({"request": name, **reply})
+                        phase(phase.done + 1)
+
+                await asyncio.gather(*(work() for _ in range(concurrency)))
+
+    async def _reply(self, client: Any, body: Mapping[str, Any], schema: bool) -> dict[str, Any]:
+        """One reply, or the error after the last retry; a server that refuses the JSON schema is asked without it."""
+        import openai
+
+        fatal = (
+            openai.APIConnectionError,
+            openai.AuthenticationError,
+            openai.PermissionDeniedError,
+            openai.NotFoundError,
+        )
+        try:
+            fields = {name: value for name, value in body.items() if schema or name != "response_format"}
+            response = await client.chat.completions.create(**fields)
+            choice, usage = response.choices[0], response.usage
+            return {
+                "text": str(choice.message.content or ""),
+                "refusal": bool(choice.message.refusal) or choice.finish_reason == "content_filter",
+                "truncated": choice.finish_reason == "length",
+                "model": str(response.model),
+                "prompt_tokens": int(usage.prompt_tokens) if usage else 0,
+                "completion_tokens": int(usage.completion_tokens) if usage else 0,
+            }
+        except openai.APITimeoutError:
+            return {"error": f"time-out: no reply in {TIMEOUT_S:g} s, after {MAX_RETRIES} retries"}
+        except fatal as error:  # which every other request would meet too
+            why = f"cannot be reached, or refuses the key or the model ({self._safe(error.__cause__ or error)})"
+            rest = "replies are kept, and the same command asks for the rest"
+            raise ConfigError(f"the judge at {self.base_url} {why}; {rest}") from None
+        except openai.APIStatusError as error:
+            if error.status_code not in (400, 422) or not schema:
+                return {"error": f"HTTP {error.status_code}: {self._safe(error)}"}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            return {"error": f"malformed response: {self._safe(error)}"}
+        reply = await self._reply(client, body, schema=False)
+        self.takes_schema = self.takes_schema and "error" in reply
+        return reply
+
+    def _safe(self, error: BaseException) -> str:
+        """An error as one line without the key, which a server may repeat."""
+        return " ".join(str(error).replace(self.key, "***").split())[:MAX_DETAIL_CHARACTERS]
 
 
 def read_labels(path: Path | None) -> pd.DataFrame:
     """People's verdicts, one a line, with what they are about. Raises ConfigError."""
-    if path is None:
-        return pd.DataFrame(columns=[*ABOUT, "verdict"])
     try:
-        return pd.DataFrame(map(json.loads, path.read_text(encoding="utf-8").splitlines()))[[*ABOUT, "verdict"]].astype(
-            {"verdict": float}
-        )
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
+        labels = pd.DataFrame(map(json.loads, lines), columns=None if lines else [*ABOUT, "verdict"])
+        return labels[[*ABOUT, "verdict"]].astype({"verdict": float})
     except (OSError, ValueError, LookupError, TypeError) as error:
         rule = "lines of verdicts.jsonl with a person's verdict, a number, in each"
         raise ConfigError(f"--human={path} must hold {rule}: {error!r}") from None
 
 
-def one_family(compared: Group, arms: Sequence[str], judge: str) -> list[str]:
+def one_family(compared: Group, judge: str) -> list[str]:
     """A warning where the judge and a policy are of one family of models, by their names."""
-    runs = compared.results.runs.set_index("run").loc[[run for arm in arms for run in compared.arms[arm]]]
-    names = {Path(str(name)).name for key in ("name", "hub_id", "path") for name in runs[f"model.{key}"]}
-    both = set(FAMILY.findall(judge.lower())) & set(FAMILY.findall(" ".join(names).lower()))
+    runs = compared.results.runs.set_index("run").loc[[*compared.arm_of]]
+    names = " ".join(Path(str(name)).name for key in ("name", "hub_id", "path") for name in runs[f"model.{key}"])
+    both = set(FAMILY.findall(judge.lower())) & set(FAMILY.findall(names.lower()))
     return [f"judge and policy are of one family, {name}: a judge prefers its own family" for name in sorted(both)]
 
 
@@ -151,10 +220,9 @@ def _text(value: Any) -> str:
 
 def main() -> None:
     """``python -m pspo.judge``."""
-    arguments = parse()
     log_to_console()
     with answering(ConfigError, stopped="stopped; the same command asks for the rest"):
-        judge(arguments)
+        judge(parse())
 
 
 if __name__ == "__main__":

@@ -42,26 +42,32 @@ def kappa(first: Sequence[float], second: Sequence[float]) -> float | None:
 def summarize(verdicts: Sequence[dict[str, Any]], labels: pd.DataFrame) -> dict[str, Any]:
     """The numbers of summary.json: scores and pairs by arm and metric, and what the judge itself is worth.
 
-    ``labels`` are people's verdicts. Ties of equal answers count in the win rates, not in the judge's own rates.
+    A pair's verdict is 1 where its arm wins in both orders, 0 where it loses in both, else 0.5: a tie. Ties of equal
+    answers count in the win rates, not in the judge's own rates. ``labels`` are people's verdicts.
     """
-    rows = pd.DataFrame(verdicts, columns=["kind", "arm", *ABOUT, "verdict", "error", "orders", "lengths"])
-    kinds = {kind: rows[rows["error"].isna() & (rows["kind"] == kind)] for kind in ("score", "repeat", "pair")}
-    orders = [each for each in kinds["pair"]["orders"] if each]
-    again = kinds["score"].merge(kinds["repeat"], on=ABOUT)
-    human = {kind: kinds[kind].merge(labels, on=ABOUT) for kind in ("score", "pair")}
+    rows = pd.DataFrame(verdicts, columns=["kind", "arm", *ABOUT, "lengths", "request", "verdict", "error"])
+    kinds = {
+        kind: rows[(rows["kind"] == kind) & rows["error"].isna()] for kind in ("score", "again", "first", "second")
+    }
+    others = {kind: part[[*ABOUT, "verdict"]] for kind, part in kinds.items()}
+    again = kinds["score"].merge(others["again"], on=ABOUT)
+    pairs = kinds["first"].merge(others["second"], on=ABOUT).rename(columns={"verdict_x": "verdict"})
+    consistent, requested = pairs["verdict"] == pairs["verdict_y"], pairs["request"].notna()
+    pairs["verdict"] = pairs["verdict"].where(consistent, 0.5)
+    errors = [row["error"] for row in verdicts if row["error"]]
+    human = {}
+    for kind, judged in {"score": kinds["score"], "pair": pairs}.items():
+        both = judged.merge(labels.rename(columns={"verdict": "label"}), on=ABOUT)
+        human[kind] = {"n": len(both), "kappa": kappa(both["verdict"], both["label"])}
     return {
         "scores": _table(kinds["score"], 1, 5),
-        "pairs": _table(kinds["pair"], 0, 1),
-        "failures": dict(Counter(row["error"].partition(":")[0] for row in verdicts if row["error"])),
-        "failure_rate": _rate([row["error"] is not None for row in verdicts if row["requests"]]),
-        "tie_rate": _rate([first != second or first == 0.5 for first, second in orders]),
-        "position_consistency": _rate([first == second for first, second in orders]),
-        "self_agreement": {"n": len(again), "equal_rate": _rate([*(again["verdict_x"] == again["verdict_y"])])},
-        "human": {
-            kind: {"n": len(both), "kappa": kappa(both["verdict_x"], both["verdict_y"])}
-            for kind, both in human.items()
-            if len(both)
-        },
+        "pairs": _table(pairs, 0, 1),
+        "failures": dict(Counter(error.partition(":")[0] for error in errors)),
+        "failure_rate": len(errors) / max(1, rows["request"].notna().sum()),
+        "tie_rate": _rate(pairs["verdict"][requested] == 0.5),
+        "position_consistency": _rate(consistent[requested]),
+        "self_agreement": {"n": len(again), "equal_rate": _rate(again["verdict_x"] == again["verdict_y"])},
+        "human": human,
     }
 
 
@@ -79,5 +85,5 @@ def _table(rows: pd.DataFrame, least: int, greatest: int) -> list[dict[str, Any]
     return table
 
 
-def _rate(flags: Sequence[bool]) -> float | None:
-    return sum(flags) / len(flags) if flags else None
+def _rate(flags: pd.Series) -> float | None:
+    return float(flags.mean()) if len(flags) else None

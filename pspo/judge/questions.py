@@ -24,8 +24,8 @@ from pspo.evaluate.answers import SETTINGS
 Row = dict[str, Any]
 NUM_REPEATED_QUESTIONS = 50
 """Questions for a score that are asked a second time, for the judge's agreement with itself."""
-POINTS = {"1": 1.0, "2": 0.0, "tie": 0.5}
-"""What a verdict on two answers is worth to the first of them."""
+POINTS = {"first": {"1": 1.0, "2": 0.0, "tie": 0.5}, "second": {"1": 0.0, "2": 1.0, "tie": 0.5}}
+"""What a verdict on two answers is worth to the arm, where the arm's answer comes first and where it is second."""
 
 METRICS = {
     "overall_quality": "how good the answer is as a whole: right, complete, and no longer than it has to be",
@@ -80,12 +80,12 @@ def sample(compared: Group, selected: Sequence[Selection], limit: int) -> list[R
 
 
 def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[str], model: str) -> list[Row]:
-    """Every question: the score of each answer, some scores again, each other arm with ``reference`` in both orders.
+    """Every question: the ``score`` of each answer, some ``again``, other arms with ``reference`` in both orders.
 
-    A question says what its verdict is about, and has the bodies of its ``requests`` by digest. Two equal answers are a
-    tie without a request.
+    A question says what its verdict is about, and has the ``body`` of a request with its digest. Two equal answers are
+    a tie without a request.
     """
-    scores, repeats, pairs = list[Row](), dict[str, Row](), list[Row]()
+    questions, again = list[Row](), list[Row]()
     in_reference = {row["place"]: row for row in answers if row["arm"] == reference}
     for row, metric in product(answers, metrics):
         about = {
@@ -93,37 +93,36 @@ def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[st
             **{name: row[name] for name in ("arm", "set", "problem", "run")},
             "against_run": None,
         }
-        requests = _by_digest([request(model, metric, [row])])
-        scores.append({"kind": "score", **about, "requests": requests})
-        again = {f"{digest}-again": body for digest, body in requests.items()}  # equal answers make equal requests
-        repeats[min(again)] = {"kind": "repeat", **about, "requests": again}
+        questions.append({"kind": "score", **about, **request(model, metric, row)})
+        again.append(questions[-1] | {"kind": "again", "request": questions[-1]["request"] + "-again"})
         if row["arm"] != reference and (other := in_reference.get(row["place"])):
             about |= {"against_run": other["run"], "lengths": [row["tokens"], other["tokens"]]}
-            orders = [[row, other], [other, row]] if row["completion"] != other["completion"] else []
-            requests = _by_digest([request(model, metric, order) for order in orders])
-            pairs.append({"kind": "pair", **about, "requests": requests})
-    return scores + [repeats[again] for again in sorted(repeats)[:NUM_REPEATED_QUESTIONS]] + pairs
+            for kind, order in {"first": (row, other), "second": (other, row)}.items():
+                is_tie = row["completion"] == other["completion"]
+                asked = {"request": None, "body": None} if is_tie else request(model, metric, *order)
+                questions.append({"kind": kind, **about, **asked})
+    return questions + sorted(again, key=lambda question: str(question["request"]))[:NUM_REPEATED_QUESTIONS]
 
 
-def _by_digest(bodies: Sequence[Row]) -> dict[str, Row]:
-    return {sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(): body for body in bodies}
+def request(model: str, metric: str, *answers: Mapping[str, Any]) -> Row:
+    """The ``body`` of a request about one answer, or about two to one problem, and its digest as ``request``.
 
-
-def request(model: str, metric: str, answers: Sequence[Mapping[str, Any]]) -> Row:
-    """The body of a request about one answer, or about two to one problem, without a word of whose they are."""
+    Nothing in the body tells whose the answers are.
+    """
     form, ends = (Score, [""]) if len(answers) == 1 else (Pair, ["_1", "_2"])
     quoted = {"problem": answers[0]["question"], "reference": answers[0]["answer"]}
     for end, row in zip(ends, answers, strict=True):
         quoted |= {f"task{end}": row["task"], f"answer{end}": str(row["completion"])}
     schema, criterion = form.model_json_schema(), metric.replace("_", " ")
     system = FRAME.format(criterion=criterion, meaning=METRICS[metric], schema=json.dumps(schema))
-    return {
+    body = {
         "model": model,
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": quote(quoted)}],
         "temperature": 0,
         "max_tokens": 512,
         "response_format": {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}},
     }
+    return {"request": sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(), "body": body}
 
 
 def quote(texts: Mapping[str, str]) -> str:
@@ -151,18 +150,10 @@ def read(reply: Mapping[str, Any], form: type[Score] | type[Pair]) -> tuple[int 
 
 
 def verdict(question: Row, replies: Mapping[str, Row]) -> Row:
-    """A question with its ``verdict``, or None and the ``error`` where a reply holds none.
-
-    A pair's verdict is 1 where its arm wins in both orders, 0 where it loses in both, else 0.5: a tie.
-    """
-    is_pair = question["kind"] == "pair"
-    reads = [read(replies[name], Pair if is_pair else Score) for name in question["requests"]]
-    error = next((error for _, error in reads if error), None)
-    row = question | {"requests": list(question["requests"]), "error": error, "verdict": None}
-    if error is None and is_pair:
-        points = [POINTS[str(winner)] for winner, _ in reads]
-        row["orders"] = points[:1] + [1 - second for second in points[1:]]
-        row["verdict"] = points[0] if len(set(row["orders"])) == 1 else 0.5
-    elif error is None:
-        row["verdict"] = reads[0][0]
+    """A question with its ``verdict``: a score, or the arm's points in a pair; or None and the ``error``."""
+    row = question | {"verdict": 0.5, "error": None}
+    if row.pop("body"):
+        points = POINTS.get(question["kind"])
+        value, row["error"] = read(replies[question["request"]], Pair if points else Score)
+        row["verdict"] = points[str(value)] if points and value else value
     return row

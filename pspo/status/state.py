@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +39,7 @@ STATE_OF_ENDED_JOB = {
     "FAILED": "failed",
     slurm.UNKNOWN: "lost",
 }
-TAIL_BYTES = 1 << 17
-IMPORTING = "importing"
+TAIL_BYTES, IMPORTING = 1 << 17, "importing"
 
 
 @dataclass(frozen=True)
@@ -115,14 +113,14 @@ def collect(directory: Path) -> Group:
 
 def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     directory, task = group.directory / run, group.tasks.get(run)
-    overrides, failed = directory / "overrides.yaml", directory / "FAILED"
-    row = Row(run, task.overrides if task else (read_yaml(overrides) or []) if overrides.is_file() else [])
-    row.job_id = task.job_id if task else owner.get("job_id")
+    row = Row(run, task.overrides if task else [], job_id=task.job_id if task else owner.get("job_id"))
+    if not task and (directory / "overrides.yaml").is_file():
+        row.overrides = read_yaml(directory / "overrides.yaml") or []
     job = group.jobs.get(row.job_id or "")
     row.restarts = max(job.restarts if job else 0, int(owner.get("restart") or 0))
     _progress(row, directory)
+    failed = directory / "FAILED"  # of the submission, or of an earlier attempt
     is_old = task and failed.is_file() and failed.stat().st_mtime_ns <= task.record.stat().st_mtime_ns
-    failure = {} if is_old else read_json(failed)  # of the submission, not of an earlier attempt
     if (directory / "DONE").is_file():
         row.state = "done"
         tests = read_json(directory / "summary.json").get("evaluation", {})
@@ -134,41 +132,35 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
         row.state, row.phase, row.why = "running", IMPORTING, "no process holds the run's lock: it starts, or ends"
     elif job and job.waiting:
         row.state, row.why = "requeued" if job.restarts else "waiting", job.reason
-    elif failure:
+    elif (failure := read_json(failed)) and not is_old:
         row.state = "out of memory" if failure.get("kind") == "out of memory" else "failed"
         row.why = str(failure.get("error", "")).strip()
     elif job:
-        row.state, row.why = _ended(row.job_id, job, _log(task) if task else "")
+        row.state, row.why = _ended(job, _log(task) if task else "")
     elif task and task.cluster == "local" and not owner:
         row.state, row.why = _in_slot(task)
-    elif owner or task:
+    else:
         row.why = "no process holds the run's lock; the same command resumes it"
     return row
 
 
 def _phase(directory: Path) -> tuple[str, float | None]:
-    """The phase in a running run's ``.phase`` with its counts, and the seconds left in it."""
+    """The phase in a running run's ``.phase`` with its counts, and the seconds left in it when it was written."""
     phase = read_json(directory / ".phase")
-    if not phase:
-        return IMPORTING, None
     counts = "" if phase.get("total") is None else f" {phase['done']:.0f}/{phase['total']:.0f}"
-    left_s = None if phase.get("left_s") is None else max(0.0, phase["left_s"] - (time.time() - phase["time"]))
-    return phase["phase"] + counts, left_s
+    return phase.get("phase", IMPORTING) + counts, phase.get("left_s")
 
 
-def _ended(job_id: str | None, job: slurm.JobState, log: str) -> tuple[str, str]:
+def _ended(job: slurm.JobState, log: str) -> tuple[str, str]:
     """State and reason of a run whose job has ended, while the run itself is not done and left no reason."""
-    state, signal = STATE_OF_ENDED_JOB.get(job.state, "cut off"), f"killed by signal {job.signal}"
     if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd writes it there
         return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
+    state = STATE_OF_ENDED_JOB.get(job.state, "cut off")
     if state == "failed" and job.signal:
-        return state, f"{signal}, probably memory" if job.signal == 9 else signal
-    reasons = {
-        "failed": _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}",
-        "lost": f"SLURM does not know job {job_id}, and nothing tells how it ended",
-        "cut off": f"SLURM says {job.state}, before the run was done",
-    }
-    return state, reasons.get(state, "")
+        return state, f"killed by signal {job.signal}" + (", probably memory" if job.signal == 9 else "")
+    if state == "failed":
+        return state, _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}"
+    return state, f"its job is {job.state}"
 
 
 def _in_slot(task: Task) -> tuple[str, str]:
@@ -200,7 +192,7 @@ def _progress(row: Row, directory: Path) -> None:
         with contextlib.suppress(ValueError):  # the first line, cut by the tail
             metrics = json.loads(line)
             row.done = metrics.get(f"budget/{row.unit}", row.done or 0)
-            row.reward = row.reward if metrics.get("reward/mean") is None else metrics["reward/mean"]
+            row.reward = metrics.get("reward/mean", row.reward)
 
 
 def _tail(path: Path) -> bytes:
