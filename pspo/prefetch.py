@@ -71,11 +71,8 @@ def _num_tensors(directory: Path) -> int:
 
 def exports(configs: Sequence[Config]) -> list[str]:
     """Shell lines that let a job find the caches and keep it off the network."""
-    paths = {"HF_HOME": constants.HF_HOME, "HF_HUB_OFFLINE": "1"}
-    if Path(constants.HF_HUB_CACHE) != Path(constants.HF_HOME) / "hub":
-        paths["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
-    if any(config.model.made_here for config in configs):
-        paths["XDG_CACHE_HOME"] = str(cache_directory().parent.absolute())
+    paths = {"HF_HOME": constants.HF_HOME, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "1"}
+    paths["XDG_CACHE_HOME"] = str(cache_directory().parent.absolute())  # warm starts, and models converted from GGUF
     lines = [f"export {name}={shlex.quote(path)}" for name, path in paths.items()]
     if any(config.tracker.name == "wandb" for config in configs):
         lines.append("export WANDB_MODE=offline  # later, with internet: python -m pspo.sync outputs/<group>")

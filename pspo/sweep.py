@@ -25,9 +25,6 @@ from pspo.launcher.settings import read_keys
 SWEEPS = CONF.parent / "sweeps"
 """The files that come with pspo: beside ``conf/``, in a checkout and in an installed wheel."""
 
-LOCK_TIMEOUT_S = 60
-"""Longest wait in seconds for another submission that writes ``sweep.json``, which takes it milliseconds."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFile(Schema):
@@ -67,9 +64,8 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     for factor, table in sweep.arms.items():
         factors[factor] = {arm: _single(parser, texts, f"{file}: {factor}.{arm}") for arm, texts in table.items()}
         keys = set().union(*factors[factor].values())
-        if twice := min(keys & setters.keys(), default=None):
-            clash = f"the arms of {factor} set {twice}, and so does {setters[twice]}"
-            raise ConfigError(f"{file}: {clash}; leave it to one")
+        for name in keys & setters.keys():
+            raise ConfigError(f"{file}: the arms of {factor} set {name}, and so does {setters[name]}; leave it to one")
         setters |= dict.fromkeys(keys, f"arms.{factor}")
     jobs = []
     for arms in itertools.product(*(table.items() for table in factors.values())):
@@ -92,20 +88,17 @@ def record(file: str, planned: Sequence[Planned]) -> None:
 
     Submissions at the same time add to it one after another. Raises ConfigError where it cannot be written.
     """
-    for group in {run.directory.parent for run in planned}:
+    for path in {run.directory.with_name("sweep.json") for run in planned}:
         rows = {
             run.directory.name: {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
             for run in planned
-            if run.directory.parent == group
+            if run.directory.parent == path.parent
         }
-        path = group / "sweep.json"
         try:
-            group.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(group / ".sweep.lock", timeout=LOCK_TIMEOUT_S):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path.with_name(".sweep.lock")):
                 known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
                 write_json(path, [row | {"directory": name} for name, row in (known | rows).items()])
-        except filelock.Timeout as error:
-            raise ConfigError(f"another submission holds {error.lock_file}; wait until it has ended") from error
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
 

@@ -22,8 +22,7 @@ from pspo.base.files import JsonLines, write_json, write_text
 from pspo.base.schema import ConfigError, dotted
 from pspo.compare.arms import Group, group
 from pspo.compare.comparison import DEFAULT_REFERENCE, choose
-from pspo.judge.measures import ABOUT, summarize
-from pspo.judge.questions import METRICS, questions_about, sample, verdict
+from pspo.judge.questions import ABOUT, METRICS, questions_about, sample, summarize, verdict
 from pspo.results import load
 from pspo.run import lock
 
@@ -115,7 +114,7 @@ class Judge:
 
     def __init__(self, base_url: str, cache: Path) -> None:
         """Read the cache, which no other process may write; the key comes from ``OPENAI_API_KEY``."""
-        self.base_url, self.takes_schema, self.cache = base_url, True, JsonLines(cache)
+        self.url, self.takes_schema, self.cache = base_url, True, JsonLines(cache)
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # the client wants one, a local server does not
         self.cache.cut(self.cache.num_rows())  # drops the half of a line that a killed process left
         self.replies = {row.pop("request"): row for row in self.cache.rows()}
@@ -128,10 +127,10 @@ class Judge:
         import openai  # an extra
 
         lacking = [name for name in requests if name not in self.replies]
-        waiting, num_cached = iter(lacking), len(requests) - len(lacking)
-        limits: dict[str, Any] = {"timeout": TIMEOUT_S, "max_retries": MAX_RETRIES}
-        async with openai.AsyncOpenAI(api_key=self.key, base_url=self.base_url, **limits) as client:
-            with Phase("judging", len(requests), done=num_cached, unit="requests") as phase:
+        waiting = iter(lacking)
+        client = openai.AsyncOpenAI(api_key=self.key, base_url=self.url, timeout=TIMEOUT_S, max_retries=MAX_RETRIES)
+        async with client:
+            with Phase("judging", len(lacking), unit="requests") as phase:
 
                 async def work() -> None:
                     for name in waiting:
@@ -169,7 +168,7 @@ class Judge:
         except fatal as error:  # which every other request would meet too
             why = f"cannot be reached, or refuses the key or the model ({self._safe(error.__cause__ or error)})"
             rest = "replies are kept, and the same command asks for the rest"
-            raise ConfigError(f"the judge at {self.base_url} {why}; {rest}") from None
+            raise ConfigError(f"the judge at {self.url} {why}; {rest}") from None
         except openai.APIStatusError as error:
             if error.status_code not in (400, 422) or not schema:
                 return {"error": f"HTTP {error.status_code}: {self._safe(error)}"}

@@ -1,4 +1,4 @@
-"""Which answers the judge is asked about, one metric a call, and how strictly its reply is read.
+"""What the judge is asked, one metric a call, how strictly its reply is read, and what its verdicts say of the arms.
 
 The paper names its five metrics (arXiv 2509.21282) but published neither prompt nor scale: both are ours. The judge
 sees the reference answer, which keeps a judge of mathematics from many errors (Zheng et al. 2023, arXiv 2306.05685,
@@ -7,6 +7,7 @@ section 3.4).
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -14,8 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, Field, ValidationError
+from scipy import stats
 
 from pspo.base.files import read_json
 from pspo.compare.arms import Group, Selection
@@ -26,6 +29,9 @@ NUM_REPEATED_QUESTIONS = 50
 """Questions for a score that are asked a second time, for the judge's agreement with itself."""
 POINTS = {"first": {"1": 1.0, "2": 0.0, "tie": 0.5}, "second": {"1": 0.0, "2": 1.0, "tie": 0.5}}
 """What a verdict on two answers is worth to the arm, where the arm's answer comes first and where it is second."""
+
+ABOUT = ["metric", "set", "problem", "run", "against_run"]
+"""What a verdict is about: the fields that a person's verdict shares with the judge's."""
 
 METRICS = {
     "overall_quality": "how good the answer is as a whole: right, complete, and no longer than it has to be",
@@ -72,7 +78,9 @@ def sample(compared: Group, selected: Sequence[Selection], limit: int) -> list[R
     answers = results.answers.merge(pd.DataFrame(map(asdict, selected)).drop(columns="score")).merge(runs, on="run")
     answers = answers[answers["sample"] == 0].drop_duplicates(["arm", *place])
     order = [sha256("{} {} {}".format(*key).encode()).digest() for key in answers[place].itertuples(index=False)]
-    rows = answers.assign(order=order).sort_values("order", kind="stable").groupby("arm").head(limit).to_dict("records")
+    rows: list[Row] = (
+        answers.assign(order=order).sort_values("order", kind="stable").groupby("arm").head(limit).to_dict("records")
+    )
     for row in rows:
         settings = read_json(Path(row["run"], "evaluation", row["when"], row["evaluation"], SETTINGS))
         row |= {"task": settings["system_prompt"], "place": tuple(row[name] for name in place)}
@@ -157,3 +165,80 @@ def verdict(question: Row, replies: Mapping[str, Row]) -> Row:
         value, row["error"] = read(replies[question["request"]], Pair if points else Score)
         row["verdict"] = points[str(value)] if points and value else value
     return row
+
+
+def summarize(verdicts: Sequence[Row], labels: pd.DataFrame) -> Row:
+    """The numbers of summary.json: scores and pairs by arm and metric, and what the judge itself is worth.
+
+    A pair's verdict is 1 where its arm wins in both orders, 0 where it loses in both, else 0.5: a tie. Ties of equal
+    answers count in the win rates, not in the judge's own rates. ``labels`` are people's verdicts.
+    """
+    rows = pd.DataFrame(verdicts, columns=["kind", "arm", *ABOUT, "lengths", "request", "verdict", "error"])
+    kinds = {
+        kind: rows[(rows["kind"] == kind) & rows["error"].isna()] for kind in ("score", "again", "first", "second")
+    }
+    others = {kind: part[[*ABOUT, "verdict"]] for kind, part in kinds.items()}
+    again = kinds["score"].merge(others["again"], on=ABOUT)
+    pairs = kinds["first"].merge(others["second"], on=ABOUT).rename(columns={"verdict_x": "verdict"})
+    consistent, requested = pairs["verdict"] == pairs["verdict_y"], pairs["request"].notna()
+    pairs["verdict"] = pairs["verdict"].where(consistent, 0.5)
+    errors = [row["error"] for row in verdicts if row["error"]]
+    human = {}
+    for kind, judged in {"score": kinds["score"], "pair": pairs}.items():
+        both = judged.merge(labels.rename(columns={"verdict": "label"}), on=ABOUT)
+        human[kind] = {"n": len(both), "kappa": kappa(both["verdict"], both["label"])}
+    return {
+        "scores": _table(kinds["score"], 1, 5),
+        "pairs": _table(pairs, 0, 1),
+        "failures": dict(Counter(error.partition(":")[0] for error in errors)),
+        "failure_rate": len(errors) / max(1, rows["request"].notna().sum()),
+        "tie_rate": _rate(pairs["verdict"][requested] == 0.5),
+        "position_consistency": _rate(consistent[requested]),
+        "self_agreement": {"n": len(again), "equal_rate": _rate(again["verdict_x"] == again["verdict_y"])},
+        "human": human,
+    }
+
+
+def _table(rows: pd.DataFrame, least: int, greatest: int) -> list[Row]:
+    """Mean verdicts from ``least`` to ``greatest`` by arm and metric; of pairs, also the win rate at equal length."""
+    table = []
+    for (arm, metric), part in rows.groupby(["arm", "metric"], sort=False):
+        problems = part["set"] + "/" + part["problem"]
+        mean, *ends = np.clip(estimate(part["verdict"], problems), least, greatest).tolist()
+        table.append({"arm": arm, "metric": metric, "n": len(part), "mean": mean, "ci95": ends or None})
+        if part["lengths"].notna().all():
+            lengths = [own - other for own, other in part["lengths"]]
+            mean, *ends = np.clip(estimate(part["verdict"], problems, lengths), least, greatest).tolist()
+            table[-1] |= {"at_equal_length": mean, "at_equal_length_ci95": ends or None}
+    return table
+
+
+def estimate(values: Sequence[float], problems: Sequence[Any], lengths: Sequence[float] = ()) -> list[float]:
+    """The mean over problems, each the mean of its values, and the ends of Student's 95 % interval over problems.
+
+    With ``lengths``, the differences Δ in tokens, of which tanh(Δ / sd(Δ)) counts as in AlpacaEval 2 (Dubois et al.
+    2024, arXiv 2404.04475), the mean at Δ = 0, by least squares. One problem, or equal values, have no interval. It
+    tells of these runs on other problems, not of other seeds.
+    """
+    x = np.tanh(np.asarray(lengths) / np.std(lengths)) if np.any(lengths) and np.std(lengths) else 0.0
+    table = pd.DataFrame({"x": x, "y": np.asarray(values, float)}).groupby(np.asarray(problems)).mean()
+    mean, se, df = table["y"].mean(), table["y"].sem(), len(table) - 1
+    if len(table) > 2 and np.ptp(table["x"]):
+        line = stats.linregress(table["x"], table["y"])
+        mean, se, df = line.intercept, line.intercept_stderr, len(table) - 2
+    half = stats.t.ppf(0.975, df) * se
+    return [float(mean), float(mean - half), float(mean + half)] if se > 0 else [float(mean)]
+
+
+def kappa(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Cohen's κ with quadratic weights of two raters; None where both always give one and the same value.
+
+    κ = 1 − Σ (i − j)² o_ij / Σ (i − j)² e_ij; o are the observed shares of the values i and j, e the products of each
+    rater's own shares (Cohen 1968, Psychol. Bull. 70:213).
+    """
+    squares = np.subtract.outer(np.asarray(first, float), np.asarray(second, float)) ** 2
+    return float(1 - np.diag(squares).mean() / squares.mean()) if squares.any() else None
+
+
+def _rate(flags: pd.Series) -> float | None:
+    return float(flags.mean()) if len(flags) else None

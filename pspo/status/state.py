@@ -31,11 +31,8 @@ RETRIED = ("failed", "out of memory", "timed out", "node failure", "lost", "cut 
 STATE_OF_ENDED_JOB = {
     "OUT_OF_MEMORY": "out of memory",
     "TIMEOUT": "timed out",
-    "DEADLINE": "timed out",
     "CANCELLED": "cancelled",
-    "REVOKED": "cancelled",
     "NODE_FAIL": "node failure",
-    "BOOT_FAIL": "node failure",
     "FAILED": "failed",
     slurm.UNKNOWN: "lost",
 }
