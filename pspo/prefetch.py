@@ -37,10 +37,9 @@ def prefetch(overrides: Sequence[str]) -> list[str]:
 
 
 def load(config: Config) -> str:
-    """Load the data set and the policy of one run, fetched or made where the caches lack them; what they are, in words.
+    """Load the data set and the policy of one run, fetched or made where the caches lack them; returns what they are.
 
-    Of weight files only the table of contents is read, as the weights may need more memory than a login node gives. The
-    embedded policy has a warm start for these CPU threads. Raises ConfigError.
+    Weight files are not read whole, for the memory of a login node. Raises ConfigError.
     """
     problems = dataset.load(config.dataset, config.seed)
     splits = {"train": problems.train, "validation": problems.validation} | held_out.problems(config, problems)
@@ -50,23 +49,16 @@ def load(config: Config) -> str:
         model.load(config.model, config.seed, torch.device("cpu"))
         policy = f"the embedded policy of seed {config.seed} for jobs with {threads} CPU threads"
     else:
-        directory = source.locate(config.model)
-        policy = f"{directory} ({_num_tensors(directory)} tensors)"
+        policy = str(source.locate(config.model))
+        for path in Path(policy).glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="pt"):  # compares the file's length with its header
+                    pass
+            except SafetensorError as error:
+                raise ConfigError(f"{path} is damaged ({error}); delete it and repeat this command") from error
     dataset.encode(model.tokenizer(config.model), config.dataset, next(filter(None, splits.values()))[:1])
     counts = ", ".join(f"{len(split)} {name}" for name, split in splits.items())
     return f"dataset={config.dataset.name} ({counts}), {policy}"
-
-
-def _num_tensors(directory: Path) -> int:
-    """Tensors of the weight files, whose lengths safetensors compares with their headers. Raises ConfigError."""
-    num_tensors = 0
-    for path in directory.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                num_tensors += len(file.keys())
-        except SafetensorError as error:
-            raise ConfigError(f"{path} is damaged ({error}); delete it and repeat this command") from error
-    return num_tensors
 
 
 def exports(configs: Sequence[Config]) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import yaml
@@ -22,8 +22,7 @@ from pspo.config import in_quotes, quoted
 from pspo.launcher import Planned, make_plan
 from pspo.launcher.settings import read_keys
 
-SWEEPS = CONF.parent / "sweeps"
-"""The files that come with pspo: beside ``conf/``, in a checkout and in an installed wheel."""
+SWEEPS = CONF.parent / "sweeps"  # the files that come with pspo: beside conf/, in a checkout and in a wheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +35,7 @@ class SweepFile(Schema):
     lists: dict[str, Any] = key("keys with their values, of which the product is taken")
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """The overrides of one run of a sweep and, by factor, its arms."""
 
     overrides: list[str]
@@ -64,7 +62,7 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     for factor, table in sweep.arms.items():
         factors[factor] = {arm: _single(parser, texts, f"{file}: {factor}.{arm}") for arm, texts in table.items()}
         keys = set().union(*factors[factor].values())
-        for name in keys & setters.keys():
+        for name in sorted(keys & setters.keys()):
             raise ConfigError(f"{file}: the arms of {factor} set {name}, and so does {setters[name]}; leave it to one")
         setters |= dict.fromkeys(keys, f"arms.{factor}")
     jobs = []
@@ -176,10 +174,9 @@ def cli() -> None:
     from pspo.run import __main__ as run
 
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
+        about = {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in names()}
         lines = ["python -m pspo.sweep <name or file.yaml> [key=value ...] [hydra/launcher=basic|local|slurm]", ""]
-        for name in names():
-            about = (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ")
-            lines.append(f"  {name:<10} {about}")
+        lines += [f"  {name:<10} {line}" for name, line in about.items()]
         lines += ["", "hydra.launcher.dry_run=true prints the runs, what became of them, and the cost.", ""]
         sys.stdout.write("\n".join(lines))
         return

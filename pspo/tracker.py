@@ -1,6 +1,5 @@
 """Metrics of a run: ``metrics.jsonl``, one JSON line per step, is the truth, Weights & Biases its mirror."""
 
-import logging
 import math
 import os
 import queue
@@ -17,17 +16,13 @@ from typing import Any
 import filelock
 import pandas
 
+from pspo.base.console import log
 from pspo.base.files import JsonLines, read_json, read_lines, read_yaml, write_json
 from pspo.base.schema import ConfigError, Schema, key
 
-log = logging.getLogger("pspo")
-
-INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0
-"""Longest wait in seconds for a server's answer when a mirror opens, and for the last uploads of a run."""
-CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0
-"""Longest wait in seconds for the end of a mirror, whatever W&B does: at the end of a run, and of a replay."""
-REACH_TIMEOUT_S = 10.0
-"""Longest wait in seconds for a server to answer at all, before a command relies on it."""
+INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0  # for a server's answer when a mirror opens, and for a run's last uploads
+CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0  # for the end of a mirror, whatever W&B does; for that of a replay
+REACH_TIMEOUT_S = 10.0  # for a server to answer at all, before a command relies on it
 
 COMPLETIONS_PER_STEP, MAX_COMPLETION_CHARACTERS = 2, 4000
 COMPLETION_COLUMNS = ("step", "problem", "question", "answer", "completion", "reward", "correct", "tokens", "truncated")
@@ -170,7 +165,9 @@ class Mirror:
         return {"completions": self._table} if rows else {}
 
     def _work(self) -> None:
-        for act in (self._mirror, self._end):
+        import wandb  # half a second that tracker=jsonl does not pay
+
+        for act in (self._mirror, self._abandon, wandb.teardown):  # a broken service would serve the next run
             try:
                 act()
             except (Exception, SystemExit) as error:  # noqa: BLE001  W&B's own, when its service is gone, are not public
@@ -191,22 +188,14 @@ class Mirror:
                 call(run)
             run.finish(exit_code=call)
 
-    def _end(self) -> None:
-        """Stop the threads of a W&B run that an error has left open, then W&B's service process.
-
-        A broken service would serve the next run, a waiting one hold up this process's exit.
-        """
-        import wandb
-
-        try:
-            if self._run is not None:
-                self._run.finish(exit_code=1)
-        finally:
-            wandb.teardown()
+    def _abandon(self) -> None:
+        """Stop the threads of a W&B run that an error has left open; nothing where it is finished."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
 
     def _open(self) -> Any:
         """The W&B run under the id of ``wandb.json``; None where W&B is offline."""
-        import wandb  # half a second that tracker=jsonl does not pay
+        import wandb
 
         from pspo.host import environment  # torch, which an idle pspo.sync does not need
 
@@ -231,9 +220,7 @@ class Mirror:
             return None
         config = read_yaml(self.directory / "config.yaml")
         model = config["model"].get("hub_id") or config["model"].get("path") or config["model"]["name"]
-        code = dict[str, Any]()
-        for process in environment.history(self.directory):
-            code |= process["code"]
+        code = [process["code"] for process in environment.history(self.directory)][-1:]
         run = wandb.init(
             project=config["tracker"]["project"],
             entity=config["tracker"]["entity"],
@@ -244,7 +231,7 @@ class Mirror:
             id=read_json(record)["id"],
             resume="allow",
             dir=str(self.directory),
-            config=config | {"code": code},
+            config=config | {"code": code[0] if code else {}},
             settings=settings,
         )
         run.define_metric("step")

@@ -73,8 +73,9 @@ def judge(arguments: argparse.Namespace) -> None:
     questions = questions_about(answers, reference, arguments.metrics, name)
     requests = {row["request"]: row["body"] for row in questions if row["body"]}
     paired = {reference} | {row["arm"] for row in questions if row["kind"] == "first"}
-    lacking = f"has no such answer to a problem and seed that {reference} has answered, and is in no pair"
-    warnings = [f"{arm} {lacking}" for arm in compared.arms if arm not in paired]
+    warnings = [
+        f"{arm} has no answer to a problem and seed of {reference}" for arm in compared.arms if arm not in paired
+    ]
     warnings += compared.left_out + one_family(compared, name)
     for sentence in warnings:
         log.warning("%s", sentence)
@@ -87,7 +88,7 @@ def judge(arguments: argparse.Namespace) -> None:
             asyncio.run(server.ask(requests, arguments.concurrency))
         finally:
             replies = {digest: server.replies[digest] for digest in requests if digest in server.replies}
-            verdicts = [verdict(row, replies) for row in questions if row["request"] in (None, *replies)]
+            verdicts = [verdict(row, replies) for row in questions if not row["body"] or row["request"] in replies]
             valid = [reply for reply in replies.values() if "text" in reply]
             tokens = {kind: sum(reply[kind] for reply in valid) for kind in ("prompt_tokens", "completion_tokens")}
             summary = {
@@ -145,12 +146,6 @@ class Judge:
         """One reply, or the error after the last retry; a server that refuses the JSON schema is asked without it."""
         import openai
 
-        fatal = (
-            openai.APIConnectionError,
-            openai.AuthenticationError,
-            openai.PermissionDeniedError,
-            openai.NotFoundError,
-        )
         try:
             fields = {name: value for name, value in body.items() if schema or name != "response_format"}
             response = await client.chat.completions.create(**fields)
@@ -165,22 +160,20 @@ class Judge:
             }
         except openai.APITimeoutError:
             return {"error": f"time-out: no reply in {TIMEOUT_S:g} s, after {MAX_RETRIES} retries"}
-        except fatal as error:  # which every other request would meet too
-            why = f"cannot be reached, or refuses the key or the model ({self._safe(error.__cause__ or error)})"
-            rest = "replies are kept, and the same command asks for the rest"
-            raise ConfigError(f"the judge at {self.url} {why}; {rest}") from None
-        except openai.APIStatusError as error:
-            if error.status_code not in (400, 422) or not schema:
-                return {"error": f"HTTP {error.status_code}: {self._safe(error)}"}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            return {"error": f"malformed response: {self._safe(error)}"}
+        except (openai.APIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            detail = " ".join(str(error.__cause__ or error).replace(self.key, "***").split())  # servers repeat the key
+            code, detail = getattr(error, "status_code", None), detail[:MAX_DETAIL_CHARACTERS]
+            if not isinstance(error, openai.APIError):
+                return {"error": f"malformed response: {detail}"}
+            if code in (None, 401, 403, 404):  # which every other request would meet too
+                why = f"cannot be reached, or refuses the key or the model ({detail})"
+                rest = "replies are kept, and the same command asks for the rest"
+                raise ConfigError(f"the judge at {self.url} {why}; {rest}") from None
+            if code not in (400, 422) or not schema:
+                return {"error": f"HTTP {code}: {detail}"}
         reply = await self._reply(client, body, schema=False)
         self.takes_schema = self.takes_schema and "error" in reply
         return reply
-
-    def _safe(self, error: BaseException) -> str:
-        """An error as one line without the key, which a server may repeat."""
-        return " ".join(str(error).replace(self.key, "***").split())[:MAX_DETAIL_CHARACTERS]
 
 
 def read_labels(path: Path | None) -> pd.DataFrame:
@@ -190,8 +183,9 @@ def read_labels(path: Path | None) -> pd.DataFrame:
         labels = pd.DataFrame(map(json.loads, lines), columns=None if lines else [*ABOUT, "verdict"])
         return labels[[*ABOUT, "verdict"]].astype({"verdict": float})
     except (OSError, ValueError, LookupError, TypeError) as error:
-        rule = "lines of verdicts.jsonl with a person's verdict, a number, in each"
-        raise ConfigError(f"--human={path} must hold {rule}: {error!r}") from None
+        raise ConfigError(
+            f"--human={path} must hold lines of verdicts.jsonl with a person's verdict: {error!r}"
+        ) from None
 
 
 def one_family(compared: Group, judge: str) -> list[str]:

@@ -25,13 +25,11 @@ from pspo.compare.arms import Group, Selection
 from pspo.evaluate.answers import SETTINGS
 
 Row = dict[str, Any]
-NUM_REPEATED_QUESTIONS = 50
-"""Questions for a score that are asked a second time, for the judge's agreement with itself."""
+NUM_REPEATED_QUESTIONS = 50  # for a score, asked a second time, for the judge's agreement with itself
 POINTS = {"first": {"1": 1.0, "2": 0.0, "tie": 0.5}, "second": {"1": 0.0, "2": 1.0, "tie": 0.5}}
 """What a verdict on two answers is worth to the arm, where the arm's answer comes first and where it is second."""
 
-ABOUT = ["metric", "set", "problem", "run", "against_run"]
-"""What a verdict is about: the fields that a person's verdict shares with the judge's."""
+ABOUT = ["metric", "set", "problem", "run", "against_run"]  # which a person's verdict shares with the judge's
 
 METRICS = {
     "overall_quality": "how good the answer is as a whole: right, complete, and no longer than it has to be",
@@ -70,17 +68,15 @@ class Pair(BaseModel, extra="forbid"):
 def sample(compared: Group, selected: Sequence[Selection], limit: int) -> list[Row]:
     """At most ``limit`` first answers of each arm, each with its ``arm``, the ``task`` of its prompt and its ``place``.
 
-    A place is a set, a problem and a seed. Places come in an order by digest: arms share them, and a higher limit adds
-    answers and changes none.
+    Places (set, problem, seed) come in an order by digest: arms share them, and a higher limit only adds answers.
     """
     results, place = compared.results, ["set", "problem", "seed"]
     runs = results.runs[["run", "seed"]].assign(arm=results.runs["run"].map(compared.arm_of)).dropna()
     answers = results.answers.merge(pd.DataFrame(map(asdict, selected)).drop(columns="score")).merge(runs, on="run")
     answers = answers[answers["sample"] == 0].drop_duplicates(["arm", *place])
     order = [sha256("{} {} {}".format(*key).encode()).digest() for key in answers[place].itertuples(index=False)]
-    rows: list[Row] = (
-        answers.assign(order=order).sort_values("order", kind="stable").groupby("arm").head(limit).to_dict("records")
-    )
+    answers = answers.assign(order=order).sort_values("order", kind="stable").groupby("arm").head(limit)
+    rows: list[Row] = answers.to_dict("records")
     for row in rows:
         settings = read_json(Path(row["run"], "evaluation", row["when"], row["evaluation"], SETTINGS))
         row |= {"task": settings["system_prompt"], "place": tuple(row[name] for name in place)}
@@ -90,17 +86,12 @@ def sample(compared: Group, selected: Sequence[Selection], limit: int) -> list[R
 def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[str], model: str) -> list[Row]:
     """Every question: the ``score`` of each answer, some ``again``, other arms with ``reference`` in both orders.
 
-    A question says what its verdict is about, and has the ``body`` of a request with its digest. Two equal answers are
-    a tie without a request.
+    A question says what its verdict is about, and has a request's ``body`` and digest, but for a tie of equal answers.
     """
     questions, again = list[Row](), list[Row]()
     in_reference = {row["place"]: row for row in answers if row["arm"] == reference}
     for row, metric in product(answers, metrics):
-        about = {
-            "metric": metric,
-            **{name: row[name] for name in ("arm", "set", "problem", "run")},
-            "against_run": None,
-        }
+        about = {name: row[name] for name in ("arm", "set", "problem", "run")} | {"metric": metric, "against_run": None}
         questions.append({"kind": "score", **about, **request(model, metric, row)})
         again.append(questions[-1] | {"kind": "again", "request": questions[-1]["request"] + "-again"})
         if row["arm"] != reference and (other := in_reference.get(row["place"])):
@@ -113,10 +104,7 @@ def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[st
 
 
 def request(model: str, metric: str, *answers: Mapping[str, Any]) -> Row:
-    """The ``body`` of a request about one answer, or about two to one problem, and its digest as ``request``.
-
-    Nothing in the body tells whose the answers are.
-    """
+    """The ``body`` of a request about one answer, or two to one problem, blind to arms, and its digest ``request``."""
     form, ends = (Score, [""]) if len(answers) == 1 else (Pair, ["_1", "_2"])
     quoted = {"problem": answers[0]["question"], "reference": answers[0]["answer"]}
     for end, row in zip(ends, answers, strict=True):
@@ -145,8 +133,7 @@ def quote(texts: Mapping[str, str]) -> str:
 def read(reply: Mapping[str, Any], form: type[Score] | type[Pair]) -> tuple[int | str | None, str | None]:
     """The verdict in a reply; or None and the failure: its kind, a colon, the detail.
 
-    The text must be the demanded JSON object and nothing else. Models without a schema add reasoning up to ``</think>``
-    and a code fence around the object; both are allowed.
+    The text must be one JSON object, with at most reasoning up to ``</think>`` before it and a code fence around it.
     """
     if "error" in reply or reply["refusal"]:
         return None, reply.get("error", "refusal")
@@ -174,19 +161,17 @@ def summarize(verdicts: Sequence[Row], labels: pd.DataFrame) -> Row:
     answers count in the win rates, not in the judge's own rates. ``labels`` are people's verdicts.
     """
     rows = pd.DataFrame(verdicts, columns=["kind", "arm", *ABOUT, "lengths", "request", "verdict", "error"])
-    kinds = {
-        kind: rows[(rows["kind"] == kind) & rows["error"].isna()] for kind in ("score", "again", "first", "second")
-    }
-    others = {kind: part[[*ABOUT, "verdict"]] for kind, part in kinds.items()}
-    again = kinds["score"].merge(others["again"], on=ABOUT)
-    pairs = kinds["first"].merge(others["second"], on=ABOUT).rename(columns={"verdict_x": "verdict"})
-    consistent, requested = pairs["verdict"] == pairs["verdict_y"], pairs["request"].notna()
+    valid = rows[rows["error"].isna()]
+    kinds = {kind: valid[valid["kind"] == kind] for kind in ("score", "again", "first", "second")}
+    again = kinds["score"].merge(kinds["again"], on=ABOUT, suffixes=("", "_2"))
+    pairs = kinds["first"].merge(kinds["second"], on=ABOUT, suffixes=("", "_2"))
+    consistent, requested = pairs["verdict"] == pairs["verdict_2"], pairs["request"].notna()
     pairs["verdict"] = pairs["verdict"].where(consistent, 0.5)
     errors = [row["error"] for row in verdicts if row["error"]]
     human = {}
     for kind, judged in {"score": kinds["score"], "pair": pairs}.items():
-        both = judged.merge(labels.rename(columns={"verdict": "label"}), on=ABOUT)
-        human[kind] = {"n": len(both), "kappa": kappa(both["verdict"], both["label"])}
+        both = judged[[*ABOUT, "verdict"]].merge(labels, on=ABOUT)
+        human[kind] = {"n": len(both), "kappa": kappa(both["verdict_x"], both["verdict_y"])}
     return {
         "scores": _table(kinds["score"], 1, 5),
         "pairs": _table(pairs, 0, 1),
@@ -194,7 +179,7 @@ def summarize(verdicts: Sequence[Row], labels: pd.DataFrame) -> Row:
         "failure_rate": len(errors) / max(1, rows["request"].notna().sum()),
         "tie_rate": _rate(pairs["verdict"][requested] == 0.5),
         "position_consistency": _rate(consistent[requested]),
-        "self_agreement": {"n": len(again), "equal_rate": _rate(again["verdict_x"] == again["verdict_y"])},
+        "self_agreement": {"n": len(again), "equal_rate": _rate(again["verdict"] == again["verdict_2"])},
         "human": human,
     }
 

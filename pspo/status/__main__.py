@@ -22,8 +22,7 @@ from pspo.base.schema import ConfigError, build
 from pspo.host import slurm
 from pspo.status.state import RETRIED, STATES, Group, collect
 
-WATCH_S = 5.0
-"""Seconds between two refreshes of the table."""
+WATCH_S = 5.0  # between two refreshes of the table
 
 
 def table(group: Group) -> Text:
