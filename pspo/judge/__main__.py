@@ -151,7 +151,7 @@ class Judge:
             response = await client.chat.completions.create(**fields)
             choice, usage = response.choices[0], response.usage
             return {
-                "text": str(choice.message.content or ""),
+                "text": str(choice.message.content or "").encode(errors="replace").decode(),
                 "refusal": bool(choice.message.refusal) or choice.finish_reason == "content_filter",
                 "truncated": choice.finish_reason == "length",
                 "model": str(response.model),
@@ -181,7 +181,7 @@ def read_labels(path: Path | None) -> pd.DataFrame:
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path else []
         labels = pd.DataFrame(map(json.loads, lines), columns=None if lines else [*ABOUT, "verdict"])
-        return labels[[*ABOUT, "verdict"]].astype({"verdict": float})
+        return labels[[*ABOUT, "verdict"]].astype({"verdict": float}).drop_duplicates(ABOUT)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"--human={path} must hold lines of verdicts.jsonl with a person's verdict: {error!r}"

@@ -100,7 +100,8 @@ def main() -> None:
         if arguments.json:
             sys.stdout.write(json.dumps([asdict(row) for row in group.rows], indent=2) + "\n")
             return
-        with Live(table(group), auto_refresh=False) as live:
+        with Live(auto_refresh=False) as live:
+            live.update(table(group), refresh=arguments.watch)
             while arguments.watch and group.unfinished:
                 time.sleep(WATCH_S)
                 group = collect(arguments.group)
