@@ -37,10 +37,10 @@ def sync(directory: Path) -> Iterator[tuple[str, int, str]]:
         num_sent = mirror.num_sent
         if num_sent and not mirror.error:  # W&B's last step, which a second mirror asks for, shows whether they arrived
             mirror = _send(run, steps[-1], done)
-        lacking = f"W&B still lacks {mirror.num_sent}; see {run / 'wandb'}" if mirror.num_sent else ""
-        if not (mirror.error or lacking):
+        unsent = f"W&B still lacks {mirror.num_sent}; see {run / 'wandb'}" if mirror.num_sent else ""
+        if not (error := " ".join((mirror.error or unsent).split())):
             write_json(path, record | {"arrived": arrived})
-        yield run.name, num_sent, " ".join((mirror.error or lacking).split())
+        yield run.name, num_sent, error
 
 
 def _send(run: Path, last_step: int, done: bool) -> Mirror:

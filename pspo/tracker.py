@@ -121,13 +121,13 @@ class Mirror:
 
         def call(run: Any) -> None:
             rows = read_lines(self.directory / "metrics.jsonl")
-            lacking = [row for row in rows if self._next_step <= row["step"] <= last_step]
-            for row in lacking:
+            unsent = [row for row in rows if self._next_step <= row["step"] <= last_step]
+            for row in unsent:
                 values = {name: math.nan if value is None else value for name, value in row.items()}
-                run.log(values, step=row["step"], commit=row is not lacking[-1])
+                run.log(values, step=row["step"], commit=row is not unsent[-1])
                 self._next_step, self.num_sent = row["step"] + 1, self.num_sent + 1
-            if lacking:
-                run.log(self._completions({row["step"] for row in lacking}), step=lacking[-1]["step"], commit=True)
+            if unsent:
+                run.log(self._completions({row["step"] for row in unsent}), step=unsent[-1]["step"], commit=True)
 
         self._calls.put(call)
 

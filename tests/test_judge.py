@@ -347,7 +347,7 @@ def test_a_server_without_json_schemas_is_asked_without(arms):
         _, summary = run(arms, server, "--concurrency", 1, "--limit", 1)
     assert summary["failures"] == {}
     assert sum("response_format" in body for body in server.requests) == 1  # and not asked for again
-    assert summary["asked"] == summary["questions"]
+    assert summary["judged"] == summary["questions"]
 
 
 def test_the_pause_that_a_busy_server_asks_for_is_kept(tmp_path):
@@ -393,7 +393,7 @@ def test_a_judge_out_of_reach_stops_with_what_was_judged_kept(arms, capsys):
     kept, summary = files(arms)
     scored = {row["request"]: row["verdict"] for row in kinds(rows, "score")}
     assert {row["request"]: row["verdict"] for row in kinds(kept, "score")} == scored
-    assert summary["asked"] < summary["questions"]
+    assert summary["judged"] < summary["questions"]
     with pytest.raises(ConfigError, match=r"cannot be reached"):
         run(arms, server, model="n")
     assert "wins over noclip" not in capsys.readouterr().out.partition("judge: n")[0].rpartition("folder")[2]
@@ -421,7 +421,7 @@ def test_requests_are_under_way_together_and_not_more_than_allowed(arms):
     with serving(script) as server:
         _, summary = run(arms, server, "--limit", 8, "--concurrency", 4)
     assert server.in_flight == 4
-    assert summary["asked"] == summary["questions"]
+    assert summary["judged"] == summary["questions"]
 
 
 def everything_written(folder):
@@ -638,7 +638,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
         finally:
             released.set()
     rows, summary = files(arms)
-    assert summary["asked"] == len(rows) == 8
+    assert summary["judged"] == len(rows) == 8
     assert all(row["error"] is None for row in rows)
 
 
@@ -726,7 +726,7 @@ def test_a_real_server_of_the_protocol(arms, language_model, tmp_path):
         "first": (None, False),
         "second": (None, False),
     }
-    assert summary["asked"] == summary["questions"] == 6
+    assert summary["judged"] == summary["questions"] == 6
     assert sum(summary["failures"].values()) == 2
     assert summary["models"] == [f"{language_model}@main"]
     assert min(summary["prompt_tokens"], summary["completion_tokens"]) > 0

@@ -98,7 +98,7 @@ def judge(arguments: argparse.Namespace) -> None:
                 "warnings": warnings,
                 "against": reference,
                 "questions": len(questions),
-                "asked": len(verdicts),
+                "judged": len(verdicts),
                 "requests_sent": len(replies) - num_cached,
                 **tokens,
                 "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
@@ -127,11 +127,11 @@ class Judge:
         """
         import openai  # an extra
 
-        lacking = [name for name in requests if name not in self.replies]
-        waiting = iter(lacking)
+        uncached = [name for name in requests if name not in self.replies]
+        waiting = iter(uncached)
         client = openai.AsyncOpenAI(api_key=self.key, base_url=self.url, timeout=TIMEOUT_S, max_retries=MAX_RETRIES)
         async with client:
-            with Phase("judging", len(lacking), unit="requests") as phase:
+            with Phase("judging", len(uncached), unit="requests") as phase:
 
                 async def work() -> None:
                     for name in waiting:

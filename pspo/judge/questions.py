@@ -98,8 +98,8 @@ def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[st
             about |= {"against_run": other["run"], "lengths": [row["tokens"], other["tokens"]]}
             for kind, order in {"first": (row, other), "second": (other, row)}.items():
                 is_tie = row["completion"] == other["completion"]
-                asked = {"request": None, "body": None} if is_tie else request(model, metric, *order)
-                questions.append({"kind": kind, **about, **asked})
+                sent = {"request": None, "body": None} if is_tie else request(model, metric, *order)
+                questions.append({"kind": kind, **about, **sent})
     return questions + sorted(again, key=lambda question: str(question["request"]))[:NUM_REPEATED_QUESTIONS]
 
 
