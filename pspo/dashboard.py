@@ -17,7 +17,7 @@ from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
 from pspo.report.panels import SECTIONS
 from pspo.results import load
-from pspo.tracker.wandb import check_login
+from pspo.tracker import check_login
 
 
 def renew(directory: Path, by: Sequence[str] = ()) -> str:

@@ -1,14 +1,6 @@
 """Run a sweep: named arms and lists of keys, from a file or the command line, become one run each.
 
-``python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]``
-
-A file in ``sweeps/`` has the overrides of all jobs, the arms that are compared, and the lists to compare them over::
-
-    common: [optimizer.lr=5e-5]
-    arms:                                  # one or more factors, of named arms that may differ in several keys at once
-      objective: {noclip: [objective=noclip], clip: [objective=clip, objective.eps_low=0.1]}
-      updates: {"1": [update.num_epochs=1], "4": [update.num_epochs=4]}
-    lists: {seed: "range(0,5)"}            # plain keys, in Hydra's own grammar or as YAML lists
+``python -m pspo.sweep alpha [overrides] [hydra/launcher=slurm]``; README says what a file in ``sweeps/`` holds.
 """
 
 import itertools
@@ -17,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import yaml
@@ -29,11 +21,7 @@ from pspo.base.schema import ConfigError, Schema, build, key, unknown
 from pspo.config import in_quotes, quoted
 from pspo.launcher import Planned, make_plan
 
-SWEEPS = CONF.parent / "sweeps"
-"""The files that come with pspo: beside ``conf/``, in a checkout and in an installed wheel."""
-
-LOCK_TIMEOUT_S = 60
-"""Longest wait in seconds for another submission that writes ``sweep.json``, which takes it milliseconds."""
+SWEEPS = CONF.parent / "sweeps"  # the files that come with pspo: beside conf/, in a checkout and in a wheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +34,7 @@ class SweepFile(Schema):
     lists: dict[str, Any] = key("keys with their values, of which the product is taken")
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """The overrides of one run of a sweep and, by factor, its arms."""
 
     overrides: list[str]
@@ -60,32 +47,28 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     Raises ConfigError.
     """
     parser = OverridesParser.create(config_loader=loader)
-    given = dict(_values(parser, argument, "the command line") for argument in arguments)
+    typed = dict(_values(parser, argument, "the command line") for argument in arguments)
     if file is None:
-        return [Job(list(job), {}) for job in itertools.product(*given.values())]
+        return [Job(list(job), {}) for job in itertools.product(*typed.values())]
     sweep = load(file)
     common = {"group": [f"group={sweep.group}"]} | _single(parser, sweep.common, f"{file}: common")
     lists: dict[str, list[str]] = {}
     for name, values in sweep.lists.items():
-        items = [_values(parser, f"{name}={_text(v)}", f"{file}: lists")[1] for v in _as_list(values)]
-        lists[name] = [*itertools.chain(*items)]
-    factors = {
-        factor: {arm: _single(parser, overrides, f"{file}: {factor}.{arm}") for arm, overrides in table.items()}
-        for factor, table in sweep.arms.items()
-    }
-    setters = dict.fromkeys(lists, "lists") | dict.fromkeys(given, "the command line")
-    for factor, table in factors.items():
-        names = set().union(*table.values())
-        if twice := min(names & setters.keys(), default=None):
-            raise ConfigError(
-                f"{file}: the arms of {factor} set {twice}, and so does {setters[twice]}; leave it to one"
-            )
-        setters |= dict.fromkeys(names, f"arms.{factor}")
+        texts = [f"{name}={_text(value)}" for value in (values if isinstance(values, list) else [values])]
+        lists[name] = [each for text in texts for each in _values(parser, text, f"{file}: lists")[1]]
+    setters = dict.fromkeys(lists, "lists") | dict.fromkeys(typed, "the command line")
+    factors = {}
+    for factor, table in sweep.arms.items():
+        factors[factor] = {arm: _single(parser, texts, f"{file}: {factor}.{arm}") for arm, texts in table.items()}
+        keys = set().union(*factors[factor].values())
+        for name in sorted(keys & setters.keys()):
+            raise ConfigError(f"{file}: the arms of {factor} set {name}, and so does {setters[name]}; leave it to one")
+        setters |= dict.fromkeys(keys, f"arms.{factor}")
     jobs = []
     for arms in itertools.product(*(table.items() for table in factors.values())):
         arm = dict(zip(factors, (name for name, _ in arms), strict=True))
-        keys = common | {name: values for _, overrides in arms for name, values in overrides.items()} | lists | given
-        jobs += [Job(list(job), arm) for job in itertools.product(*keys.values())]
+        overrides = common | {name: texts for _, own in arms for name, texts in own.items()} | lists | typed
+        jobs += [Job(list(job), arm) for job in itertools.product(*overrides.values())]
     return jobs
 
 
@@ -102,19 +85,17 @@ def record(file: str, planned: Sequence[Planned]) -> None:
 
     Submissions at the same time add to it one after another. Raises ConfigError where it cannot be written.
     """
-    groups: dict[Path, dict[str, Any]] = {}
-    for run in planned:
-        name, about = run.directory.name, {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
-        groups.setdefault(run.directory.parent, {})[name] = about | {"directory": name}
-    for group, rows in groups.items():
-        path = group / "sweep.json"
+    for path in {run.directory.with_name("sweep.json") for run in planned}:
+        rows = {
+            run.directory.name: {"sweep": Path(file).stem, "arm": dict(run.arm), "overrides": run.overrides}
+            for run in planned
+            if run.directory.parent == path.parent
+        }
         try:
-            group.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(group / ".sweep.lock", timeout=LOCK_TIMEOUT_S):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path.with_name(".sweep.lock")):
                 known = {row["directory"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
-                write_json(path, list((known | rows).values()))
-        except filelock.Timeout as error:
-            raise ConfigError(f"another submission holds {error.lock_file}; wait until it has ended") from error
+                write_json(path, [row | {"directory": name} for name, row in (known | rows).items()])
         except OSError as error:
             raise ConfigError(f"cannot write {path} ({error.strerror}); set output_dir=<directory>") from error
 
@@ -145,10 +126,6 @@ def _values(parser: OverridesParser, text: str, where: str) -> tuple[str, list[s
     return name, [f"{name}={value}" for value in override.sweep_string_iterator()]
 
 
-def _as_list(values: Any) -> list[Any]:
-    return values if isinstance(values, list) else [values]
-
-
 def _text(value: Any) -> str:
     """A YAML scalar or list in Hydra's grammar."""
     return f"[{','.join(map(_text, value))}]" if isinstance(value, list) else str(value)
@@ -160,10 +137,10 @@ def load(name: str) -> SweepFile:
     try:
         values = read_keys(path, ": arms, lists, common or group", _Loader)
         sweep = build(SweepFile, {"group": path.stem, "common": [], "arms": {}, "lists": {}} | values)
-        if not sweep.arms and not sweep.lists:
-            raise ConfigError("no arms and no lists, so that there is nothing to compare")
     except ConfigError as error:
         raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from error
+    if not sweep.arms and not sweep.lists:
+        raise ConfigError(f"{path}: no arms and no lists, so that there is nothing to compare")
     return sweep
 
 
@@ -172,10 +149,9 @@ class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml has no types
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [self.construct_object(name, deep=True) for name, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                line = node.start_mark.line + 1
-                raise ConfigError(f"two arms or keys have the name {name} (in the table of line {line}); rename one")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            line = node.start_mark.line + 1
+            raise ConfigError(f"two arms or keys have the name {twice} (in the table of line {line}); rename one")
         return dict(super().construct_mapping(node, deep=deep))
 
 
@@ -200,8 +176,8 @@ def cli() -> None:
         about = {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in names()}
         lines = ["python -m pspo.sweep <name or file.yaml> [key=value ...] [hydra/launcher=basic|local|slurm]", ""]
         lines += [f"  {name:<10} {line}" for name, line in about.items()]
-        lines += ["", "hydra.launcher.dry_run=true prints the runs, what became of them, and the cost."]
-        sys.stdout.write("\n".join(lines) + "\n")
+        lines += ["", "hydra.launcher.dry_run=true prints the runs, what became of them, and the cost.", ""]
+        sys.stdout.write("\n".join(lines))
         return
     with answering(ConfigError):
         path = find(sys.argv[1])

@@ -23,11 +23,11 @@ def completion(text, *, refusal=None, ending="stop"):
 
 
 def score(number):
-    return completion(json.dumps({"reason": "so", "score": number}))
+    return completion(json.dumps({"reason": "so", "verdict": number}))
 
 
 def winner(word):
-    return completion(json.dumps({"reason": "so", "winner": word}))
+    return completion(json.dumps({"reason": "so", "verdict": word}))
 
 
 def texts(body):

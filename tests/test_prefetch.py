@@ -18,7 +18,7 @@ from forked import SMALL, command, make, output_of
 from pspo.base.schema import ConfigError
 from pspo.config import compose
 from pspo.model import tiny
-from pspo.prefetch import exports, fetch, verify
+from pspo.prefetch import exports, load
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c" * 40
@@ -144,13 +144,13 @@ QUICK = [
 
 def test_what_was_fetched_is_not_asked_for_again_and_serves_a_run_without_a_network(node, tmp_path):
     config = compose(PAPER)
-    fetch(config)
+    load(config)
     assert len(Hub.asked) > 4
     Hub.asked.clear()
-    fetch(config)
+    load(config)
     assert Hub.asked == []
     node(online=False)
-    verify(config)
+    load(config)
 
     def cut_off():
         huggingface_hub.constants.HF_HUB_OFFLINE = False  # as in a job that does not even set it
@@ -171,27 +171,31 @@ def test_the_guard_of_these_tests_sees_a_network_that_is_asked(node, tmp_path):
 
 def test_the_embedded_policy_of_a_seed_is_made_for_the_jobs(node, tmp_path):
     config = compose([*SMALL, "seed=1"])
-    fetch(config)
+    load(config)
     made = list((tmp_path / "cache" / "pspo" / "warm_start").glob("*/model.safetensors"))
     assert len(made) == 1
     node(online=False)
-    verify(config)
+    load(config)
     assert list((tmp_path / "cache" / "pspo" / "warm_start").glob("*/model.safetensors")) == made
     assert f"export XDG_CACHE_HOME={tmp_path / 'cache'}" in exports([config])
 
 
 def test_a_damaged_weight_file_is_found(node, tmp_path):
-    fetch(compose(PAPER))
+    load(compose(PAPER))
     (weights,) = tmp_path.glob("hf/hub/models--*/snapshots/*/model.safetensors")
     os.truncate(weights.resolve(), weights.stat().st_size - 1000)
     with pytest.raises(ConfigError, match=r"model.safetensors is damaged .*; delete it"):
-        verify(compose(PAPER))
+        load(compose(PAPER))
 
 
 def test_the_exports_say_where_the_caches_are(node, tmp_path, monkeypatch):
     lines = exports([compose(PAPER)])
-    assert lines[:2] == [f"export HF_HOME={tmp_path / 'hf'}", "export HF_HUB_OFFLINE=1"]
-    assert lines[2].startswith("export WANDB_MODE=offline")
+    assert lines[:3] == [
+        f"export HF_HOME={tmp_path / 'hf'}",
+        f"export HF_HUB_CACHE={tmp_path / 'hf' / 'hub'}",
+        "export HF_HUB_OFFLINE=1",
+    ]
+    assert lines[-1].startswith("export WANDB_MODE=offline")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/else where")
     assert "export HF_HUB_CACHE='/else where'" in exports([compose([*PAPER, "tracker=jsonl"])])
 
@@ -199,12 +203,12 @@ def test_the_exports_say_where_the_caches_are(node, tmp_path, monkeypatch):
 def test_what_is_missing_is_named_with_the_command_that_fetches_it(node):
     node(online=False)
     with pytest.raises(ConfigError, match=r"model\.hub_id=Qwen/Qwen2\.5-0\.5B is not in the cache") as told:
-        verify(compose(["model=qwen0_5b", "dataset=embedded"]))
+        load(compose(["model=qwen0_5b", "dataset=embedded"]))
     (command,) = re.findall(r"`python -m pspo\.prefetch (.*?)` on a node with internet", str(told.value))
     node(online=True)
-    fetch(compose([*command.split(), "dataset=embedded"]))
+    load(compose([*command.split(), "dataset=embedded"]))
     node(online=False)
-    verify(compose(["model=qwen0_5b", "dataset=embedded"]))
+    load(compose(["model=qwen0_5b", "dataset=embedded"]))
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import pytest
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 from pspo.launcher import configure, make_plan
-from pspo.status import collect
 from pspo.status.__main__ import cancel, retry
+from pspo.status.state import collect
 from pspo.sync import Outcome, sync
 from tests.cluster import alive, cluster, wait_for  # noqa: F401
 from tests.forked import SMALL, fingerprint, only_run

@@ -287,7 +287,7 @@ def test_a_killed_service_costs_one_warning_and_the_next_run_gets_a_new_one(run,
 
 @pytest.mark.parametrize("broken", ["torn record", "no folder", "bad variable", "bad key", "unreachable", "refused"])
 def test_what_hinders_wandb_costs_one_warning(run, server, warnings, monkeypatch, broken):
-    monkeypatch.setattr("pspo.tracker.wandb.INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("pspo.tracker.INIT_TIMEOUT_S", 1.0)
     if broken == "torn record":
         (run / "wandb.json").write_text("torn")
     if broken == "no folder":
@@ -309,9 +309,9 @@ def test_what_hinders_wandb_costs_one_warning(run, server, warnings, monkeypatch
 @pytest.mark.parametrize("silent", ["RunResumeStatus", "file_stream"])
 def test_a_silent_server_holds_up_nobody(run, server, warnings, monkeypatch, silent):
     """The bound is on the waiting in ``close``, measured against a server that would hold it for ever."""
-    monkeypatch.setattr("pspo.tracker.wandb.INIT_TIMEOUT_S", 3600.0)
-    monkeypatch.setattr("pspo.tracker.wandb.FINISH_TIMEOUT_S", 3600.0)
-    monkeypatch.setattr("pspo.tracker.wandb.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pspo.tracker.INIT_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr("pspo.tracker.FINISH_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr("pspo.tracker.CLOSE_TIMEOUT_S", 0.5)
     server.status.append((silent, 0))
     tracker = open_tracker(run, WANDB)
     for step in (1, 2):
@@ -348,7 +348,7 @@ def test_disabled_by_the_environment_leaves_no_trace(run, server, monkeypatch):
 
 
 def test_one_mirror_at_a_time(run, server, warnings, monkeypatch):
-    monkeypatch.setattr("pspo.tracker.wandb.INIT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pspo.tracker.INIT_TIMEOUT_S", 0.1)
     with filelock.FileLock(run / ".wandb.lock", timeout=0):
         record(run, 1)
     assert len(warnings()) == 1

@@ -4,38 +4,38 @@ python -m pspo.judge outputs/<group> --base-url http://localhost:8000/v1 --model
 """
 
 import argparse
+import asyncio
 import importlib.util
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from pspo.base.command import answering
-from pspo.base.console import log, log_to_console
-from pspo.base.files import write_json, write_text
-from pspo.base.schema import ConfigError
+from pspo.base.console import Phase, log, log_to_console
+from pspo.base.files import JsonLines, write_json, write_text
+from pspo.base.schema import ConfigError, dotted
 from pspo.compare.arms import Group, group
 from pspo.compare.comparison import DEFAULT_REFERENCE, choose
-from pspo.judge.measures import about, summarize
-from pspo.judge.questions import METRICS, JudgeError, items, questions_about, verdicts
+from pspo.judge.questions import ABOUT, METRICS, questions_about, sample, summarize, verdict
 from pspo.results import load
 from pspo.run import lock
 
-LIMITS = {"concurrency": 1, "timeout_s": 0.001, "retries": 0}
-"""The smallest values of the arguments that say how the server is asked."""
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
 FAMILY = re.compile(r"qwen|llama|gemma|mistral|mixtral|deepseek|smollm|olmo|granite|falcon|gpt|(?<![a-z])phi")
 """Families of models by words in their names; a judge prefers its own family (Panickssery et al. 2024, 2404.13076)."""
+TIMEOUT_S, MAX_RETRIES = 300.0, 5
+"""Longest wait in seconds for a reply, or its next byte; retries of a request, with pauses that grow."""
+MAX_DETAIL_CHARACTERS = 200  # of an error
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command's arguments."""
+    """The command's arguments. Raises ConfigError for a value out of range, and without the package openai."""
     parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="outputs/<group>, or run directories; verdicts go into the first's group")
@@ -47,135 +47,176 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--limit", type=int, default=100, help="answers of each arm to judge, over problems and seeds (default 100)")
     add("--human", type=Path, help="lines of verdicts.jsonl with a person's verdict in each, for Cohen's κ")
     add("--concurrency", type=int, default=8, help="requests at a time (default 8)")
-    add("--timeout-s", type=float, default=120.0, help="seconds to wait for a reply (default 120)")
-    add("--retries", type=int, default=5, help="retries of a request, with growing pauses (default 5)")
     add("--prices", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million tokens")
-    add("--request", default={}, type=json_object, help="fields to change in every request; null removes one")
-    return parser.parse_args(words)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The content of an argument. Raises ValueError or TypeError, which argparse reports."""
-    return dict(json.loads(text))
-
-
-def judge(arguments: argparse.Namespace) -> None:
-    """Ask what the cache does not answer; write and show every verdict there is, also where the judge gives out.
-
-    Judged are the first greedy answers after training. Raises ConfigError before any request.
-    """
-    check(arguments)
-    from pspo.judge.ask import Judge  # imports openai, which ``check`` has found
-
-    people = read_labels(arguments.human) if arguments.human else {}
-    compared, name = group(load(arguments.paths)), arguments.model
-    selected = choose(compared, {"set": arguments.sets})
-    answers = compared.results.answers.merge(pd.DataFrame(map(asdict, selected)).drop(columns="score"))
-    answers = answers[answers["run"].isin(compared.runs.index) & (answers["sample"] == 0)]
-    arms = [arm for arm, runs in compared.arms.items() if answers["run"].isin(runs).any()]
-    reference = compared.arm(arguments.against or (DEFAULT_REFERENCE if DEFAULT_REFERENCE in arms else arms[0]))
-    chosen = items(compared, answers, list(dict.fromkeys([*arms, reference])), arguments.limit)
-    address = arguments.base_url.rstrip("/")
-    questions = questions_about(chosen, reference, arguments.metrics, address, name, arguments.request)
-    requests = {digest: request for _, part in questions for digest, request in part.items()}
-    warnings = compared.left_out + one_family(compared, arms, name)
-    warnings += [f"{arm} has no such answers and is not judged" for arm in compared.arms if arm not in arms]
-    for sentence in warnings:
-        log.warning("%s", sentence)
-    folder = Path(compared.runs.index[0]).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
-    with lock.hold(folder):
-        server = Judge(address, folder / "replies.jsonl", **{name: getattr(arguments, name) for name in LIMITS})
-        num_before = len(server.replies)
-        log.info("%d requests, %d of them in the cache", len(requests), len(requests.keys() & server.replies.keys()))
-        try:
-            server.ask(requests)
-        finally:
-            rows = verdicts(questions, server.replies)
-            replies = [reply for digest in requests if "text" in (reply := server.replies.get(digest, {}))]
-            tokens = {kind: sum(reply[f"{kind}_tokens"] for reply in replies) for kind in ("prompt", "completion")}
-            summary = {
-                "judge": name,
-                "base_url": address,
-                "models": sorted({reply["model"] for reply in replies}),
-                "answers": [str(selection) for selection in selected],
-                "warnings": warnings,
-                "questions": len(questions),
-                "asked": len(rows),
-                "requests_sent": len(server.replies) - num_before,
-                "tokens": tokens,
-                "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
-            } | summarize(rows, people)
-            write_text(folder / "verdicts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            write_json(folder / "summary.json", summary)
-            show(summary, folder)
-
-
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for arguments out of range, and without the package openai."""
+    arguments = parser.parse_args(words)
     if importlib.util.find_spec("openai") is None:
         raise ConfigError("pspo.judge needs the package openai; run pip install 'pspo[judge]'")
     if not ADDRESS.fullmatch(arguments.base_url):  # the error does not have the value, which may hold a key
         rule = "an address such as http://localhost:8000/v1, without user, password and query"
         raise ConfigError(f"--base-url must be {rule}; put the key into the environment variable OPENAI_API_KEY")
-    for name, least in ({"limit": 1} | LIMITS).items():
-        if not getattr(arguments, name) >= least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    for name in ("limit", "concurrency"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    return arguments
 
 
-def read_labels(path: Path) -> dict[tuple[str | None, ...], float]:
-    """People's verdicts, one a line, by what they are about. Raises ConfigError."""
+def judge(arguments: argparse.Namespace) -> None:
+    """Ask what the cache does not answer; write and show every verdict there is, also where the judge gives out.
+
+    Judged are the first greedy answers after training. Raises ConfigError.
+    """
+    labels, compared, name = read_labels(arguments.human), group(load(arguments.paths)), arguments.model
+    selected = choose(compared, {"set": arguments.sets})
+    answers = sample(compared, selected, arguments.limit)
+    arms = [arm for arm in compared.arms if any(row["arm"] == arm for row in answers)]
+    reference = compared.arm(arguments.against or (DEFAULT_REFERENCE if DEFAULT_REFERENCE in arms else arms[0]))
+    questions = questions_about(answers, reference, arguments.metrics, name)
+    requests = {row["request"]: row["body"] for row in questions if row["body"]}
+    paired = {reference} | {row["arm"] for row in questions if row["kind"] == "first"}
+    warnings = [
+        f"{arm} has no answer to a problem and seed of {reference}" for arm in compared.arms if arm not in paired
+    ]
+    warnings += compared.left_out + one_family(compared, name)
+    for sentence in warnings:
+        log.warning("%s", sentence)
+    folder = Path(compared.runs.index[0]).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
+    with lock.hold(folder):
+        server = Judge(arguments.base_url, folder / "replies.jsonl")
+        num_cached = len(requests.keys() & server.replies.keys())
+        log.info("%d questions, %d of them answered by the cache", len(requests), num_cached)
+        try:
+            asyncio.run(server.ask(requests, arguments.concurrency))
+        finally:
+            replies = {digest: server.replies[digest] for digest in requests if digest in server.replies}
+            verdicts = [verdict(row, replies) for row in questions if not row["body"] or row["request"] in replies]
+            valid = [reply for reply in replies.values() if "text" in reply]
+            tokens = {kind: sum(reply[kind] for reply in valid) for kind in ("prompt_tokens", "completion_tokens")}
+            summary = {
+                "judge": name,
+                "models": sorted({reply["model"] for reply in valid}),
+                "answers": [str(selection) for selection in selected],
+                "warnings": warnings,
+                "against": reference,
+                "questions": len(questions),
+                "judged": len(verdicts),
+                "requests_sent": len(replies) - num_cached,
+                **tokens,
+                "cost": sum(price * n / 1e6 for price, n in zip(arguments.prices, tokens.values(), strict=True)),
+                **summarize(verdicts, labels),
+                "folder": str(folder),
+            }
+            write_text(folder / "verdicts.jsonl", "".join(json.dumps(row) + "\n" for row in verdicts))
+            write_json(folder / "summary.json", summary)
+            show(summary)
+
+
+class Judge:
+    """A server of the OpenAI protocol and its ``replies`` by request: the parts of each, or else its ``error``."""
+
+    def __init__(self, base_url: str, cache: Path) -> None:
+        """Read the cache, which no other process may write; the key comes from ``OPENAI_API_KEY``."""
+        self.url, self.takes_schema, self.cache = base_url, True, JsonLines(cache)
+        self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # the client wants one, a local server does not
+        self.cache.cut(self.cache.num_rows())  # drops the half of a line that a killed process left
+        self.replies = {row.pop("request"): row for row in self.cache.rows()}
+
+    async def ask(self, requests: Mapping[str, Mapping[str, Any]], concurrency: int) -> None:
+        """Get the replies that the cache lacks; an error is not cached. Raises ConfigError for a server of no use.
+
+        Tasks, not threads: that error and Ctrl-C cancel what is under way.
+        """
+        import openai  # an extra
+
+        uncached = [name for name in requests if name not in self.replies]
+        waiting = iter(uncached)
+        client = openai.AsyncOpenAI(api_key=self.key, base_url=self.url, timeout=TIMEOUT_S, max_retries=MAX_RETRIES)
+        async with client:
+            with Phase("judging", len(uncached), unit="requests") as phase:
+
+                async def work() -> None:
+                    for name in waiting:
+                        self.replies[name] = reply = await self._reply(client, requests[name], self.takes_schema)
+                        if "error" not in reply:
+                            self.cache.append({"request": name, **reply})
+                        phase(phase.done + 1)
+
+                await asyncio.gather(*(work() for _ in range(concurrency)))
+
+    async def _reply(self, client: Any, body: Mapping[str, Any], schema: bool) -> dict[str, Any]:
+        """One reply, or the error after the last retry; a server that refuses the JSON schema is asked without it."""
+        import openai
+
+        try:
+            fields = {name: value for name, value in body.items() if schema or name != "response_format"}
+            response = await client.chat.completions.create(**fields)
+            choice, usage = response.choices[0], response.usage
+            return {
+                "text": str(choice.message.content or "").encode(errors="replace").decode(),
+                "refusal": bool(choice.message.refusal) or choice.finish_reason == "content_filter",
+                "truncated": choice.finish_reason == "length",
+                "model": str(response.model),
+                "prompt_tokens": int(usage.prompt_tokens) if usage else 0,
+                "completion_tokens": int(usage.completion_tokens) if usage else 0,
+            }
+        except openai.APITimeoutError:
+            return {"error": f"time-out: no reply in {TIMEOUT_S:g} s, after {MAX_RETRIES} retries"}
+        except (openai.APIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            detail = " ".join(str(error.__cause__ or error).replace(self.key, "***").split())  # servers repeat the key
+            code, detail = getattr(error, "status_code", None), detail[:MAX_DETAIL_CHARACTERS]
+            if not isinstance(error, openai.APIError):
+                return {"error": f"malformed response: {detail}"}
+            if code in (None, 401, 403, 404):  # which every other request would meet too
+                why = f"cannot be reached, or refuses the key or the model ({detail})"
+                rest = "replies are kept, and the same command asks for the rest"
+                raise ConfigError(f"the judge at {self.url} {why}; {rest}") from None
+            if code not in (400, 422) or not schema:
+                return {"error": f"HTTP {code}: {detail}"}
+        reply = await self._reply(client, body, schema=False)
+        self.takes_schema = self.takes_schema and "error" in reply
+        return reply
+
+
+def read_labels(path: Path | None) -> pd.DataFrame:
+    """People's verdicts, one a line, with what they are about. Raises ConfigError."""
     try:
-        labels = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        return {about(label): float(label["verdict"]) for label in labels}
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
+        labels = pd.DataFrame(map(json.loads, lines), columns=None if lines else [*ABOUT, "verdict"])
+        return labels[[*ABOUT, "verdict"]].astype({"verdict": float}).drop_duplicates(ABOUT)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        rule = "lines of verdicts.jsonl with a person's verdict, a number, in each"
-        raise ConfigError(f"--human={path} must hold {rule}: {error!r}") from None
+        raise ConfigError(
+            f"--human={path} must hold lines of verdicts.jsonl with a person's verdict: {error!r}"
+        ) from None
 
 
-def one_family(compared: Group, arms: Sequence[str], judge: str) -> list[str]:
+def one_family(compared: Group, judge: str) -> list[str]:
     """A warning where the judge and a policy are of one family of models, by their names."""
-    runs = compared.results.runs.set_index("run").loc[[run for arm in arms for run in compared.arms[arm]]]
-    names = {Path(str(name)).name for key in ("name", "hub_id", "path") for name in runs[f"model.{key}"]}
-    both = set(FAMILY.findall(judge.lower())) & set(FAMILY.findall(" ".join(names).lower()))
+    names = " ".join(
+        Path(str(name)).name for key in ("name", "hub_id", "path") for name in compared.runs[f"model.{key}"]
+    )
+    both = set(FAMILY.findall(judge.lower())) & set(FAMILY.findall(names.lower()))
     return [f"judge and policy are of one family, {name}: a judge prefers its own family" for name in sorted(both)]
 
 
-def show(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print the summary: the scores, the pairs, then what is known of the judge."""
-    console = Console(highlight=False, markup=False)
-    scores = Table("arm", "metric", "score, 1 to 5", "answers", box=None)
-    for row in summary["scores"]:
-        scores.add_row(row["arm"], row["metric"].replace("_", " "), _cell(row["mean"], row["ci95"]), str(row["n"]))
-    pairs = Table(
-        "arm", "over", "metric", "items", "equal", "win rate", "at equal length", "ties", "orders agree", box=None
-    )
-    for row in summary["pairs"]:
-        rates = [_cell(row["win_rate"], row["ci95"]), _cell(row["length_controlled"], row["length_controlled_ci95"])]
-        rates += [_cell(row["tie_rate"]), _cell(row["position_consistency"])]
-        counts = (str(row["n"]), str(row["equal_answers"]))  # equal answers are ties, without a question
-        pairs.add_row(row["arm"], row["against"], row["metric"].replace("_", " "), *counts, *rates)
-    console.print(scores, "", pairs, "", sep="\n")
-    again, failures = summary["self_agreement"], [f"{n} {kind}" for kind, n in summary["failures"].items()]
-    lines = ["{asked} of {questions} questions asked; failures: ".format(**summary) + (", ".join(failures) or "none")]
-    lines += [f"{again['n']} scores asked for twice: {_cell(again['equal_rate'])} of them the same"]
-    for kind, human in summary["human"].items():
-        lines += [f"Cohen's κ with people on {human['n']} verdicts of kind {kind}: {_cell(human['kappa'])}"]
-    lines += ["{tokens[prompt]} prompt + {tokens[completion]} completion tokens, cost {cost:.2f}".format(**summary)]
-    lines += [f"intervals: 95 %, clustered by problem, for these seeds; verdicts: {folder}"]
-    console.print("\n".join(lines), soft_wrap=True)
+def show(summary: Mapping[str, Any]) -> None:
+    """Print the scores and the pairs, where there are any, then every other number of the summary."""
+    for title, rows in (("scores, 1 to 5", summary["scores"]), (f"wins over {summary['against']}", summary["pairs"])):
+        cells = [{name: _text(value) for name, value in row.items()} for row in rows]
+        sys.stdout.write(f"{title}\n{pd.DataFrame(cells).to_string(index=False)}\n\n" if rows else "")
+    for name, value in dotted(summary).items():
+        sys.stdout.write("" if isinstance(value, list) else f"{name.replace('_', ' ')}: {_text(value)}\n")
 
 
-def _cell(value: float | None, interval: Sequence[float] | None = None) -> str:
-    ends = "" if interval is None else " [{:.2f}, {:.2f}]".format(*interval)
-    return "–" if value is None else f"{value:.2f}{ends}"
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "{:.2f} – {:.2f}".format(*value)
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     """``python -m pspo.judge``."""
-    arguments = parse()
     log_to_console()
-    with answering(ConfigError, JudgeError, stopped="stopped; the same command asks for the rest"):
-        judge(arguments)
+    with answering(ConfigError, stopped="stopped; the same command asks for the rest"):
+        judge(parse())
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 import contextlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pspo.base.files import read_json
+from pspo.base.files import read_json, read_yaml
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 from pspo.run.lock import is_held
@@ -34,21 +31,17 @@ RETRIED = ("failed", "out of memory", "timed out", "node failure", "lost", "cut 
 STATE_OF_ENDED_JOB = {
     "OUT_OF_MEMORY": "out of memory",
     "TIMEOUT": "timed out",
-    "DEADLINE": "timed out",
     "CANCELLED": "cancelled",
-    "REVOKED": "cancelled",
     "NODE_FAIL": "node failure",
-    "BOOT_FAIL": "node failure",
     "FAILED": "failed",
     slurm.UNKNOWN: "lost",
 }
-TAIL_BYTES = 1 << 17
-IMPORTING = "importing"
+TAIL_BYTES, IMPORTING = 1 << 17, "importing"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run as a launcher submitted it."""
+    """A run as a launcher submitted it, recorded in the file ``record``."""
 
     cluster: str
     job_id: str | None
@@ -59,12 +52,7 @@ class Task:
 
 @dataclass
 class Row:
-    """One run; unknown numbers are None, unknown words "".
-
-    Attributes:
-        phase: what a running run does; ``eta_s`` are the seconds to the end of that phase.
-        why: how the run ended, or why it waits.
-    """
+    """One run; unknown numbers are None, unknown words ""."""
 
     run: str
     overrides: list[str] = field(default_factory=list)
@@ -72,21 +60,21 @@ class Row:
     done: float | None = None
     budget: float | None = None
     unit: str = ""
-    phase: str = ""
-    eta_s: float | None = None
+    phase: str = ""  # what a running run does
+    eta_s: float | None = None  # seconds to the end of the phase
     reward: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
     restarts: int = 0
     job_id: str | None = None
-    why: str = ""
+    why: str = ""  # how the run ended, or why it waits
 
 
 @dataclass
 class Group:
-    """The runs of ``outputs/<group>`` and the jobs that were submitted for them."""
+    """The runs of ``outputs/<group>``, the submission of each that counts, and the state of their jobs."""
 
     directory: Path
-    tasks: dict[str, list[Task]]
+    tasks: dict[str, Task]
     jobs: dict[str, slurm.JobState]
     rows: list[Row]
 
@@ -95,12 +83,6 @@ class Group:
         """Whether any run is running or waiting."""
         return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
 
-    def task(self, run: str) -> Task | None:
-        """The submission that counts for a run: one whose job is alive, else the newest."""
-        newest_first = self.tasks.get(run, [])
-        alive = [task for task in newest_first if (job := self.jobs.get(task.job_id or "")) and job.alive]
-        return next(iter([*alive, *newest_first]), None)
-
 
 def collect(directory: Path) -> Group:
     """Look at every run of a group. Raises ConfigError where there is no such group."""
@@ -108,28 +90,34 @@ def collect(directory: Path) -> Group:
         raise ConfigError(f"{directory} is no directory; give outputs/<group>")
     if (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} is a single run; give its group, {directory.parent}")
-    tasks: dict[str, list[Task]] = {}
-    for path in sorted(directory.glob(".submitit/*/runs.json"), key=lambda path: -path.stat().st_mtime_ns):
-        record = json.loads(path.read_text())
+    submitted: list[tuple[str, Task]] = []
+    for path in sorted(directory.glob(".submitit/*/runs.json"), key=lambda path: path.stat().st_mtime_ns):
+        record = read_json(path)
         for run in record["runs"]:
             task = Task(record["cluster"], run["task"], path, Path(record["folder"]), run["overrides"])
-            tasks.setdefault(Path(run["directory"]).name, []).append(task)
+            submitted.append((Path(run["directory"]).name, task))
     begun = {path.name for path in directory.iterdir() if (path / "config.yaml").is_file() or (path / ".lock").exists()}
     owners = {run: read_json(directory / run / ".owner") for run in begun}
-    ids = {task.job_id for known in tasks.values() for task in known if task.job_id and task.cluster == "slurm"}
+    ids = {task.job_id for _, task in submitted if task.job_id and task.cluster == "slurm"}
     ids |= {str(owner["job_id"]) for owner in owners.values() if owner.get("job_id")}
-    group = Group(directory, tasks, slurm.job_states(ids), [])
-    group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | tasks.keys())]
+    jobs = slurm.job_states(ids)
+    # The last of a run's submissions counts: one whose job is alive, else the newest.
+    submitted.sort(key=lambda pair: pair[1].job_id in jobs and jobs[pair[1].job_id].alive)
+    group = Group(directory, dict(submitted), jobs, [])
+    group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | group.tasks.keys())]
     return group
 
 
 def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
-    directory, task = group.directory / run, group.task(run)
-    row = Row(run, _overrides(directory, task), job_id=task.job_id if task else owner.get("job_id"))
+    directory, task = group.directory / run, group.tasks.get(run)
+    row = Row(run, task.overrides if task else [], job_id=task.job_id if task else owner.get("job_id"))
+    if not task and (directory / "overrides.yaml").is_file():
+        row.overrides = read_yaml(directory / "overrides.yaml") or []
     job = group.jobs.get(row.job_id or "")
     row.restarts = max(job.restarts if job else 0, int(owner.get("restart") or 0))
     _progress(row, directory)
-    failure = read_json(directory / "FAILED") if _is_newer(directory / "FAILED", task) else {}
+    failed = directory / "FAILED"  # of the submission, or of an earlier attempt
+    is_old = task and failed.is_file() and failed.stat().st_mtime_ns <= task.record.stat().st_mtime_ns
     if (directory / "DONE").is_file():
         row.state = "done"
         tests = read_json(directory / "summary.json").get("evaluation", {})
@@ -137,62 +125,39 @@ def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
     elif is_held(directory):
         row.state, row.job_id = "running", owner.get("job_id") or row.job_id
         row.phase, row.eta_s = _phase(directory)
-        job = group.jobs.get(row.job_id or "")
-        if job and not job.active:
-            row.why = f"its process is at work on {owner.get('host')}, though SLURM says {job.state}"
     elif job and job.active:
         row.state, row.phase, row.why = "running", IMPORTING, "no process holds the run's lock: it starts, or ends"
     elif job and job.waiting:
         row.state, row.why = "requeued" if job.restarts else "waiting", job.reason
-    elif failure:
+    elif (failure := read_json(failed)) and not is_old:
         row.state = "out of memory" if failure.get("kind") == "out of memory" else "failed"
         row.why = str(failure.get("error", "")).strip()
     elif job:
-        row.state, row.why = _ended(row.job_id, job, _log(task) if task else "")
+        row.state, row.why = _ended(job, _log(task) if task else "")
     elif task and task.cluster == "local" and not owner:
         row.state, row.why = _in_slot(task)
-    elif row.job_id and (task is None or task.cluster == "slurm"):
-        row.why = f"no process holds the run's lock; SLURM cannot be asked about job {row.job_id}"
-    elif owner:
-        row.why = f"process {owner.get('pid')} on {owner.get('host')} is not at work; the same command resumes it"
+    else:
+        row.why = "no process holds the run's lock; the same command resumes it"
     return row
 
 
 def _phase(directory: Path) -> tuple[str, float | None]:
-    """The phase in a running run's ``.phase`` with its counts, and the seconds left in it."""
+    """The phase in a running run's ``.phase`` with its counts, and the seconds left in it when it was written."""
     phase = read_json(directory / ".phase")
-    if not phase:
-        return IMPORTING, None
     counts = "" if phase.get("total") is None else f" {phase['done']:.0f}/{phase['total']:.0f}"
-    left_s = None if phase.get("left_s") is None else max(0.0, phase["left_s"] - (time.time() - phase["time"]))
-    return phase["phase"] + counts, left_s
+    return phase.get("phase", IMPORTING) + counts, phase.get("left_s")
 
 
-def _overrides(directory: Path, task: Task | None) -> list[str]:
-    path = directory / "overrides.yaml"
-    if task is not None or not path.is_file():
-        return task.overrides if task else []
-    return yaml.safe_load(path.read_text()) or []
-
-
-def _ended(job_id: str | None, job: slurm.JobState, log: str) -> tuple[str, str]:
+def _ended(job: slurm.JobState, log: str) -> tuple[str, str]:
     """State and reason of a run whose job has ended, while the run itself is not done and left no reason."""
-    state, signal = STATE_OF_ENDED_JOB.get(job.state, "cut off"), f"killed by signal {job.signal}"
     if any(mark in log for mark in ("oom-kill", "oom_kill", "OOM Killed")):  # slurmstepd writes it there
         return "out of memory", "SLURM's step daemon saw the kernel kill it for memory"
+    state = STATE_OF_ENDED_JOB.get(job.state, "cut off")
     if state == "failed" and job.signal:
-        return state, f"{signal}, probably memory" if job.signal == 9 else signal
-    reasons = {
-        "failed": _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}",
-        "lost": f"SLURM does not know job {job_id}, and nothing tells how it ended",
-        "cut off": f"SLURM says {job.state}, before the run was done",
-    }
-    return state, reasons.get(state, "")
-
-
-def _is_newer(path: Path, task: Task | None) -> bool:
-    """Whether a file tells of the submission, not of an earlier attempt."""
-    return path.is_file() and (task is None or path.stat().st_mtime_ns > task.record.stat().st_mtime_ns)
+        return state, f"killed by signal {job.signal}" + (", probably memory" if job.signal == 9 else "")
+    if state == "failed":
+        return state, _last_lines(log) or f"exit code {job.exit_code}, {job.reason or 'no reason given'}"
+    return state, f"its job is {job.state}"
 
 
 def _in_slot(task: Task) -> tuple[str, str]:
@@ -218,13 +183,13 @@ def _last_lines(log: str) -> str:
 def _progress(row: Row, directory: Path) -> None:
     """Fill in how far the run has come, from its configuration and the last whole lines of its metrics."""
     config = directory / "config.yaml"
-    budget = (yaml.safe_load(config.read_text()) or {}).get("budget", {}) if config.is_file() else {}
+    budget = (read_yaml(config) or {}).get("budget", {}) if config.is_file() else {}
     row.unit, row.budget = next(((unit, total) for unit, total in budget.items() if total is not None), ("", None))
     for line in _tail(directory / "metrics.jsonl").split(b"\n")[:-1]:  # without a last line that is still being written
         with contextlib.suppress(ValueError):  # the first line, cut by the tail
             metrics = json.loads(line)
             row.done = metrics.get(f"budget/{row.unit}", row.done or 0)
-            row.reward = row.reward if metrics.get("reward/mean") is None else metrics["reward/mean"]
+            row.reward = metrics.get("reward/mean", row.reward)
 
 
 def _tail(path: Path) -> bytes:

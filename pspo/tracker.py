@@ -1,7 +1,5 @@
-"""Weights & Biases as the mirror of a run: it gets the rows of ``metrics.jsonl`` after its own last step."""
+"""Metrics of a run: ``metrics.jsonl``, one JSON line per step, is the truth, Weights & Biases its mirror."""
 
-import json
-import logging
 import math
 import os
 import queue
@@ -10,32 +8,94 @@ import secrets
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 import pandas
-import yaml
 
-from pspo.base.files import read_lines, write_json
-from pspo.base.schema import ConfigError
+from pspo.base.console import log
+from pspo.base.files import JsonLines, read_json, read_lines, read_yaml, write_json
+from pspo.base.schema import ConfigError, Schema, key
 
-log = logging.getLogger("pspo")
+INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0  # for a server's answer when a mirror opens, and for a run's last uploads
+CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0  # for the end of a mirror, whatever W&B does; for that of a replay
+REACH_TIMEOUT_S = 10.0  # for a server to answer at all, before a command relies on it
 
-INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0
-"""Longest wait in seconds for a server's answer when a mirror opens, and for the last uploads of a run."""
-
-REACH_TIMEOUT_S = 10.0
-"""Longest wait in seconds for a server to answer at all, before a command relies on it."""
-
-CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0
-"""Longest wait in seconds for the end of a mirror, whatever W&B does: at the end of a run, and of a replay."""
-
-COMPLETIONS_PER_STEP = 2
-MAX_COMPLETION_CHARACTERS = 4000
+COMPLETIONS_PER_STEP, MAX_COMPLETION_CHARACTERS = 2, 4000
 COMPLETION_COLUMNS = ("step", "problem", "question", "answer", "completion", "reward", "correct", "tokens", "truncated")
 """The columns of W&B's table of completions, each a key of ``completions.jsonl``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig(Schema, block="tracker"):
+    """Where metrics go besides ``metrics.jsonl``, which is always written."""
+
+    name: str = key("jsonl: metrics.jsonl alone; wandb: mirrored to Weights & Biases as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig(TrackerConfig, block="tracker"):
+    """Weights & Biases; WANDB_MODE, WANDB_API_KEY and ``wandb login`` decide whether a run sends rows itself."""
+
+    project: str = key("W&B project")
+    entity: str | None = key("W&B user or team; null takes the login's own")
+
+
+TrackerConfig.kinds = {"jsonl": TrackerConfig, "wandb": WandbConfig}
+
+
+class Tracker:
+    """Writes the metrics of one run directory, whose ``config.yaml`` a mirror reads.
+
+    W&B gets a row when the checkpoint that contains the row is durable, so a step that a crash takes back is never
+    sent. Call ``rewind`` once before the first ``log`` when the directory may hold an earlier attempt.
+    """
+
+    def __init__(self, config: TrackerConfig, directory: Path) -> None:
+        self._lines = JsonLines(directory / "metrics.jsonl")
+        mirrored = isinstance(config, WandbConfig) and os.environ.get("WANDB_MODE") != "disabled"
+        self._mirror = Mirror(directory) if mirrored else None
+
+    def log(self, metrics: Mapping[str, float | int], step: int) -> None:
+        """Append the row of ``step``. JSON has no NaN or infinity: they are written as null."""
+        row: dict[str, Any] = {"step": step}
+        row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._lines.append(row)
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint stores: the number of rows in ``metrics.jsonl``, flushed to the disk."""
+        return {"metrics_rows": self._lines.sync()}
+
+    def rewind(self, state: Mapping[str, int] | None) -> None:
+        """Cut ``metrics.jsonl`` back to a checkpoint's ``state`` (None: to nothing) and send W&B the rows it lacks.
+
+        Raises ValueError if the file is shorter than the checkpoint says.
+        """
+        num_rows, path = state["metrics_rows"] if state else 0, self._lines.path
+        if self._lines.num_rows() < num_rows:
+            raise ValueError(f"{path} is shorter than its checkpoint says ({num_rows} rows); restore it or start anew")
+        self._lines.cut(num_rows)
+        if rows := self._lines.rows():
+            self.commit(rows[-1]["step"])
+
+    def commit(self, step: int) -> None:
+        """Send W&B the rows up to ``step``; call it when the checkpoint that contains them is durable."""
+        if self._mirror is not None:
+            self._mirror.send(step)
+
+    def summarize(self, summary: Mapping[str, Any]) -> None:
+        """Put final numbers into the W&B summary, nested keys joined by ``/``."""
+        if self._mirror is not None:
+            self._mirror.summarize(summary)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the W&B run, in bounded time; rows not committed are not sent. May be called twice."""
+        mirror, self._mirror = self._mirror, None
+        if mirror is not None:
+            mirror.close(exit_code)
 
 
 class Mirror:
@@ -45,8 +105,6 @@ class Mirror:
     step, whichever processes sent the earlier rows and whenever they were killed. A file lock admits one mirror of a
     run directory at a time. Where W&B is offline or has no login nothing is sent, and ``pspo.sync`` does it later, by
     a mirror with ``replay``. ``num_sent`` counts the rows sent; the first ``error`` ends a mirror, with one warning.
-
-    With the rows go the first completions of their steps, as an increment of one table.
     """
 
     def __init__(self, directory: Path, *, replay: bool = False) -> None:
@@ -58,19 +116,20 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def send(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log the rows that W&B lacks, ``rows`` in the order of their steps."""
+    def send(self, last_step: int) -> None:
+        """Log the rows up to ``last_step`` that W&B lacks, and the first completions of each step."""
 
         def call(run: Any) -> None:
-            lacking = [row for row in rows if row["step"] >= self._next_step]
-            for row in lacking:
+            rows = read_lines(self.directory / "metrics.jsonl")
+            unsent = [row for row in rows if self._next_step <= row["step"] <= last_step]
+            for row in unsent:
                 values = {name: math.nan if value is None else value for name, value in row.items()}
-                run.log(values, step=row["step"], commit=row is not lacking[-1])
+                run.log(values, step=row["step"], commit=row is not unsent[-1])
                 self._next_step, self.num_sent = row["step"] + 1, self.num_sent + 1
-            if lacking:
-                run.log(self._completions({row["step"] for row in lacking}), step=lacking[-1]["step"], commit=True)
+            if unsent:
+                run.log(self._completions({row["step"] for row in unsent}), step=unsent[-1]["step"], commit=True)
 
-        self._put(call)
+        self._calls.put(call)
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Update the summary of the W&B run, nested keys joined by ``/``, and add the run's figure if it is drawn."""
@@ -82,11 +141,11 @@ class Mirror:
             figure = self.directory / "curves.png"
             run.summary.update(flat | ({"figures/curves": wandb.Image(str(figure))} if figure.is_file() else {}))
 
-        self._put(call)
+        self._calls.put(call)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run, as failed if ``exit_code`` is not 0; returns in bounded time, whatever W&B does."""
-        self._put(exit_code)
+        self._calls.put(exit_code)
         timeout_s = UPLOAD_TIMEOUT_S if self._replay else CLOSE_TIMEOUT_S
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -96,23 +155,19 @@ class Mirror:
         """W&B's table with the first completions of ``steps`` appended, under its key; {} where there are none."""
         import wandb
 
-        chosen: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}
-        for row in read_lines(self.directory / "completions.jsonl"):
-            if len(chosen.get(row["step"], [None] * COMPLETIONS_PER_STEP)) < COMPLETIONS_PER_STEP:
-                chosen[row["step"]].append(row | {"completion": row["completion"][:MAX_COMPLETION_CHARACTERS]})
-        rows = [row for step in sorted(chosen) for row in chosen[step]]
+        lines = read_lines(self.directory / "completions.jsonl")
+        rows = [row for row in lines if row["step"] in steps and row["sample"] < COMPLETIONS_PER_STEP]
         if rows and self._table is None:
             self._table = wandb.Table(columns=list(COMPLETION_COLUMNS), log_mode="INCREMENTAL")
         for row in rows:
+            row["completion"] = row["completion"][:MAX_COMPLETION_CHARACTERS]
             self._table.add_data(*(row[column] for column in COMPLETION_COLUMNS))
         return {"completions": self._table} if rows else {}
 
-    def _put(self, call: Callable[[Any], None] | int) -> None:
-        if self._thread.is_alive():
-            self._calls.put(call)
-
     def _work(self) -> None:
-        for act in (self._mirror, self._abandon, _tear_down):
+        import wandb  # half a second that tracker=jsonl does not pay
+
+        for act in (self._mirror, self._abandon, wandb.teardown):  # a broken service would serve the next run
             try:
                 act()
             except (Exception, SystemExit) as error:  # noqa: BLE001  W&B's own, when its service is gone, are not public
@@ -140,7 +195,7 @@ class Mirror:
 
     def _open(self) -> Any:
         """The W&B run under the id of ``wandb.json``; None where W&B is offline."""
-        import wandb  # half a second that tracker=jsonl does not pay
+        import wandb
 
         from pspo.host import environment  # torch, which an idle pspo.sync does not need
 
@@ -163,9 +218,9 @@ class Mirror:
         if mode in ("offline", "dryrun", "disabled") or not wandb.login(prompt=False, verify=False):
             log.info("W&B is offline; python -m pspo.sync %s sends it the metrics later", self.directory.parent)
             return None
-        config = yaml.safe_load((self.directory / "config.yaml").read_text())
+        config = read_yaml(self.directory / "config.yaml")
         model = config["model"].get("hub_id") or config["model"].get("path") or config["model"]["name"]
-        code = {key: value for process in environment.history(self.directory) for key, value in process["code"].items()}
+        code = [process["code"] for process in environment.history(self.directory)][-1:]
         run = wandb.init(
             project=config["tracker"]["project"],
             entity=config["tracker"]["entity"],
@@ -173,10 +228,10 @@ class Mirror:
             group=config["group"],
             job_type=config["objective"]["name"],
             tags=[config["objective"]["name"], Path(model).name, config["dataset"]["name"]],
-            id=json.loads(record.read_text())["id"],
+            id=read_json(record)["id"],
             resume="allow",
             dir=str(self.directory),
-            config=config | {"code": code},
+            config=config | {"code": code[0] if code else {}},
             settings=settings,
         )
         run.define_metric("step")
@@ -188,13 +243,6 @@ class Mirror:
             rest = f"metrics.jsonl goes on, and python -m pspo.sync {self.directory.parent} sends W&B what it lacks"
             log.warning("W&B is off for the rest of this run (%s); %s", error, rest)
         self.error = self.error or error
-
-
-def _tear_down() -> None:
-    """End W&B's service process: a broken one would serve the next run, a waiting one hold up this process's exit."""
-    import wandb
-
-    wandb.teardown()
 
 
 def check_login() -> None:
@@ -209,9 +257,7 @@ def check_login() -> None:
     except urllib.error.HTTPError:
         pass  # it answers
     except OSError as error:
-        raise ConfigError(
-            f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)}); run this on a node with internet, "
-            "or set WANDB_BASE_URL"
-        ) from error
+        why = f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)})"
+        raise ConfigError(f"{why}; run this on a node with internet, or set WANDB_BASE_URL") from error
     if not wandb.login(prompt=False, verify=False):
         raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")
