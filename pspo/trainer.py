@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pspo import checkpoint
-from pspo.advantage import has_spread
 from pspo.advantage.critic import make_critic
 from pspo.base.console import Phase, log
 from pspo.base.files import JsonLines, SaveError
@@ -41,7 +39,7 @@ class State:
 
     progress: Progress = field(default_factory=Progress)
     warmup_fraction: float = 0.0
-    best_reward: float | None = None
+    best_score: float | None = None
     best_step: int = 0
     no_spread_steps: int = 0
     alpha: float | None = None
@@ -60,10 +58,10 @@ class Trainer:
     validation: list[Prompt]
     reward: Reward
     tracker: Tracker
-    started: float = field(default_factory=time.perf_counter)
-    earlier_s: float = 0.0
-    state: State = field(default_factory=State)
     check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
+    started: float = field(default_factory=time.perf_counter)
+    earlier_s: float = 0.0  # seconds that earlier processes were at work
+    state: State = field(default_factory=State)
 
     def __post_init__(self) -> None:
         config, rollout = self.config, self.config.rollout
@@ -105,13 +103,13 @@ class Trainer:
                     if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
-                        advance(getattr(progress, unit), _summary(metrics))
+                        advance(getattr(progress, unit), self._described(metrics))
                     interrupt.check()
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
                 self._save()
             raise
-        if self.state.best_reward is not None:
+        if self.state.best_score is not None:
             self._restore_best()
         return self.state
 
@@ -140,7 +138,7 @@ class Trainer:
     def _learn(self, completions: list[Completion]) -> dict[str, float]:
         """The updates of a step from its completions; returns the step's metrics."""
         config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
-        used, reward_PG = training(config.rollout, completions), rewards(config.rollout, completions)
+        used, metrics = training(config.rollout, completions), rollout_metrics(config.rollout, completions)
         learner = replace(self.learner, objective=self._objective())
         rows, row_metrics = make_rows(
             used, rewards(config.rollout, used), config.advantage, learner,
@@ -148,7 +146,7 @@ class Trainer:
         )  # fmt: skip
         check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
         spent_before, number = config.budget.fraction(progress), progress.steps + 1
-        progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
+        progress.steps, progress.prompts = number, progress.prompts + len(completions) // config.rollout.group_size
         progress.prompts_used += len(used) // config.rollout.group_size
         progress.completion_tokens += sum(len(c.token_ids) for c in completions)
         record, spent = self._record(number), config.budget.fraction(progress)
@@ -160,14 +158,14 @@ class Trainer:
             random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )  # fmt: skip
-        self._warn_without_spread(reward_PG)
+        self._warn_without_spread(metrics)
         self.check_owner()
         for completion in completions[: config.rollout.group_size]:
             self.completions.append({"step": number} | completion_row(completion))
         for row in record.rows if record else []:
             self.diagnostics.append({"step": number} | row)
         return {
-            **rollout_metrics(config.rollout, completions),
+            **metrics,
             **statistics.result(),
             **row_metrics,
             **(record.summary() if record else {}),
@@ -199,27 +197,33 @@ class Trainer:
             return None
         return Record([default_objective(name) for name in config.counterfactual] if probe else [])
 
-    def _validate(self) -> dict[str, float]:
-        """Metrics of held-out training problems; saves the weights if ``selection=best`` and none were better."""
-        if not self.validation:
-            return {}
+    def _validation(self) -> tuple[dict[str, float], float]:
+        """Metrics of held-out training problems, and the number that ``selection=best`` maximises."""
         config, step = self.config, self.state.progress.steps
         metrics = validate(self.sampler, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
-        best, reward = self.state.best_reward, metrics["validation/sampled_reward_mean"]
-        if config.selection == "best" and (best is None or reward > best):
-            self.state.best_reward, self.state.best_step = reward, step
-            checkpoint.save(self.checkpoints, f"best_{step:06d}", {"weights": checkpoint.weights(self.policy)}, {})
+        return metrics, metrics["validation/sampled_reward_mean"]
+
+    def _validate(self) -> dict[str, float]:
+        """The metrics of a validation; saves the weights if ``selection=best`` and none were better."""
+        if not self.validation:
+            return {}
+        (metrics, score), state = self._validation(), self.state
+        if self.config.selection == "best" and (state.best_score is None or score > state.best_score):
+            state.best_score, state.best_step = score, state.progress.steps
+            weights = {"weights": checkpoint.weights(self.policy)}
+            checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", weights, {})
         return metrics
 
-    def _warn_without_spread(self, reward_PG: Tensor) -> None:
-        self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
-        if self.state.no_spread_steps == NO_SPREAD_STEPS:
-            self.state.notes.append(
-                f"up to step {self.state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread "
-                f"of rewards (mean {reward_PG.mean():.2f}): there was nothing to learn from; try more completions, a "
-                "higher temperature, or other problems"
+    def _warn_without_spread(self, metrics: dict[str, float]) -> None:
+        state = self.state
+        state.no_spread_steps = state.no_spread_steps + 1 if metrics["reward/zero_spread_rate"] == 1 else 0
+        if state.no_spread_steps == NO_SPREAD_STEPS:
+            state.notes.append(
+                f"up to step {state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread of "
+                f"rewards (mean {metrics['reward/mean']:.2f}): there was nothing to learn from; try more completions, "
+                "a higher temperature, or other problems"
             )
-            log.warning(self.state.notes[-1])
+            log.warning(state.notes[-1])
 
     def _save(self) -> None:
         self.check_owner()
@@ -270,10 +274,9 @@ class Trainer:
             raise SaveError(f"selection=best, but {path} cannot be read; delete the run directory and start again")
         checkpoint.restore_weights(self.policy, best[0]["weights"])
 
-
-def _summary(metrics: dict[str, float]) -> str:
-    kl = metrics.get("policy/kl_old_new_k3", math.nan)  # none where nothing trained
-    return (
-        f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
-        f"KL(old‖new) {kl:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
-    )
+    def _described(self, metrics: dict[str, float]) -> str:
+        kl = metrics.get("policy/kl_old_new_k3", math.nan)  # none where nothing trained
+        return (
+            f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
+            f"KL(old‖new) {kl:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
+        )

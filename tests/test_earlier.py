@@ -278,12 +278,6 @@ def test_a_run_knows_the_commits_of_the_hub(tmp_path, monkeypatch):
     assert look(config, directory) == History("changed", ["Qwen/Qwen2.5-0.5B", "openai/gsm8k"])
 
 
-def test_a_finished_run_of_the_first_version_was_made_by_other_code(tmp_path):
-    (tmp_path / "DONE").write_text("0123456789abcdef\n")
-    assert look(composed(*TINY), tmp_path) == History("changed", ["code"])
-    assert look(composed(*TINY, "rerun=changed"), tmp_path) == History("again", ["code"])
-
-
 def test_a_checkpoint_of_another_configuration_is_refused_before_anything_is_written(finished, cache, tmp_path):
     config = composed(*TINY, "seed=5")
     directory = tmp_path / run_directory(config, ["seed=5"])

@@ -8,9 +8,8 @@ import torch
 from training import batched, problems, rollout_config
 
 from pspo.base.stream import Stream
-from pspo.evaluate import summarize, validate
-from pspo.evaluate.answers import answer
-from pspo.evaluate.summary import effective_sample_size, majority
+from pspo.evaluate import answer, summarize, validate
+from pspo.evaluate.answers import effective_sample_size, majority
 from pspo.reward import Score
 from pspo.rollout import Completion, OwnSampler
 

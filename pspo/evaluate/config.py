@@ -1,6 +1,7 @@
 """The block ``evaluate`` of the configuration: which held-out problems are answered, how, and how often."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pspo.base.schema import Schema, key
@@ -30,16 +31,11 @@ class EvaluateConfig(Schema, block="evaluate"):
         super().__post_init__()
         if not re.fullmatch(r"\w[\w.+-]*", self.name):
             raise self.refuse("name", "names a directory; use letters, digits, _ . + -")
-        temperatures = self.temperatures
-        if (
-            not temperatures
-            or len(set(temperatures)) < len(temperatures)
-            or not all(0 <= t < 100 for t in temperatures)
-        ):
+        if not _distinct(self.temperatures) or not all(0 <= t < 100 for t in self.temperatures):
             raise self.refuse("temperatures", "give one number or more, different ones, each from 0 to 100")
-        if self.sets is not None and (not self.sets or len(set(self.sets)) < len(self.sets)):
+        if self.sets is not None and not _distinct(self.sets):
             raise self.refuse("sets", "give one set or more, different ones, or null for the test sets of dataset")
 
-    def num_samples(self, temperature: float) -> int:
-        """Answers to each problem at a temperature."""
-        return self.samples if temperature else 1
+
+def _distinct(items: Sequence[object]) -> bool:
+    return 0 < len(set(items)) == len(items)

@@ -3,19 +3,23 @@
 import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 
+import torch
+from omegaconf import OmegaConf
+
 from pspo import checkpoint, dataset, model
 from pspo.base.console import log
-from pspo.base.files import digest, new_directory, read_lines, write_json, write_text
-from pspo.base.schema import ConfigError, dotted
+from pspo.base.files import digest, new_directory, read_json, read_lines, write_json, write_text
+from pspo.base.schema import ConfigError, as_dict, dotted
 from pspo.budget import Progress
 from pspo.config import Config, identity, read, science
 from pspo.host import environment
-from pspo.run.lock import hold
+from pspo.run.lock import Owner, hold
 
 INPUTS = "inputs.json"  # in a run directory: the result of inputs() when the run began
 
@@ -84,15 +88,26 @@ def set_aside(directory: Path) -> None:
     log.info("the earlier run is now %s", target)
 
 
-def record_inputs(config: Config, directory: Path) -> None:
-    """Write today's inputs, unless there is a checkpoint, which was made from the inputs recorded before."""
-    now, path = inputs(config), directory / INPUTS
-    if path.is_file():
-        if checkpoint.names(directory / "checkpoints"):
-            return
-        if json.loads(path.read_text()) != now:
+def begin(config: Config, directory: Path, overrides: Sequence[str], device: torch.device, owner: Owner) -> None:
+    """Record inputs, settings and machine of a run's process, and set its CPU threads and seeds.
+
+    With a checkpoint the recorded inputs stay, and the CPU threads are the first process's: sums round alike.
+    """
+    before, now = read_json(directory / INPUTS), inputs(config)
+    if not (before and checkpoint.names(directory / "checkpoints")):
+        if before not in ({}, now):
             shutil.rmtree(directory / "evaluation", ignore_errors=True)  # answers that were made from other inputs
-    write_json(path, now)
+        write_json(directory / INPUTS, now)
+    entries = environment.history(directory)
+    threads = environment.choose_threads(config.threads or (entries[0]["threads"] if entries else None))
+    about = {"host": owner.host, "job_id": owner.job_id, "time/started": owner.started}
+    for difference in environment.record(directory, environment.describe(threads, device) | about):
+        log.warning("since the run's last process, %s", difference)
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(as_dict(config)))
+    write_text(directory / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+    environment.settle(threads)
+    checkpoint.seed_global_generators(config.seed)
+    log.info("%s on %s with %d CPU threads", directory, device, threads)
 
 
 def check_source(config: Config, source: Path) -> Progress:
@@ -151,12 +166,11 @@ def carry_over(config: Config, directory: Path) -> None:
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if (source / "evaluation" / "before").is_dir():
         shutil.copytree(source / "evaluation" / "before", directory / "evaluation" / "before", dirs_exist_ok=True)
-    names = [source / name for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD)]
-    for file in filter(Path.is_file, names):
-        shutil.copyfile(file, directory / file.relative_to(source))
+    for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD):
+        shutil.copyfile(source / name, directory / name)
     for best in (source / "checkpoints").glob("best_*"):
-        with new_directory(directory / "checkpoints" / best.name) as beside:
-            shutil.copytree(best, beside, dirs_exist_ok=True)
+        with new_directory(directory / "checkpoints" / best.name) as copy:
+            shutil.copytree(best, copy, dirs_exist_ok=True)
     about = {"identity": identity(config), "time/wall_s": meta["time/wall_s"]}
     checkpoint.save(directory / "checkpoints", path.name, saved, about)
     log.info("continuing %s from step %d", source, steps)
@@ -165,14 +179,10 @@ def carry_over(config: Config, directory: Path) -> None:
 def _changed(config: Config, directory: Path) -> list[str]:
     """The names of today's inputs that differ from the inputs recorded in ``directory``.
 
-    [] on a node that lacks the data or the hub's cache that the jobs see: nothing can be compared there. A finished run
-    of pspo 0.1.0 recorded no inputs, and was made by other code in any case.
+    [] on a node that lacks the data or the hub's cache that the jobs see: nothing can be compared there.
     """
-    path = directory / INPUTS
-    if not path.is_file():
-        return ["code"] if (directory / "DONE").is_file() else []
-    try:
-        before, now = json.loads(path.read_text(encoding="utf-8")), inputs(config)
-    except ConfigError:
-        return []
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    before = read_json(directory / INPUTS)
+    with contextlib.suppress(ConfigError):
+        now = inputs(config) if before else {}
+        return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return []

@@ -1,4 +1,4 @@
-"""A run's end: ``FAILED`` with the kind of failure and the traceback's last lines, or the result for a sweeper."""
+"""A process at work in a run directory, and how it ends: ``FAILED`` with the reason, or the result for a sweeper."""
 
 import contextlib
 import errno
@@ -7,18 +7,17 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from pspo.base.console import log
+from pspo.base.console import log, log_to_file
 from pspo.base.files import SaveError, read_lines, write_json
 from pspo.base.schema import ConfigError
+from pspo.host import interrupt
 from pspo.host.memory import NoRoomError, is_out_of_memory
 from pspo.reward import RewardError
-from pspo.run.lock import Owner
+from pspo.run import lock
 from pspo.update import NonFiniteError, SamplerGapError
 
 LAST_LINES = 20  # of the traceback, in FAILED
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
 KINDS = {
     NoRoomError: "out of memory",
     NonFiniteError: "non-finite",
@@ -30,7 +29,22 @@ KINDS = {
 
 
 @contextlib.contextmanager
-def recorded(directory: Path, owner: Owner) -> Iterator[None]:
+def at_work(directory: Path) -> Iterator[lock.Owner]:
+    """Hold the lock of a run directory, log into its ``run.log``, note signals, and record in ``FAILED`` an error."""
+    last = lock.owner(directory)
+    with (
+        lock.hold(directory) as owner,
+        log_to_file(directory / "run.log"),
+        recorded(directory, owner),
+        interrupt.caught(),
+    ):
+        if last is not None and not last.ended:
+            log.warning("%s, the last at work here, was killed: kill -9, out of memory, or a lost node", last)
+        yield owner
+
+
+@contextlib.contextmanager
+def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
     """Raise the block's error, a full disk as one sentence, and record it in ``FAILED``; an earlier record goes."""
     path = directory / "FAILED"
     path.unlink(missing_ok=True)
