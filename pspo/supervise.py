@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from pspo import config, dataset, model
-from pspo.base.command import answering, leave
 from pspo.base.console import Phase, log, log_to_console
-from pspo.base.files import SaveError, write_json, write_text
+from pspo.base.files import write_json, write_text
 from pspo.base.schema import ConfigError, Schema, key
 from pspo.dataset import Problem, Prompt
 from pspo.host import environment
-from pspo.host.memory import NoRoomError
 from pspo.model.batch import Batch
 from pspo.model.warm_start import mean_loss, train
 from pspo.run import earlier, lock
+from pspo.run.__main__ import reporting
 from pspo.run.evaluation import encoded
 from pspo.run.outcome import at_work
 from pspo.tracker import Tracker, TrackerConfig
 from pspo.trainer import Trainer
-from pspo.update import NonFiniteError, UpdateError
+from pspo.update import NonFiniteError
 from pspo.update.rows import Row, micro_batches
 
 HELP = f"""{__doc__}
@@ -101,12 +100,9 @@ class SupervisedTrainer(Trainer):
         settings, policy, progress, begun = self.config, self.policy, self.state.progress, time.perf_counter()
         rows, size, epoch = self._rows(self.train), settings.supervise.batch_size, progress.steps
         num_steps, losses = math.ceil(len(rows) / size), list[float]()
+        spent = epoch / settings.supervise.epochs, (epoch + 1) / settings.supervise.epochs
         learning_rates, self.state.warmup_fraction = settings.optimizer.rates(
-            progress.optimizer_steps,
-            num_steps,
-            epoch / settings.supervise.epochs,
-            (epoch + 1) / settings.supervise.epochs,
-            self.state.warmup_fraction,
+            progress.optimizer_steps, num_steps, *spent, self.state.warmup_fraction
         )
 
         def steps() -> Iterator[tuple[list[Batch], float]]:
@@ -159,17 +155,13 @@ def _solved(problems: list[Problem]) -> list[Problem]:
 
 
 def cli() -> None:
-    """``python -m pspo.supervise``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
+    """``python -m pspo.supervise``."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(HELP)
         return
-    with answering(ConfigError, stopped="stopped; the same command resumes from the last finished epoch"):
-        settings = config.compose_tree("supervise", SuperviseConfig, arguments)
-        try:
-            directory = supervise(settings, arguments)
-        except (UpdateError, NoRoomError, SaveError) as error:
-            leave(error, 1)
+    with reporting("resumes from the last finished epoch"):
+        directory = supervise(config.compose_tree("supervise", SuperviseConfig, arguments), arguments)
         sys.stdout.write(f"model.path={directory / 'model'}\n")
 
 

@@ -29,9 +29,6 @@ from pspo.rollout import Completion, OwnSampler, Sampler, collect, rewards, roll
 from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
 
-NO_SPREAD_STEPS = 5
-"""Steps in a row in which every group has equal rewards, after which the run says that it learns nothing."""
-
 
 @dataclass
 class State:
@@ -41,9 +38,7 @@ class State:
     warmup_fraction: float = 0.0
     best_score: float | None = None
     best_step: int = 0
-    no_spread_steps: int = 0
     alpha: float | None = None
-    notes: list[str] = field(default_factory=list)
     row: dict[str, float] | None = field(default_factory=dict)  # the last step's metrics, until it is validated
 
 
@@ -78,8 +73,7 @@ class Trainer:
             groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
         self.optimizer = config.optimizer.make(groups)
         self.state.alpha = getattr(config.objective, "alpha", None)
-        self.completions = JsonLines(self.directory / "completions.jsonl")
-        self.diagnostics = JsonLines(self.directory / "diagnostics.jsonl")
+        self.files = {name: JsonLines(self.directory / f"{name}.jsonl") for name in ("completions", "diagnostics")}
         self.checkpoints = self.directory / "checkpoints"
         self.unsaved = False
 
@@ -139,7 +133,7 @@ class Trainer:
         """The updates of a step from its completions; returns the step's metrics."""
         config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
         used, metrics = training(config.rollout, completions), rollout_metrics(config.rollout, completions)
-        learner = replace(self.learner, objective=self._objective())
+        learner, alpha = replace(self.learner, objective=self._objective()), state.alpha
         rows, row_metrics = make_rows(
             used, rewards(config.rollout, used), config.advantage, learner,
             reference=self.reference, recompute=config.update.old_logprobs == "recompute",
@@ -158,18 +152,18 @@ class Trainer:
             random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )  # fmt: skip
-        self._warn_without_spread(metrics)
         self.check_owner()
         for completion in completions[: config.rollout.group_size]:
-            self.completions.append({"step": number} | completion_row(completion))
+            self.files["completions"].append({"step": number} | completion_row(completion))
         for row in record.rows if record else []:
-            self.diagnostics.append({"step": number} | row)
+            self.files["diagnostics"].append({"step": number} | row)
+        self._next_alpha(record)
         return {
             **metrics,
             **statistics.result(),
             **row_metrics,
             **(record.summary() if record else {}),
-            **self._next_alpha(record),
+            **({} if alpha is None else {"objective/alpha": alpha}),
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],
             **progress.metrics(),
         }
@@ -179,23 +173,20 @@ class Trainer:
         alpha = None if self.config.smoothing.constant else self.state.alpha
         return self.config.objective if alpha is None else self.config.objective.with_alpha(alpha)
 
-    def _next_alpha(self, record: Record | None) -> dict[str, float]:
-        """Move alpha on for the next step; returns the metric, which is the alpha of this step."""
+    def _next_alpha(self, record: Record | None) -> None:
+        """Move alpha on for the next step."""
         alpha, config = self.state.alpha, self.config
-        if alpha is None:
-            return {}
-        kl = record.rows[-1]["kl/after_k3"] if record and record.rows else None
-        first, fraction = getattr(config.objective, "alpha", alpha), config.budget.fraction(self.state.progress)
-        self.state.alpha = config.smoothing.next_alpha(first, alpha, fraction, kl)
-        return {"objective/alpha": alpha}
+        if alpha is not None:
+            kl = record.rows[-1]["kl/after_k3"] if record and record.rows else None
+            first, fraction = getattr(config.objective, "alpha", alpha), config.budget.fraction(self.state.progress)
+            self.state.alpha = config.smoothing.next_alpha(first, alpha, fraction, kl)
 
     def _record(self, number: int) -> Record | None:
         """An empty record for the inner steps of step ``number``, where diagnostics are due at this step."""
         config = self.config.diagnostics
-        probe = bool(config.counterfactual_every) and number % config.counterfactual_every == 0
-        if not probe and not (config.every and number % config.every == 0):
-            return None
-        return Record([default_objective(name) for name in config.counterfactual] if probe else [])
+        probe = config.counterfactual_every > 0 and number % config.counterfactual_every == 0
+        others = [default_objective(name) for name in config.counterfactual] if probe else []
+        return Record(others) if probe or (config.every and number % config.every == 0) else None
 
     def _validation(self) -> tuple[dict[str, float], float]:
         """Metrics of held-out training problems, and the number that ``selection=best`` maximises."""
@@ -214,17 +205,6 @@ class Trainer:
             checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", weights, {})
         return metrics
 
-    def _warn_without_spread(self, metrics: dict[str, float]) -> None:
-        state = self.state
-        state.no_spread_steps = state.no_spread_steps + 1 if metrics["reward/zero_spread_rate"] == 1 else 0
-        if state.no_spread_steps == NO_SPREAD_STEPS:
-            state.notes.append(
-                f"up to step {state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread of "
-                f"rewards (mean {metrics['reward/mean']:.2f}): there was nothing to learn from; try more completions, "
-                "a higher temperature, or other problems"
-            )
-            log.warning(state.notes[-1])
-
     def _save(self) -> None:
         self.check_owner()
         state = {
@@ -234,8 +214,7 @@ class Trainer:
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
             "critic": self.critic.state_dict() if self.critic else {},
-            "completions": self.completions.sync(),
-            "diagnostics": self.diagnostics.sync(),
+            "rows": {name: file.sync() for name, file in self.files.items()},
         }
         steps = self.state.progress.steps
         name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
@@ -250,23 +229,20 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, cutting the files back to it, or from the start."""
         newest = checkpoint.newest(self.checkpoints)
+        saved = newest[1] if newest else {"tracker": None, "rows": dict.fromkeys(self.files, 0)}
+        self.tracker.rewind(saved["tracker"])
+        for name, file in self.files.items():
+            file.cut(saved["rows"][name])
         if newest is None:
-            self.tracker.rewind(None)
-            self.completions.cut(0)
-            self.diagnostics.cut(0)
             return
-        path, saved, meta = newest
         checkpoint.restore_weights(self.policy, saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
         checkpoint.restore_random_state(saved["random"])
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
-        self.tracker.rewind(saved["tracker"])
         if self.critic is not None:
             self.critic.load_state_dict(saved["critic"])
-        self.completions.cut(saved["completions"])
-        self.diagnostics.cut(saved["diagnostics"])
-        self.earlier_s = meta["time/wall_s"]
-        log.info("resumed from %s", path)
+        self.earlier_s = newest[2]["time/wall_s"]
+        log.info("resumed from %s", newest[0])
 
     def _restore_best(self) -> None:
         path = self.checkpoints / f"best_{self.state.best_step:06d}"

@@ -187,14 +187,6 @@ def test_wandb_gets_the_same_numbers_online_and_later(cache, tmp_path):
             ]
 
 
-def test_a_step_without_spread_of_rewards_is_told(cache, tmp_path):
-    (tmp_path / "flat.py").write_text("def reward(completion, problem):\n    return 0.5\n")
-    overrides = ["reward.function=flat.py:reward", "checkpoint.every=5"]
-    assert make(tmp_path, cache, overrides) == 0, output_of(tmp_path)
-    assert "nothing to learn from" in output_of(tmp_path)
-    assert any("nothing to learn from" in note for note in summary_of(only_run(tmp_path))["notes"])
-
-
 def test_selection_best_keeps_the_weights_of_the_best_validation(cache, tmp_path):
     assert make(tmp_path, cache, ["selection=best"]) == 0, output_of(tmp_path)
     rewards = {

@@ -22,13 +22,12 @@ from typing import Any
 import pandas as pd
 
 from pspo import model
-from pspo.base.command import answering, leave
 from pspo.base.console import log, log_to_console
 from pspo.base.schema import ConfigError
 from pspo.config import launcher_keys
 from pspo.launcher import Planned, RunsFailed, configure
 from pspo.results import directories
-from pspo.run.__main__ import EXPECTED, FAILED
+from pspo.run.__main__ import reporting
 from pspo.run.evaluation import Evaluation, of_words
 
 SHOW_PROMPT = "--show-prompt"
@@ -82,14 +81,13 @@ def _launch(evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> None:
     kind, values = launcher_keys(launcher)
     if kind == "basic":
         raise ConfigError("hydra/launcher=basic makes no jobs; take local or slurm, or leave it out")
-    states = {True: "done", False: "new"}
-    planned = [
-        Planned(overrides=each.words, directory=each.directory, state=states[each.is_done], command="evaluate")
-        for each in evaluations
-    ]
-    outcomes = configure(kind, values, launcher).launch(planned)
-    if failed := next((outcome for outcome in outcomes if isinstance(outcome, RunsFailed)), None):
-        raise failed
+    planned = []
+    for each in evaluations:
+        state = "done" if each.is_done else "new"
+        planned.append(Planned(overrides=each.words, directory=each.directory, state=state, command="evaluate"))
+    for outcome in configure(kind, values, launcher).launch(planned):
+        if isinstance(outcome, RunsFailed):
+            raise outcome
 
 
 def _show(evaluation: Evaluation) -> None:
@@ -112,15 +110,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cli() -> None:
-    """``python -m pspo.evaluate``: exit status 2 for a mistake, 1 where an evaluation has failed."""
+    """``python -m pspo.evaluate``."""
     if {"-h", "--help"} & set(sys.argv[1:]) or not sys.argv[1:]:
         sys.stdout.write(__doc__ or "")
         return
-    with answering(*(set(EXPECTED) - set(FAILED)), stopped="stopped; the same command answers what is missing"):
-        try:
-            main(sys.argv[1:])
-        except FAILED as error:
-            leave(error, 1)
+    with reporting("answers what is missing"):
+        main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ reinforcement learning has a latent way of working to discover.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,13 +17,12 @@ import transformers
 from torch import Tensor
 
 from pspo.base.console import track
-from pspo.base.schema import as_dict
 from pspo.base.stream import Stream, generator
 from pspo.dataset import Problem, embedded, problem, render
 from pspo.host import interrupt
 from pspo.model import tiny
 from pspo.model.batch import Batch, make_batch
-from pspo.model.config import ModelConfig, WarmStart
+from pspo.model.config import ModelConfig
 from pspo.model.folder import made_once
 from pspo.model.logprob import predicting_states, token_logprobs
 
@@ -73,71 +71,67 @@ def _logprobs(model: Any, batch: Batch, autocast: bool) -> Tensor:
 
 def cached(config: ModelConfig, seed: int) -> Path:
     """The folder of the warm-started policy and its tokenizer; made on first use, shared by all arms at one seed."""
-    assert config.warm_start is not None
-    problems = embedded.load("train", config.warm_start.num_problems)
 
     def make(directory: Path) -> None:
-        for part in _train(config, seed, problems):
+        for part in _train(config, seed):
             part.save_pretrained(directory)
 
-    return made_once("warm_start", _digest(config, seed, problems), make)
+    return made_once("warm_start", _digest(config, seed), make)
 
 
 def tokenizer(config: ModelConfig) -> Any:
     """The tokenizer of the embedded policy, which needs no warm start and is the same for every seed."""
-    assert config.warm_start is not None
     assert config.architecture is not None
-    problems = embedded.load("train", config.warm_start.num_problems)
-    return tiny.train_tokenizer([t for p in problems for t in (p.question, p.solution)], config.architecture.vocab_size)
+    texts = [text for problem in _problems(config) for text in (problem.question, problem.solution)]
+    return tiny.train_tokenizer(texts, config.architecture.vocab_size)
 
 
-def _digest(config: ModelConfig, seed: int, problems: list[Problem]) -> str:
+def _problems(config: ModelConfig) -> list[Problem]:
+    assert config.warm_start is not None
+    return embedded.load("train", config.warm_start.num_problems)
+
+
+def _digest(config: ModelConfig, seed: int) -> str:
     """A name for everything that influences the weights: settings, data, code, versions and thread count."""
     code = [*(Path(__file__).with_name(f"{name}.py") for name in CODE), Path(embedded.__file__)]
-    settings = as_dict(config)
-    content = {
-        "model": [settings[name] for name in ("architecture", "warm_start", "dtype", "autocast", "attention")],
-        "seed": seed,
-        "problems": hashlib.sha256(repr(problems).encode()).hexdigest(),
-        "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    settings = [config.architecture, config.warm_start, config.dtype, config.autocast, config.attention]
+    versions = [torch.__version__, transformers.__version__, torch.get_num_threads()]
+    content = [seed, settings, versions, _problems(config), [path.read_bytes() for path in code]]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def _train(config: ModelConfig, seed: int, problems: list[Problem]) -> tuple[Any, Any]:
+def _train(config: ModelConfig, seed: int) -> tuple[Any, Any]:
     """The policy, trained on solutions, and its tokenizer."""
-    settings, architecture = config.warm_start, config.architecture
+    settings, architecture, encoder, problems = (
+        config.warm_start,
+        config.architecture,
+        tokenizer(config),
+        _problems(config),
+    )
     assert settings is not None
     assert architecture is not None
-    encoder = tokenizer(config)
-    model = tiny.make_model(architecture, encoder, seed, config.attention).to(getattr(torch, config.dtype))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    num_steps = settings.worked_steps + settings.mixed_steps
+    policy = tiny.make_model(architecture, encoder, seed, config.attention).to(getattr(torch, config.dtype))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     prompts = render(encoder, "", [p.question for p in problems])
     worked, direct = (
         [[*encoder.encode(text, add_special_tokens=False), encoder.eos_token_id] for text in texts]
         for texts in ([p.solution for p in problems], [problem.worked(p.answer) for p in problems])
     )
-    batches = track(_batches(settings, seed, len(problems)), "warm start", num_steps * settings.batch_size, "solutions")
+    num_steps, random = settings.worked_steps + settings.mixed_steps, generator(seed, Stream.WARM_START)
+
+    def batches() -> Iterator[list[tuple[list[int], list[list[int]]]]]:
+        """Prompts with solutions whose working is shown: always at first, then in a share of the mix."""
+        for step in range(num_steps):
+            share = 1.0 if step < settings.worked_steps else settings.worked_share
+            chosen = random.integers(len(problems), size=settings.batch_size).tolist()
+            shown = (random.random(settings.batch_size) < share).tolist()
+            yield [(prompts[i], [worked[i] if show else direct[i]]) for i, show in zip(chosen, shown, strict=True)]
 
     def steps() -> Iterator[tuple[list[Batch], float]]:
-        for step, chosen in enumerate(batches):
-            texts = [(prompts[i], [worked[i] if shows_working else direct[i]]) for i, shows_working in chosen]
+        for step, texts in enumerate(track(batches(), "warm start", num_steps * settings.batch_size, "solutions")):
             lr = settings.lr * min((step + 1) / 20, 1.0) * (1 - step / num_steps)
             yield [make_batch(texts, encoder.pad_token_id, torch.device("cpu"))], lr
 
-    *_, loss = train(model.train(), optimizer, steps(), config.autocast, max_norm=1.0)
+    *_, loss = train(policy.train(), optimizer, steps(), config.autocast, max_norm=1.0)
     log.info("warm start: %d steps of %d solutions, loss %.3f", num_steps, settings.batch_size, loss)
-    return model.eval(), encoder
-
-
-def _batches(settings: WarmStart, seed: int, num_problems: int) -> Iterator[list[tuple[int, bool]]]:
-    """Indices of problems, each with whether its working is shown: always at first, then in a share of the mix."""
-    random = generator(seed, Stream.WARM_START)
-    for step in range(settings.worked_steps + settings.mixed_steps):
-        share = 1.0 if step < settings.worked_steps else settings.worked_share
-        chosen = random.integers(num_problems, size=settings.batch_size)
-        yield list(zip(chosen.tolist(), (random.random(settings.batch_size) < share).tolist(), strict=True))
+    return policy.eval(), encoder

@@ -98,7 +98,7 @@ def _execute(run: Prepared, overrides: Sequence[str], device: torch.device, owne
     try:
         splits, check_owner = (prompts["train"], prompts["validation"]), partial(lock.check, directory, owner)
         trainer = Trainer(config, directory, policy, *splits, config.reward, tracker, check_owner, started)
-        summary = _train_and_evaluate(run, trainer, prompts, owner) | {"notes": notes + about + trainer.state.notes}
+        summary = _train_and_evaluate(run, trainer, prompts, owner) | {"notes": notes + about}
         Phase("saving the model")
         probe = next(prompt for split in prompts.values() for prompt in split)
         model.save(policy, directory / "model", probe=probe.token_ids)

@@ -23,11 +23,8 @@ from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 
-LOCK_TIMEOUT_S = 0.5
-"""``pspo.status`` holds a lock for microseconds to see whether it is free, which must not turn a run away."""
-
-SETTLE_S = 1.0
-"""Wait before a takeover, during which the record must not change: a process that has just locked writes its own."""
+LOCK_TIMEOUT_S = 0.5  # ``is_held`` holds a lock for microseconds, which must not turn a run away
+SETTLE_S = 1.0  # before a takeover, while the record must not change: a process that has just locked writes its own
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Owner:
     requeues: int  # how often SLURM had requeued that job, under the same id
     restart: int  # how many processes were at work in the directory before this one
     started: str  # ISO 8601
-    ended: bool = True  # False for a process at work, or killed; pspo 0.1.0 did not record it
+    ended: bool  # False for a process at work, or killed
 
     def __str__(self) -> str:
         return (f"job {self.job_id}, " if self.job_id else "") + f"process {self.pid} on host {self.host}"
@@ -104,19 +101,15 @@ def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
 def _take_over(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
     """Replace the lock of a job that is gone by a new file: a kernel that still holds it holds the old one."""
     before = owner(directory)
-    at_work = ConfigError(f"another process ({before or 'unknown'}) is at work in {directory}; wait for it, or stop it")
-    if before is None or not _is_gone(before):
-        raise at_work
-    try:
-        with filelock.FileLock(directory / ".takeover", timeout=0):
-            time.sleep(SETTLE_S)
-            if owner(directory) != before:
-                raise at_work
-            log.warning("%s is locked by %s, which SLURM says is gone: taking over", directory, before)
-            (directory / ".lock").unlink(missing_ok=True)
-            return _enter(directory)
-    except filelock.Timeout:
-        raise at_work from None
+    with contextlib.suppress(filelock.Timeout):
+        if before is not None and _is_gone(before):
+            with filelock.FileLock(directory / ".takeover", timeout=0):
+                time.sleep(SETTLE_S)
+                if owner(directory) == before:
+                    log.warning("%s is locked by %s, which SLURM says is gone: taking over", directory, before)
+                    (directory / ".lock").unlink(missing_ok=True)
+                    return _enter(directory)
+    raise ConfigError(f"another process ({before or 'unknown'}) is at work in {directory}; wait for it, or stop it")
 
 
 def _is_gone(other: Owner) -> bool:

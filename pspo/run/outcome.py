@@ -2,13 +2,12 @@
 
 import contextlib
 import errno
-import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from pspo.base.console import log, log_to_file
-from pspo.base.files import SaveError, read_lines, write_json
+from pspo.base.files import SaveError, read_json, read_lines, write_json
 from pspo.base.schema import ConfigError
 from pspo.host import interrupt
 from pspo.host.memory import NoRoomError, is_out_of_memory
@@ -45,29 +44,35 @@ def at_work(directory: Path) -> Iterator[lock.Owner]:
 
 @contextlib.contextmanager
 def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
-    """Raise the block's error, a full disk as one sentence, and record it in ``FAILED``; an earlier record goes."""
+    """Record the block's error in ``FAILED`` and raise it, a full disk as one sentence; an earlier record goes."""
     path = directory / "FAILED"
     path.unlink(missing_ok=True)
     try:
-        try:
+        with _full_disk_told(directory):
             yield
-        except OSError as error:
-            if error.errno not in CANNOT_WRITE:
-                raise
-            raise SaveError(
-                f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, "
-                "then run the same command again to resume from the last checkpoint"
-            ) from error
     except Exception as error:
         if not isinstance(error, ConfigError):
             log.exception("the run failed; the same command resumes from its last checkpoint")
-        kind = next((name for cls, name in KINDS.items() if isinstance(error, cls)), "error")
-        kind = "out of memory" if is_out_of_memory(error) else kind
+        kinds = (name for cls, name in KINDS.items() if isinstance(error, cls))
+        kind = "out of memory" if is_out_of_memory(error) else next(kinds, "error")
         lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
-        record = {"kind": kind, "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
         with contextlib.suppress(OSError):  # the very disk may be the failure
-            write_json(path, record)
+            about = {"job_id": owner.job_id, "restart": owner.restart}
+            write_json(path, {"kind": kind, "error": "\n".join(lines), **about})
         raise
+
+
+@contextlib.contextmanager
+def _full_disk_told(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise SaveError(
+            f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, then "
+            "run the same command again to resume from the last checkpoint"
+        ) from error
 
 
 def result(directory: Path) -> float | None:
@@ -78,8 +83,5 @@ def result(directory: Path) -> float | None:
 
 def failure(directory: Path) -> str | None:
     """The kind and the last line of the error that ended a run's last attempt, or None."""
-    path = directory / "FAILED"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
-    return ": ".join([str(record.get("kind", "failed")), *str(record.get("error", "")).strip().splitlines()[-1:]])
+    record = read_json(directory / "FAILED")
+    return ": ".join([record["kind"], *record["error"].strip().splitlines()[-1:]]) if record else None
