@@ -1,6 +1,10 @@
 """Fine-tune a model on a data set's solutions: the supervised baseline, whose folder is then a ``model.path``.
 
 python -m pspo.supervise model=qwen0_5b dataset=gsm8k
+
+Its keys are those of python -m pspo.run, as far as they are not about rollouts and their objective, and supervise.epochs
+and supervise.batch_size; the defaults stand in conf/supervise.yaml. A step is an epoch. The same command, given again,
+resumes from the last finished epoch.
 """
 
 import math
@@ -8,32 +12,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pspo import config, dataset, model
-from pspo.base.console import Phase, log, log_to_console
-from pspo.base.files import write_json, write_text
-from pspo.base.schema import ConfigError, Schema, key
-from pspo.dataset import Problem, Prompt
-from pspo.host import environment
+from pspo.base.console import Phase, log
+from pspo.base.schema import ConfigError, Schema, as_dict, key
+from pspo.dataset import Prompt
 from pspo.model.batch import Batch
 from pspo.model.warm_start import mean_loss, train
-from pspo.run import earlier, lock
 from pspo.run.__main__ import reporting
-from pspo.run.evaluation import encoded
-from pspo.run.outcome import at_work
-from pspo.tracker import Tracker, TrackerConfig
+from pspo.run.job import run
 from pspo.trainer import Trainer
 from pspo.update import NonFiniteError
 from pspo.update.rows import Row, micro_batches
-
-HELP = f"""{__doc__}
-Its keys are model, dataset, optimizer, update.max_tokens, selection, checkpoint, seed, group, output_dir, device,
-threads and rerun, as of python -m pspo.run, and supervise.epochs and supervise.batch_size; the defaults stand in
-conf/supervise.yaml. The same command, given again, resumes from the last finished epoch.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,41 +45,16 @@ class SuperviseConfig(config.Config):
 
 def supervise(settings: SuperviseConfig, overrides: Sequence[str] = ()) -> Path:
     """Make, resume or, where it is DONE, only name the run directory; ConfigError before any work."""
-    log_to_console()
-    device, name = environment.choose_device(settings.device), f"{settings.model.name}_{settings.dataset.name}"
-    name = f"supervised_{name}_seed{settings.seed}_{config.identity(settings)}"
-    directory = Path(settings.output_dir, settings.group, name)
-    if earlier.is_finished(settings, directory):
-        return directory
     config.check(settings)
-    model.check(settings.model)
     splits = dataset.load(settings.dataset, settings.seed)
-    problems = {"train": _solved(splits.train), "validation": _solved(splits.validation)}
-    if not problems["train"] or (settings.selection == "best" and not problems["validation"]):
+    needed = [splits.train, *([splits.validation] if settings.selection == "best" else [])]
+    if not all(any(problem.solution for problem in split) for split in needed):
         raise ConfigError(
             f"dataset={settings.dataset.name} has no solutions to learn from; choose gsm8k, math or embedded, or "
             "dataset=jsonl with a solution in each line"
         )
-    if earlier.look(settings, directory).state == "again":
-        earlier.set_aside(directory)
-    with at_work(directory) as owner:
-        earlier.begin(settings, directory, overrides, device, owner)
-        prompts, _ = encoded(settings, problems, splits.shots, directory.parent)
-        Phase("loading the model")
-        policy = model.load(settings.model, settings.seed, device)
-        tracker, check_owner = Tracker(TrackerConfig(name="jsonl"), directory), partial(lock.check, directory, owner)
-        splits = prompts["train"], prompts["validation"]
-        trainer = SupervisedTrainer(settings, directory, policy, *splits, settings.reward, tracker, check_owner)
-        trainer.resume()
-        state = trainer.run()
-        Phase("saving the model")
-        model.save(policy, directory / "model", probe=prompts["train"][0].token_ids)
-        selected = state.best_step if settings.selection == "best" else settings.supervise.epochs
-        summary = {"status": "done", "seed": settings.seed, "selection": settings.selection}
-        write_json(directory / "summary.json", summary | {"selected_epoch": selected})
-        check_owner()
-        write_text(directory / "DONE", environment.code_digest() + "\n")
-    return directory
+    name = f"supervised_{settings.model.name}_{settings.dataset.name}_seed{settings.seed}_{config.identity(settings)}"
+    return run(settings, overrides, Path(settings.output_dir, settings.group, name), SupervisedTrainer)
 
 
 class SupervisedTrainer(Trainer):
@@ -95,10 +62,19 @@ class SupervisedTrainer(Trainer):
 
     config: SuperviseConfig
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train, self.validation = _solved(self.train), _solved(self.validation)
+        self.rows = solution_rows(self.policy.tokenizer, self.train, self.config.dataset)
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return {"name": "supervised"} | as_dict(self.config.supervise)
+
     def _step(self) -> dict[str, float]:
         """One pass over the training problems. A signal cuts it short; nothing is saved then."""
         settings, policy, progress, begun = self.config, self.policy, self.state.progress, time.perf_counter()
-        rows, size, epoch = self._rows(self.train), settings.supervise.batch_size, progress.steps
+        rows, size, epoch = self.rows, settings.supervise.batch_size, progress.steps
         num_steps, losses = math.ceil(len(rows) / size), list[float]()
         spent = epoch / settings.supervise.epochs, (epoch + 1) / settings.supervise.epochs
         learning_rates, self.state.warmup_fraction = settings.optimizer.rates(
@@ -125,11 +101,9 @@ class SupervisedTrainer(Trainer):
         return metrics | progress.metrics() | {"time/step_s": time.perf_counter() - begun}
 
     def _validation(self) -> tuple[dict[str, float], float]:
-        loss = mean_loss(self.policy.model, self._batches(self._rows(self.validation)), self.policy.autocast)
+        rows = solution_rows(self.policy.tokenizer, self.validation, self.config.dataset)
+        loss = mean_loss(self.policy.model, self._batches(rows), self.policy.autocast)
         return {"supervise/validation_loss": loss}, -loss
-
-    def _rows(self, prompts: Sequence[Prompt]) -> list[Row]:
-        return solution_rows(self.policy.tokenizer, prompts, self.config.dataset)
 
     def _batches(self, rows: list[Row]) -> list[Batch]:
         return [batch for _, batch in micro_batches(rows, self.policy, self.config.update.max_tokens)]
@@ -147,10 +121,10 @@ def solution_rows(encoder: Any, prompts: Sequence[Prompt], config: dataset.Datas
     return [Row(prompt.token_ids, [*ids, last], [], []) for prompt, ids in zip(prompts, solutions, strict=True)]
 
 
-def _solved(problems: list[Problem]) -> list[Problem]:
-    solved = [problem for problem in problems if problem.solution]
-    if 0 < len(solved) < len(problems):
-        log.warning("%d of %d problems have no solution and are left out", len(problems) - len(solved), len(problems))
+def _solved(prompts: list[Prompt]) -> list[Prompt]:
+    solved = [prompt for prompt in prompts if prompt.problem.solution]
+    if len(solved) < len(prompts):
+        log.warning("%d of %d problems have no solution and are left out", len(prompts) - len(solved), len(prompts))
     return solved
 
 
@@ -158,7 +132,7 @@ def cli() -> None:
     """``python -m pspo.supervise``."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        sys.stdout.write(HELP)
+        sys.stdout.write(__doc__ or "")
         return
     with reporting("resumes from the last finished epoch"):
         directory = supervise(config.compose_tree("supervise", SuperviseConfig, arguments), arguments)

@@ -77,6 +77,11 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.unsaved = False
 
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What the run maximises, for its summary."""
+        return asdict(self.config.objective)
+
     def run(self) -> State:
         """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
         config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit

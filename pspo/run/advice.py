@@ -35,7 +35,7 @@ def advice(config: Config) -> list[str]:
         )
     else:
         sentences.append(
-            f"alpha={alpha:g} is a mere rescaling here: {factor}, which optimizer=adamw takes out again, so this run is "
+            f"alpha={alpha:g} is a mere rescaling here: {factor}, which optimizer=adamw takes out again, so this is "
             "noclip up to gradient-norm clipping and Adam's eps; alpha has an effect with objective=pspo_geometric or "
             "pspo_clip, optimizer=sgd, a KL or entropy term (loss.kl=k3 loss.kl_weight=0.01, loss.entropy_weight=0.01)"
             ", or smoothing=linear or adaptive"

@@ -15,7 +15,6 @@ from rich.console import Console
 from pspo import checkpoint, dataset, model
 from pspo.base.console import Phase, log, log_to_console
 from pspo.base.files import write_json, write_text
-from pspo.base.schema import as_dict
 from pspo.config import Config, check
 from pspo.dataset import Problem, Prompt
 from pspo.host import environment, interrupt
@@ -46,7 +45,6 @@ def prepare(config: Config, directory: Path) -> Prepared:
     model.check(config.model)  # downloads it where need be, after which its commit can be compared
     history = earlier.look(config, directory)
     splits = dataset.load(config.dataset, config.seed)
-    _check_enough(config, len(splits.train))
     tests = problems(config, splits)
     one = next(split for split in (splits.train, *tests.values()) if split)[:1]
     dataset.encode(model.tokenizer(config.model), config.dataset, one)  # refuses a chat template that fails
@@ -54,17 +52,13 @@ def prepare(config: Config, directory: Path) -> Prepared:
     return Prepared(config, directory, history, by_split, list(tests), splits.shots)
 
 
-def _check_enough(config: Config, num_problems: int) -> None:
-    """Refuse a training set that does not fill one step."""
-    if config.budget.total and num_problems < config.rollout.prompts:
-        raise config.rollout.refuse("prompts", f"there are only {num_problems} training problems")
-
-
-def run(config: Config, overrides: Sequence[str] = ()) -> Path:
+def run(
+    config: Config, overrides: Sequence[str] = (), directory: Path | None = None, kind: type[Trainer] = Trainer
+) -> Path:
     """Make, resume or, where it is DONE, only name the run directory of ``config``; ConfigError before any work."""
     log_to_console()
     device = environment.choose_device(config.device)
-    directory = run_directory(config, overrides)
+    directory = directory or run_directory(config, overrides)
     if earlier.is_finished(config, directory):
         return directory
     prepared = prepare(config, directory)
@@ -74,30 +68,31 @@ def run(config: Config, overrides: Sequence[str] = ()) -> Path:
         is_new = prepared.history.state == "new" and config.continue_from is None
         if is_new and (source := earlier.shorter(config, directory)):
             log.info("%s is the same but for its budget: continue_from=%s goes on from there", source, source)
-        _execute(prepared, overrides, device, owner)
+        _execute(prepared, overrides, device, owner, kind)
     return directory
 
 
-def _execute(run: Prepared, overrides: Sequence[str], device: torch.device, owner: lock.Owner) -> None:
+def _execute(
+    run: Prepared, overrides: Sequence[str], device: torch.device, owner: lock.Owner, kind: type[Trainer]
+) -> None:
     """One process's work in one run directory, in order."""
     config, directory, started = run.config, run.directory, time.perf_counter()
     config.reward.check_gold(list(chain(*run.problems.values())))  # a user's code: may raise
     earlier.carry_over(config, directory)
     earlier.begin(config, directory, overrides, device, owner)
-    notes = advice(config)
+    notes = advice(config) if kind is Trainer else []
     if run.history.changed and checkpoint.names(directory / "checkpoints"):
         notes.append(f"resumed although {', '.join(run.history.changed)} changed since this run began")
     for sentence in notes:
         log.warning("%s", sentence)
     group = Path(config.continue_from or directory).parent
     prompts, about = encoded(config, run.problems, run.shots, group)
-    _check_enough(config, len(prompts["train"]))
     Phase("loading the model")
     policy = model.load(config.model, config.seed, device)
     tracker = Tracker(config.tracker, directory)
     try:
         splits, check_owner = (prompts["train"], prompts["validation"]), partial(lock.check, directory, owner)
-        trainer = Trainer(config, directory, policy, *splits, config.reward, tracker, check_owner, started)
+        trainer = kind(config, directory, policy, *splits, config.reward, tracker, check_owner, started)
         summary = _train_and_evaluate(run, trainer, prompts, owner) | {"notes": notes + about}
         Phase("saving the model")
         probe = next(prompt for split in prompts.values() for prompt in split)
@@ -149,7 +144,7 @@ def _train_and_evaluate(
     return {
         "status": "done",
         "run": run.directory.name,
-        "objective": as_dict(config.objective),
+        "objective": trainer.objective,
         "seed": config.seed,
         **vars(state.progress),
         "selection": config.selection,
