@@ -2,9 +2,9 @@
 
 python -m pspo.supervise model=qwen0_5b dataset=gsm8k
 
-Its keys are those of python -m pspo.run, as far as they are not about rollouts and their objective, and supervise.epochs
-and supervise.batch_size; the defaults stand in conf/supervise.yaml. A step is an epoch. The same command, given again,
-resumes from the last finished epoch.
+Its keys are supervise.epochs, supervise.batch_size and those of python -m pspo.run that are not about rollouts and
+objectives; the defaults stand in conf/supervise.yaml. A step is an epoch. The same command resumes from the last
+finished epoch.
 """
 
 import math

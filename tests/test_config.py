@@ -17,7 +17,7 @@ from pspo.base.files import CONF
 from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of
 from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve
 from pspo.run.__main__ import help_text
-from pspo.run.name import run_directory, short_names
+from pspo.run.earlier import run_directory, short_names
 from pspo.sweep import expand
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -11,8 +11,7 @@ from pspo import checkpoint
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
 from pspo.config import compose, identity, science
-from pspo.run.earlier import INPUTS, History, inputs, look, shorter
-from pspo.run.name import run_directory
+from pspo.run.earlier import INPUTS, History, inputs, look, run_directory, shorter
 from pspo.tracker import Tracker
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pspo import checkpoint, report, trainer
 from pspo.evaluate import answers
 from pspo.report import meaning
-from pspo.run.name import run_directory
+from pspo.run.earlier import run_directory
 from pspo.sync import Outcome, sync
 from pspo.tracker import Tracker
 from tests.wandb_server import serving

@@ -11,7 +11,7 @@ from pspo.base.schema import ConfigError, unknown
 from pspo.compare.caveats import UNTRAINED, caveats, differing_keys
 from pspo.config import NOT_SCIENCE, ONLY_MEMORY, Config
 from pspo.results import Results
-from pspo.run.name import short_names
+from pspo.run.earlier import short_names
 from pspo.smoothing import Smoothing
 
 

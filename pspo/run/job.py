@@ -21,7 +21,6 @@ from pspo.host import environment, interrupt
 from pspo.run import earlier, lock
 from pspo.run.advice import advice
 from pspo.run.evaluation import Answers, encoded, problems
-from pspo.run.name import run_directory
 from pspo.run.outcome import at_work
 from pspo.tracker import Tracker
 from pspo.trainer import Trainer
@@ -58,7 +57,7 @@ def run(
     """Make, resume or, where it is DONE, only name the run directory of ``config``; ConfigError before any work."""
     log_to_console()
     device = environment.choose_device(config.device)
-    directory = directory or run_directory(config, overrides)
+    directory = directory or earlier.run_directory(config, overrides)
     if earlier.is_finished(config, directory):
         return directory
     prepared = prepare(config, directory)
