@@ -24,7 +24,6 @@ from pspo.model.warm_start import mean_loss, train
 from pspo.run.__main__ import reporting
 from pspo.run.job import run
 from pspo.trainer import Trainer
-from pspo.update import NonFiniteError
 from pspo.update.rows import Row, micro_batches
 
 
@@ -86,15 +85,11 @@ class SupervisedTrainer(Trainer):
             for step, lr in enumerate(learning_rates):
                 yield self._batches([rows[i] for i in order[step * size : (step + 1) * size]]), lr
 
-        self.unsaved = False
-        try:
-            with policy.recomputing(), Phase(f"epoch {epoch + 1}", num_steps, unit="optimizer steps") as advance:
-                max_norm = settings.optimizer.max_grad_norm
-                for loss in train(policy.model, self.optimizer, steps(), policy.autocast, max_norm):
-                    losses.append(loss)
-                    advance(len(losses), f"loss {loss:.3f} nats per token")
-        except FloatingPointError as error:
-            raise NonFiniteError(f"{error}; lower optimizer.lr or optimizer.max_grad_norm") from error
+        self.unsaved, max_norm = False, settings.optimizer.max_grad_norm
+        with policy.recomputing(), Phase(f"epoch {epoch + 1}", num_steps, unit="optimizer steps") as advance:
+            for loss in train(policy.model, self.optimizer, steps(), policy.autocast, max_norm):
+                losses.append(loss)
+                advance(len(losses), f"loss {loss:.3f} nats per token")
         progress.steps, progress.optimizer_steps = epoch + 1, progress.optimizer_steps + num_steps
         progress.prompts = progress.prompts_used = progress.prompts + len(rows)
         metrics = {"supervise/train_loss": sum(losses) / num_steps, "optimizer/lr": learning_rates[-1]}

@@ -195,8 +195,8 @@ class Trainer:
 
     def _validation(self) -> tuple[dict[str, float], float]:
         """Metrics of held-out training problems, and the number that ``selection=best`` maximises."""
-        config, step = self.config, self.state.progress.steps
-        metrics = validate(self.sampler, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
+        seed, step = self.config.seed, self.state.progress.steps
+        metrics = validate(self.sampler, self.validation, self.reward, seed=seed, step=step)
         return metrics, metrics["validation/sampled_reward_mean"]
 
     def _validate(self) -> dict[str, float]:

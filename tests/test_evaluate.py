@@ -33,9 +33,9 @@ def graded(text, problem):
 
 
 def test_validation_by_hand():
-    """Five problems, two at a time: greedy 0, 2 and 4 are right, sampled 0 alone; mean length of 1 to 5 tokens is 3."""
+    """Five problems: greedy 0, 2 and 4 are right, sampled 0 alone; mean length of 1 to 5 tokens is 3."""
     sampler = Recording()
-    metrics = validate(sampler, problems(5), batched(graded), rollout_config(max_rows=2), seed=7, step=3)
+    metrics = validate(sampler, problems(5), batched(graded), seed=7, step=3)
     assert metrics.pop("time/validation_s") >= 0
     assert metrics == {
         "validation/greedy_accuracy": 0.6,
@@ -45,8 +45,7 @@ def test_validation_by_hand():
         "validation/sampled_length_mean": 3.0,
     }
     key = [7, Stream.VALIDATION, 3]
-    parts = [["0", "1"], ["2", "3"], ["4"]]
-    assert sampler.calls == [(part, key, greedy) for greedy in (True, False) for part in parts]
+    assert sampler.calls == [(list("01234"), key, greedy) for greedy in (True, False)]
 
 
 def test_rows_and_their_summary():
@@ -133,5 +132,5 @@ def test_validation_leaves_the_global_generators_as_they_were(tiny_policy):
 
     config = rollout_config()
     before = state()
-    validate(OwnSampler(tiny_policy(), config), problems(3), batched(drawing), config, seed=7, step=1)
+    validate(OwnSampler(tiny_policy(), config), problems(3), batched(drawing), seed=7, step=1)
     assert state() == before

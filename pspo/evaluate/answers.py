@@ -7,14 +7,14 @@ from itertools import chain
 from statistics import fmean, variance
 from typing import Any
 
-from pspo.base.console import log, track
+from pspo.base.console import Phase, log
 from pspo.base.statistics import pass_at_k, wilson_interval
 from pspo.base.stream import Stream
 from pspo.checkpoint import random_state_kept
 from pspo.dataset import Problem, Prompt
 from pspo.reward import Reward
 from pspo.reward.answer import asked, extract, same
-from pspo.rollout import Completion, RolloutConfig, Sampler
+from pspo.rollout import Completion, Sampler
 
 SETTINGS = "settings.json"  # in a folder of answers: how the answers were sampled and graded
 KS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -41,22 +41,16 @@ def described(problem: Problem) -> dict[str, str]:
     return {"problem": problem.id, "question": problem.question, "answer": problem.answer}
 
 
-def validate(
-    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, rollout: RolloutConfig, *, seed: int, step: int
-) -> dict[str, float]:
+def validate(sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, *, seed: int, step: int) -> dict[str, float]:
     """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
     begun, seeds, metrics = time.perf_counter(), [seed, Stream.VALIDATION, step], dict[str, float]()
-    batches = [prompts[start : start + rollout.max_rows] for start in range(0, len(prompts), rollout.max_rows)]
-    with random_state_kept():
+    with random_state_kept(), Phase("validation"):
         for how, names in (("greedy", ["accuracy"]), ("sampled", ["accuracy", "reward_mean"])):
-            answers = (
-                answer(sampler, batch, reward, samples=1, seed=seeds, greedy=how == "greedy") for batch in batches
-            )
-            summary = summarize(chain(*track(answers, "validation", len(prompts), "problems")))
-            metrics |= {f"validation/{how}_{name}": summary[name] for name in (*names, "length_mean")}
+            numbers = summarize(answer(sampler, prompts, reward, samples=1, seed=seeds, greedy=how == "greedy"))
+            metrics |= {f"validation/{how}_{name}": numbers[name] for name in (*names, "length_mean")}
+    accuracies = [100 * metrics[f"validation/{how}_accuracy"] for how in ("greedy", "sampled")]
     text = "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens"
-    greedy_accuracy, sampled_accuracy = (100 * metrics[f"validation/{how}_accuracy"] for how in ("greedy", "sampled"))
-    log.info(text, step, greedy_accuracy, sampled_accuracy, metrics["validation/sampled_length_mean"])
+    log.info(text, step, *accuracies, metrics["validation/sampled_length_mean"])
     return metrics | {"time/validation_s": time.perf_counter() - begun}
 
 

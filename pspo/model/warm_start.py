@@ -52,7 +52,8 @@ def train(
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         if not (math.isfinite(total) and norm.isfinite()):
-            raise FloatingPointError(f"loss {total}, gradient norm {norm.item()}: the optimizer step was not taken")
+            reason = f"loss {total}, gradient norm {norm.item()}: the optimizer step was not taken"
+            raise FloatingPointError(f"{reason}; lower the learning rate or max_grad_norm")
         optimizer.step()
         yield total
 

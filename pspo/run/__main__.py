@@ -45,7 +45,7 @@ from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import UpdateError
 
-FAILED = (UpdateError, NoRoomError, SaveError, RewardError, RunsFailed)
+FAILED = (UpdateError, FloatingPointError, NoRoomError, SaveError, RewardError, RunsFailed)
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
 """Errors shown as one sentence; any other is a bug and shows its traceback."""
 

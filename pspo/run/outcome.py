@@ -20,6 +20,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 KINDS = {
     NoRoomError: "out of memory",
     NonFiniteError: "non-finite",
+    FloatingPointError: "non-finite",
     SamplerGapError: "sampler gap",
     SaveError: "cannot save",
     RewardError: "reward",
