@@ -63,20 +63,15 @@ def names(directory: Path) -> list[str]:
 
 def check(directory: Path, identity: str) -> None:
     """Refuse checkpoints that the run ``identity`` cannot resume from. Raises ConfigError; reads no more than meta."""
-    remedy = "move the run directory away, or set another group"
     for path in _steps(directory):
-        if not (meta := read_json(path / "meta.json")):  # torn: it will be passed over
-            continue
-        if meta.get("format") != FORMAT:
-            raise ConfigError(
-                f"{path} was saved by pspo {meta.get('version')} in format {meta.get('format', 1)}, and this pspo "
-                f"{__version__} reads format {FORMAT}; resume with that version, {remedy}"
-            )
-        if meta.get("identity") != identity:
-            raise ConfigError(
-                f"{path} is a checkpoint of another configuration ({meta.get('identity')}) than this run's "
-                f"({identity}); {remedy}"
-            )
+        meta, reason = read_json(path / "meta.json"), ""
+        if meta and meta.get("format") != FORMAT:
+            by = f"pspo {meta.get('version')} in format {meta.get('format')}"
+            reason = f"was saved by {by}, and this pspo {__version__} reads format {FORMAT}; resume with that version"
+        elif meta and meta.get("identity") != identity:
+            reason = f"is a checkpoint of another configuration ({meta.get('identity')}) than this run's ({identity})"
+        if reason:  # a torn checkpoint will be passed over
+            raise ConfigError(f"{path} {reason}, move the run directory away, or set another group")
 
 
 def newest(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
@@ -100,8 +95,8 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:  # not ``files.digest``, which would take equal time and size for an equal file
+def _sha256(path: Path) -> str:  # not ``files.digest``, which would take equal time and size for an equal file
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -144,7 +139,14 @@ def random_state_kept() -> Iterator[None]:
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
     """The trained parameters, by name."""
-    return {name: p.detach() for name, p in policy.trainable().items()}
+    return {name: parameter.detach() for name, parameter in policy.trainable().items()}
+
+
+def load_weights(policy: Policy, path: Path) -> None:
+    """Put the weights of one checkpoint into the policy. Raises SaveError where the checkpoint is torn or missing."""
+    if (loaded := load(path)) is None:
+        raise SaveError(f"{path} cannot be read; choose another checkpoint, or move the run directory away")
+    restore_weights(policy, loaded[0]["weights"])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import Any
 
 from pspo import config, dataset, model
 from pspo.base.console import Phase, log
-from pspo.base.schema import ConfigError, Schema, as_dict, key
+from pspo.base.schema import ConfigError, Schema, key
 from pspo.dataset import Prompt
 from pspo.model.batch import Batch
 from pspo.model.warm_start import mean_loss, train
@@ -65,10 +65,6 @@ class SupervisedTrainer(Trainer):
         super().__post_init__()
         self.train, self.validation = _solved(self.train), _solved(self.validation)
         self.rows = solution_rows(self.policy.tokenizer, self.train, self.config.dataset)
-
-    @property
-    def objective(self) -> dict[str, Any]:
-        return {"name": "supervised"} | as_dict(self.config.supervise)
 
     def _step(self) -> dict[str, float]:
         """One pass over the training problems. A signal cuts it short; nothing is saved then."""

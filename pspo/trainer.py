@@ -12,7 +12,7 @@ import torch
 from pspo import checkpoint
 from pspo.advantage.critic import make_critic
 from pspo.base.console import Phase, log
-from pspo.base.files import JsonLines, SaveError
+from pspo.base.files import JsonLines
 from pspo.base.statistics import Statistics
 from pspo.base.stream import Stream, generator
 from pspo.budget import Progress
@@ -77,11 +77,6 @@ class Trainer:
         self.checkpoints = self.directory / "checkpoints"
         self.unsaved = False
 
-    @property
-    def objective(self) -> dict[str, Any]:
-        """What the run maximises, for its summary."""
-        return asdict(self.config.objective)
-
     def run(self) -> State:
         """Train to the end of the budget, then leave in the policy the weights that ``selection`` names."""
         config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit
@@ -108,9 +103,9 @@ class Trainer:
             if self.unsaved:
                 self._save()
             raise
-        if self.state.best_score is not None:
-            self._restore_best()
-        return self.state
+        if state.best_score is not None:
+            checkpoint.load_weights(self.policy, self.checkpoints / f"best_{state.best_step:06d}")
+        return state
 
     def _step(self) -> dict[str, float]:
         """One rollout with all its updates. A signal stops it before anything has changed, or after all has."""
@@ -206,8 +201,8 @@ class Trainer:
         (metrics, score), state = self._validation(), self.state
         if self.config.selection == "best" and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step = score, state.progress.steps
-            weights = {"weights": checkpoint.weights(self.policy)}
-            checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", weights, {})
+            content = {"weights": checkpoint.weights(self.policy)}
+            checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", content, {})
         return metrics
 
     def _save(self) -> None:
@@ -249,15 +244,6 @@ class Trainer:
         self.earlier_s = newest[2]["time/wall_s"]
         log.info("resumed from %s", newest[0])
 
-    def _restore_best(self) -> None:
-        path = self.checkpoints / f"best_{self.state.best_step:06d}"
-        if (best := checkpoint.load(path)) is None:
-            raise SaveError(f"selection=best, but {path} cannot be read; delete the run directory and start again")
-        checkpoint.restore_weights(self.policy, best[0]["weights"])
-
     def _described(self, metrics: dict[str, float]) -> str:
-        kl = metrics.get("policy/kl_old_new_k3", math.nan)  # none where nothing trained
-        return (
-            f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
-            f"KL(old‖new) {kl:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
-        )
+        shown = {"reward": "reward/mean", "accuracy": "reward/correct_mean", "KL(old‖new)": "policy/kl_old_new_k3"}
+        return "  ".join(f"{word} {metrics.get(name, math.nan):.3f}" for word, name in shown.items())

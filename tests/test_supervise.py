@@ -114,7 +114,7 @@ def test_it_learns_and_leaves_the_best_epochs_model(place):
     assert rows[-1]["optimizer/lr"] == pytest.approx(1e-2 * (1 - 11 / 12) / (1 - 2 / 12))
     best = json.loads((directory / "summary.json").read_text())["selected_step"]
     assert losses[best] == min(losses)
-    assert "supervised (epochs 4, batch_size 4)" in (directory / "report.html").read_text()
+    assert "supervised, seed 0, 4 steps" in (directory / "report.html").read_text()
     assert (directory / "DONE").is_file()
     (status,) = collect(directory.parent).rows
     assert (status.state, status.done, status.budget, status.unit) == ("done", 4, 4, "steps")

@@ -21,7 +21,7 @@ from pspo.evaluate.answers import SETTINGS
 from pspo.host import environment, interrupt
 from pspo.model import Policy
 from pspo.reward import Paper, Plain, Reward, default_reward
-from pspo.rollout import OwnSampler
+from pspo.rollout import OwnSampler, RolloutConfig
 from pspo.run import earlier, lock
 from pspo.run.outcome import at_work
 
@@ -86,19 +86,25 @@ class Answers:
     policy: Policy
     check_owner: Callable[[], None]  # leaves the process if another one has taken the directory over
 
+    @property
+    def rollout(self) -> RolloutConfig:
+        """How the answers are sampled, but for the temperature."""
+        evaluate, rollout = self.config.evaluate, self.config.rollout
+        return replace(rollout, top_p=evaluate.top_p, max_new_tokens=evaluate.max_new_tokens or rollout.max_new_tokens)
+
     def numbers(self, prompts: Mapping[str, Sequence[Prompt]], shots: Sequence[Problem]) -> list[dict[str, Any]]:
         """Answer every test set at every temperature of ``config.evaluate``; returns a row of numbers for each.
 
         Raises ConfigError where the folder holds answers with other settings.
         """
-        config, evaluate, when = self.config, self.config.evaluate, self.directory.parent.name
+        config, evaluate = self.config, self.config.evaluate
         numeric = isinstance(config.reward, Plain | Paper)
         rewards = {
             name: default_reward("math") if numeric and name in LATEX_SETS else config.reward for name in prompts
         }
         settings = {
-            "top_p": evaluate.top_p,
-            "max_new_tokens": evaluate.max_new_tokens or config.rollout.max_new_tokens,
+            "top_p": self.rollout.top_p,
+            "max_new_tokens": self.rollout.max_new_tokens,
             "system_prompt": config.dataset.system_prompt,
             "prompt": config.dataset.prompt,
             "shots": [shot.id for shot in shots],
@@ -113,13 +119,13 @@ class Answers:
         ungradable = {name: len(rewards[name].ungradable([p.problem for p in prompts[name]])) for name in prompts}
         counts = {"samples": evaluate.samples, "ungradable": record.get("ungradable", {}) | ungradable}
         write_json(self.directory / SETTINGS, settings | counts)
-        return [
-            {"when": when, "set": name, "temperature": temperature, "evaluation": evaluate.name}
-            | summarize(self.rows(name, prompts[name], rewards[name], temperature))
-            | {"ungradable": ungradable[name]}
-            for name in prompts
-            for temperature in evaluate.temperatures
-        ]
+        about, numbers = {"when": self.directory.parent.name, "evaluation": evaluate.name}, []
+        for name, split in prompts.items():
+            for temperature in evaluate.temperatures:
+                summary = summarize(self.rows(name, split, rewards[name], temperature))
+                numbers.append({"set": name, "temperature": temperature} | about | summary)
+                numbers[-1]["ungradable"] = ungradable[name]
+        return numbers
 
     def rows(self, name: str, prompts: Sequence[Prompt], reward: Reward, temperature: float) -> list[dict[str, Any]]:
         """The answers to one test set at one temperature, as the lines of its file; gives those that the file lacks.
@@ -127,31 +133,24 @@ class Answers:
         After every ``rollout.max_rows`` answers the file is flushed. A later process's batches and its states of the
         global generators, from which a user's reward may draw, are those of an unbroken process, and so are the bytes.
         """
-        config, evaluate, when = self.config, self.config.evaluate, self.directory.parent.name
-        samples = evaluate.samples if temperature else 1
-        length = evaluate.max_new_tokens or config.rollout.max_new_tokens
-        rollout = replace(config.rollout, top_p=evaluate.top_p, max_new_tokens=length, temperature=temperature or 1.0)
-        sampler = OwnSampler(self.policy, rollout)
+        seed, samples = self.config.seed, self.config.evaluate.samples if temperature else 1
+        sampler = OwnSampler(self.policy, replace(self.rollout, temperature=temperature or 1.0))
         lines = JsonLines(self.directory / f"{name}_t{temperature:g}.jsonl")
         questions = {prompt.problem.id: described(prompt.problem) for prompt in prompts}
         # Lines from the first on that answers another question under a known name are of other data, and so go.
         valid = takewhile(lambda row: questions.get(row["problem"], row).items() <= row.items(), lines.rows())
         rows = {(row["problem"], row["sample"]): row for row in valid}
         lines.cut(len(rows))
-        batch_size = max(1, config.rollout.max_rows // samples)
-        batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        places = [(prompt.problem.id, sample) for prompt in prompts for sample in range(samples)]
-        title = ("test" if when == "after" else f"test, {when}") + f" on {name}"
-        title += f" at T={temperature:g}" if temperature else ""
-        is_whole = all(place in rows for place in places)
+        size = max(1, self.rollout.max_rows // samples)
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        title = f"test {self.directory.parent.name} on {name} at T={temperature:g}"
         with checkpoint.random_state_kept():
-            for number, batch in enumerate(() if is_whole else track(batches, title, len(prompts), "problems")):
+            for number, batch in enumerate(track(batches, title, len(prompts), "problems")):
                 if all((prompt.problem.id, sample) in rows for prompt in batch for sample in range(samples)):
                     continue
-                start = number * batch_size
-                checkpoint.seed_global_generators(int(generator(config.seed, Stream.TEST, start).integers(2**32)))
-                seed, greedy = [config.seed, Stream.TEST], temperature == 0
-                answers = answer(sampler, batch, reward, samples=samples, seed=seed, greedy=greedy)
+                checkpoint.seed_global_generators(int(generator(seed, Stream.TEST, number * size).integers(2**32)))
+                key, greedy = [seed, Stream.TEST], temperature == 0
+                answers = answer(sampler, batch, reward, samples=samples, seed=key, greedy=greedy)
                 self.check_owner()
                 for row in answers:
                     if (place := (row["problem"], row["sample"])) not in rows:
@@ -159,7 +158,7 @@ class Answers:
                         lines.append(row)
                 lines.sync()
                 interrupt.check()
-        return [rows[place] for place in places]
+        return [rows[prompt.problem.id, sample] for prompt in prompts for sample in range(samples)]
 
 
 @dataclass(frozen=True)
@@ -220,9 +219,7 @@ class Evaluation:
             Phase("loading the model")
             policy = model.load(config.model, config.seed, device)
             if self.checkpoint is not None:
-                if (saved := checkpoint.load(self.checkpoint)) is None:
-                    raise ConfigError(f"checkpoint={self.checkpoint} cannot be read; choose another")
-                checkpoint.restore_weights(policy, saved[0]["weights"])
+                checkpoint.load_weights(policy, self.checkpoint)
             numbers = Answers(directory, config, policy, partial(lock.check, directory, owner)).numbers(prompts, shots)
             write_json(directory / "summary.json", {"run": str(self.run), **self.settings, "answers": numbers})
             write_text(directory / "DONE", environment.code_digest() + "\n")

@@ -15,6 +15,7 @@ from rich.console import Console
 from pspo import checkpoint, dataset, model
 from pspo.base.console import Phase, log, log_to_console
 from pspo.base.files import write_json, write_text
+from pspo.base.schema import as_dict
 from pspo.config import Config, check
 from pspo.dataset import Problem, Prompt
 from pspo.host import environment, interrupt
@@ -143,7 +144,7 @@ def _train_and_evaluate(
     return {
         "status": "done",
         "run": run.directory.name,
-        "objective": trainer.objective,
+        "objective": as_dict(config.objective) if type(trainer) is Trainer else {"name": "supervised"},
         "seed": config.seed,
         **vars(state.progress),
         "selection": config.selection,
