@@ -1,6 +1,5 @@
 """Held-out problems: their answers, greedy and sampled, in validation, at a run's end and by a command of its own."""
 
-from pspo.evaluate.answers import answer, completion_row, described, summarize, validate
-from pspo.evaluate.config import EvaluateConfig
+from pspo.evaluate.answers import EvaluateConfig, answer, completion_row, described, summarize, validate
 
 __all__ = ["EvaluateConfig", "answer", "completion_row", "described", "summarize", "validate"]

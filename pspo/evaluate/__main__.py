@@ -31,11 +31,9 @@ from pspo.run.__main__ import reporting
 from pspo.run.evaluation import Evaluation, of_words
 
 SHOW_PROMPT = "--show-prompt"
-COLUMNS = {
-    "set": "test set", "temperature": "T", "n": "n", "samples": "k", "accuracy": "accuracy %", "ci95_low": "[95 %",
-    "ci95_high": "]", "strict_accuracy": "strict", "truncated_rate": "cut",
-}  # fmt: skip
-"""Columns of the answers' numbers that are printed, with their titles."""
+COLUMNS = ("set", "temperature", "n", "samples")  # of the printed table; then RATES, in per cent
+RATES = ("accuracy", "ci95_low", "ci95_high", "strict_accuracy", "truncated_rate")
+TITLES = {"temperature": "T", "samples": "k", "ci95_low": "[95 %", "ci95_high": "]", "strict_accuracy": "strict"}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -101,12 +99,12 @@ def _show(evaluation: Evaluation) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The numbers of every set and temperature for a person, in 80 columns, rates in per cent."""
+    """The numbers of every set and temperature for a person, in 80 columns."""
     frame = pd.DataFrame(rows).astype({"temperature": str})
     votes = [name for name in frame if name.startswith(("pass@", "maj@"))][-2:]
-    frame = frame[[name for name in (*COLUMNS, *votes) if name in frame]].rename(columns=COLUMNS)
-    frame[frame.columns[4:]] *= 100
-    return frame.to_string(index=False, float_format="{:.1f}".format, na_rep="")
+    rates = [name for name in (*RATES, *votes) if name in frame]
+    frame = frame[[*COLUMNS, *rates]].assign(**100 * frame[rates])
+    return str(frame.rename(columns=TITLES).to_string(index=False, float_format="{:.1f}".format, na_rep=""))
 
 
 def cli() -> None:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pspo import checkpoint, dataset, model
 from pspo.base.console import log
-from pspo.base.files import digest, new_directory, read_json, read_lines, write_json, write_text
+from pspo.base.files import digest, read_json, read_lines, write_json, write_text
 from pspo.base.schema import ConfigError, as_dict, dotted, keys_of
 from pspo.budget import Progress
 from pspo.config import NOT_SCIENCE, Config, groups, identity, read, science
@@ -29,10 +29,7 @@ LABEL_CHARACTERS = 80  # in a run's name, for words; more words are counted as _
 
 
 def run_directory(config: Config, overrides: Sequence[str]) -> Path:
-    """``output_dir/group/<objective>_<its keys>_<other keys>_seed<seed>_<identity>``, or an earlier run's directory.
-
-    A run is recognized by its identity alone, as other overrides may set the same values.
-    """
+    """``output_dir/group/<objective>_<its keys>_<other keys>_seed<seed>_<identity>``, or the one with that identity."""
     parent = Path(config.output_dir) / config.group
     earlier = sorted(parent.glob(f"*_{identity(config)}")) if parent.is_dir() else []
     return earlier[0] if earlier else parent / f"{_label(config, overrides)}_seed{config.seed}_{identity(config)}"
@@ -86,13 +83,9 @@ class History:
 
 
 def inputs(config: Config) -> dict[str, str]:
-    """Digests of the code, the user's own reward and objective, data and model, or commits of the hub's repositories.
-
-    Asks no network. Raises ConfigError where one of the files is missing.
-    """
-    own = [*config.reward.source_files(), *config.objective.source_files()]
-    files = {str(path): digest(path) for path in own}
-    return {"code": environment.code_digest()} | files | dataset.digests(config.dataset) | model.digests(config.model)
+    """Digests of code, own reward and objective, data and model, or their commits on the hub. Raises ConfigError."""
+    own = {str(path): digest(path) for path in (*config.reward.source_files(), *config.objective.source_files())}
+    return {"code": environment.code_digest()} | own | dataset.digests(config.dataset) | model.digests(config.model)
 
 
 def look(config: Config, directory: Path) -> History:
@@ -104,14 +97,12 @@ def look(config: Config, directory: Path) -> History:
         return History("changed" if changed else "done", changed)
     checkpoint.check(directory / "checkpoints", identity(config))
     others = [name for name in changed if name != "code"]
-    if checkpoint.names(directory / "checkpoints"):
-        if others and config.rerun != "resume":
-            raise config.refuse(
-                "rerun",
-                f"{directory} is unfinished, and since it began {', '.join(others)} changed; rerun=changed begins it "
-                "anew, and rerun=resume resumes it nevertheless",
-            )
-    elif config.continue_from is not None:
+    has_checkpoint = bool(checkpoint.names(directory / "checkpoints"))
+    if has_checkpoint and others and config.rerun != "resume":
+        reason = f"{directory} is unfinished, and since it began {', '.join(others)} changed"
+        remedy = "rerun=changed begins it anew, and rerun=resume resumes it nevertheless"
+        raise config.refuse("rerun", f"{reason}; {remedy}")
+    if not has_checkpoint and config.continue_from is not None:
         check_source(config, Path(config.continue_from))
     begun = "resume" if (directory / "config.yaml").is_file() else "new"
     return History("failed" if (directory / "FAILED").is_file() else begun, changed)
@@ -181,8 +172,7 @@ def check_source(config: Config, source: Path) -> Progress:
         raise refuse(f"has spent {getattr(spent, unit)} {unit} already; set a longer budget.{unit}")
     if config.selection == "best" and spent.steps % config.evaluate.every:
         raise refuse(
-            f"its last validation, at step {spent.steps}, is one that a longer run with evaluate.every="
-            f"{config.evaluate.every} does not make, and selection=best may have gone by it; run it anew"
+            "selection=best may have gone by its last validation, which a longer run does not make; run it anew"
         )
     return spent
 
@@ -210,26 +200,19 @@ def carry_over(config: Config, directory: Path) -> None:
     path, saved, meta = newest
     rows = read_lines(source / "metrics.jsonl")[: saved["tracker"]["metrics_rows"]]
     if steps % config.evaluate.every:  # validated because it was the last, which it no longer is
-        validated = ("validation/", "time/validation_s")
-        rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
+        rows[-1] = {name: value for name, value in rows[-1].items() if "validation" not in name}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if (source / "evaluation" / "before").is_dir():
-        shutil.copytree(source / "evaluation" / "before", directory / "evaluation" / "before", dirs_exist_ok=True)
     for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD):
         shutil.copyfile(source / name, directory / name)
-    for best in (source / "checkpoints").glob("best_*"):
-        with new_directory(directory / "checkpoints" / best.name) as copy:
-            shutil.copytree(best, copy, dirs_exist_ok=True)
+    for folder in (*source.glob("evaluation/before"), *source.glob("checkpoints/best_*")):
+        shutil.copytree(folder, directory / folder.relative_to(source), dirs_exist_ok=True)
     about = {"identity": identity(config), "time/wall_s": meta["time/wall_s"]}
     checkpoint.save(directory / "checkpoints", path.name, saved, about)
     log.info("continuing %s from step %d", source, steps)
 
 
 def _changed(config: Config, directory: Path) -> list[str]:
-    """The names of today's inputs that differ from the inputs recorded in ``directory``.
-
-    [] on a node that lacks the data or the hub's cache that the jobs see: nothing can be compared there.
-    """
+    """Names of the inputs that differ from the recorded ones; [] on a node that does not see the data or the model."""
     before = read_json(directory / INPUTS)
     with contextlib.suppress(ConfigError):
         now = inputs(config) if before else {}

@@ -6,7 +6,6 @@ is gone; should its process live on, cut off from SLURM, it finds the record cha
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import filelock
 
 from pspo.base.console import log
-from pspo.base.files import write_json
+from pspo.base.files import read_json, write_json
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 
@@ -45,10 +44,8 @@ class Owner:
 
 def owner(directory: Path) -> Owner | None:
     """The content of ``.owner``; None where the file is missing or damaged."""
-    try:
-        return Owner(**json.loads((directory / ".owner").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    record = read_json(directory / ".owner")
+    return Owner(**record) if record.keys() == Owner.__dataclass_fields__.keys() else None
 
 
 @contextlib.contextmanager
@@ -92,7 +89,7 @@ def check(directory: Path, mine: Owner) -> None:
 def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
     lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_S).acquire()
     before, started = owner(directory), datetime.now(UTC).isoformat(timespec="milliseconds")
-    restart = 0 if before is None else before.restart + 1
+    restart = before.restart + 1 if before else 0
     mine = Owner(os.uname().nodename, os.getpid(), slurm.current_job(), _requeues(), restart, started, ended=False)
     write_json(directory / ".owner", asdict(mine))
     return lock, mine

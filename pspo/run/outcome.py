@@ -49,31 +49,25 @@ def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
     path = directory / "FAILED"
     path.unlink(missing_ok=True)
     try:
-        with _full_disk_told(directory):
+        try:
             yield
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            raise SaveError(
+                f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, "
+                "then run the same command again to resume from the last checkpoint"
+            ) from error
     except Exception as error:
         if not isinstance(error, ConfigError):
             log.exception("the run failed; the same command resumes from its last checkpoint")
-        kinds = (name for cls, name in KINDS.items() if isinstance(error, cls))
+        kinds = (kind for error_class, kind in KINDS.items() if isinstance(error, error_class))
         kind = "out of memory" if is_out_of_memory(error) else next(kinds, "error")
         lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+        record = {"kind": kind, "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
         with contextlib.suppress(OSError):  # the very disk may be the failure
-            about = {"job_id": owner.job_id, "restart": owner.restart}
-            write_json(path, {"kind": kind, "error": "\n".join(lines), **about})
+            write_json(path, record)
         raise
-
-
-@contextlib.contextmanager
-def _full_disk_told(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise SaveError(
-            f"cannot write {error.filename or directory} ({error.strerror}); make room or mend the permissions, then "
-            "run the same command again to resume from the last checkpoint"
-        ) from error
 
 
 def result(directory: Path) -> float | None:
