@@ -22,7 +22,7 @@ from pspo.config import Config, compose, compose_all
 from pspo.host import environment
 from pspo.model import source
 from pspo.model.folder import cache_directory
-from pspo.run import held_out
+from pspo.run import evaluation
 from pspo.run.__main__ import EXPECTED
 from pspo.sweep import expand
 
@@ -44,7 +44,7 @@ def prefetch(overrides: Sequence[str]) -> list[str]:
 
 def fetch(config: Config) -> None:
     """Bring the data set and the policy of one run into the caches, unless they are there. Raises ConfigError."""
-    held_out.problems(config, dataset.load(config.dataset, config.seed))
+    evaluation.problems(config, dataset.load(config.dataset, config.seed))
     model.check(config.model)
     if not config.model.made_here:
         source.locate(config.model)
@@ -60,7 +60,7 @@ def verify(config: Config) -> None:
     The weights themselves would need more memory than a login node may give. Raises ConfigError.
     """
     problems = dataset.load(config.dataset, config.seed)
-    splits = {"train": problems.train, "validation": problems.validation} | held_out.problems(config, problems)
+    splits = {"train": problems.train, "validation": problems.validation} | evaluation.problems(config, problems)
     if config.model.made_here:
         _make_warm_start(config)
         policy = "the embedded policy"

@@ -229,7 +229,8 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, cutting the files back to it, or from the start."""
         newest = checkpoint.newest(self.checkpoints)
-        saved = newest[1] if newest else {"tracker": None, "rows": dict.fromkeys(self.files, 0)}
+        beginning: dict[str, Any] = {"tracker": None, "rows": dict.fromkeys(self.files, 0)}
+        saved = newest[1] if newest else beginning
         self.tracker.rewind(saved["tracker"])
         for name, file in self.files.items():
             file.cut(saved["rows"][name])

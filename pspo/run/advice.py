@@ -29,8 +29,8 @@ def advice(config: Config) -> list[str]:
     else:
         rescaling = (
             f"alpha={alpha:g} is a mere rescaling here: {factor}, which optimizer=adamw takes out again, so this is "
-            "noclip up to norm clipping and Adam's eps; alpha acts with objective=pspo_geometric or pspo_clip, optimizer="
-            "sgd, smoothing=linear or adaptive, or a KL or entropy term (loss.kl=k3 loss.kl_weight=0.01, "
+            "noclip up to norm clipping and Adam's eps; alpha acts with objective=pspo_geometric or pspo_clip, "
+            "optimizer=sgd, smoothing=linear or adaptive, or a KL or entropy term (loss.kl=k3 loss.kl_weight=0.01, "
             "loss.entropy_weight=0.01)"
         )
     inert = (
