@@ -54,8 +54,6 @@ class Trainer:
     reward: Reward
     tracker: Tracker
     check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
-    started: float = field(default_factory=time.perf_counter)
-    earlier_s: float = 0.0  # seconds that earlier processes were at work
     state: State = field(default_factory=State)
 
     def __post_init__(self) -> None:
@@ -185,13 +183,13 @@ class Trainer:
         """An empty record for the inner steps of step ``number``, where diagnostics are due at this step."""
         config = self.config.diagnostics
         probe = config.counterfactual_every > 0 and number % config.counterfactual_every == 0
-        others = [default_objective(name) for name in config.counterfactual] if probe else []
-        return Record(others) if probe or (config.every and number % config.every == 0) else None
+        due = probe or (config.every > 0 and number % config.every == 0)
+        return Record([default_objective(name) for name in config.counterfactual] if probe else []) if due else None
 
     def _validation(self) -> tuple[dict[str, float], float]:
         """Metrics of held-out training problems, and the number that ``selection=best`` maximises."""
-        seed, step = self.config.seed, self.state.progress.steps
-        metrics = validate(self.sampler, self.validation, self.reward, seed=seed, step=step)
+        seed = [self.config.seed, Stream.VALIDATION, self.state.progress.steps]
+        metrics = validate(self.sampler, self.validation, self.reward, seed)
         return metrics, metrics["validation/sampled_reward_mean"]
 
     def _validate(self) -> dict[str, float]:
@@ -218,10 +216,8 @@ class Trainer:
         }
         steps = self.state.progress.steps
         name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
-        wall_s = self.earlier_s + time.perf_counter() - self.started
-        about = {"identity": identity(self.config), "time/wall_s": wall_s}
         with self.limit.saving():
-            checkpoint.save(self.checkpoints, name, state, about)
+            checkpoint.save(self.checkpoints, name, state, {"identity": identity(self.config)})
         self.unsaved = False
         self.tracker.commit(steps)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best=self.state.best_step)
@@ -242,7 +238,6 @@ class Trainer:
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
         if self.critic is not None:
             self.critic.load_state_dict(saved["critic"])
-        self.earlier_s = newest[2]["time/wall_s"]
         log.info("resumed from %s", newest[0])
 
     def _described(self, metrics: dict[str, float]) -> str:

@@ -62,7 +62,6 @@ def test_a_run_leaves_everything_it_promises(commanded):
     assert summary["steps"] == 5
     assert summary["optimizer_steps"] == 20
     assert summary["seed"] == 0
-    assert summary["time/wall_s"] > 0
     for when in ("before", "after"):
         result = summary["evaluation"]["embedded"][when]
         assert 0 <= result["ci95_low"] <= result["accuracy"] <= result["ci95_high"] <= 1

@@ -5,13 +5,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any
 
 from pspo.base.console import Phase, log
 from pspo.base.schema import Schema, key
 from pspo.base.statistics import pass_at_k, wilson_interval
-from pspo.base.stream import Stream
 from pspo.checkpoint import random_state_kept
 from pspo.dataset import Problem, Prompt
 from pspo.reward import Reward
@@ -77,25 +76,24 @@ def described(problem: Problem) -> dict[str, str]:
     return {"problem": problem.id, "question": problem.question, "answer": problem.answer}
 
 
-def validate(sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, *, seed: int, step: int) -> dict[str, float]:
+def validate(sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, seed: Sequence[int]) -> dict[str, float]:
     """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
-    begun, seeds, metrics = time.perf_counter(), [seed, Stream.VALIDATION, step], dict[str, float]()
+    begun, metrics = time.perf_counter(), dict[str, float]()
     with random_state_kept(), Phase("validation"):
         for how, names in (("greedy", ["accuracy"]), ("sampled", ["accuracy", "reward_mean"])):
-            numbers = summarize(answer(sampler, prompts, reward, samples=1, seed=seeds, greedy=how == "greedy"))
+            numbers = summarize(answer(sampler, prompts, reward, samples=1, seed=seed, greedy=how == "greedy"))
             metrics |= {f"validation/{how}_{name}": numbers[name] for name in (*names, "length_mean")}
     accuracies = [100 * metrics[f"validation/{how}_accuracy"] for how in ("greedy", "sampled")]
     text = "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens"
-    log.info(text, step, *accuracies, metrics["validation/sampled_length_mean"])
+    log.info(text, seed[-1], *accuracies, metrics["validation/sampled_length_mean"])
     return metrics | {"time/validation_s": time.perf_counter() - begun}
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The numbers of one test set at one temperature; n problems with the same number of answers each.
 
-    ``accuracy`` is the share of correct answers, avg@k of k answers. Its 95 % interval is Wilson's over problems: with
-    several answers to a problem, p and n = p (1 − p) / Var(mean over problems), the effective sample size (Korn and
-    Graubard 1998, Survey Methodology 24:193). pass@k and maj@k are for several answers only.
+    ``accuracy`` is the share of correct answers, avg@k of k answers. Its 95 % interval is Wilson's over the n problems,
+    too wide rather than too narrow where several answers were given. pass@k and maj@k are for several answers only.
     """
     problems: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -107,8 +105,7 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         return fmean(float(row[name]) for row in answers)
 
     accuracy = share("correct")
-    n = effective_sample_size([fmean(row["correct"] for row in group) for group in groups])
-    low, high = wilson_interval(accuracy * n, n)
+    low, high = wilson_interval(accuracy * len(groups), len(groups))
     numbers = {"accuracy": accuracy, "ci95_low": low, "ci95_high": high, "n": len(groups)}
     numbers |= {"reward_mean": share("reward"), "length_mean": share("tokens"), "truncated_rate": share("truncated")}
     numbers |= {"unparsed_rate": 1 - share("parsed"), "samples": samples}
@@ -121,14 +118,6 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
             numbers[f"pass@{k}"] = fmean(passed)
         numbers[f"maj@{samples}"] = fmean(map(majority, groups))
     return numbers
-
-
-def effective_sample_size(means: Sequence[float]) -> float:
-    """The n of p (1 − p) / n = Var(p), for the mean p of independent problems' means; at least their number."""
-    p, n = fmean(means), len(means)
-    if n < 2 or not 0 < p < 1 or (spread := variance(means)) == 0:
-        return n
-    return max(float(n), p * (1 - p) / (spread / n))
 
 
 def majority(group: Sequence[dict[str, Any]]) -> float:

@@ -197,7 +197,7 @@ def carry_over(config: Config, directory: Path) -> None:
     newest = checkpoint.newest(source / "checkpoints")
     if newest is None or newest[1]["state"]["progress"]["steps"] != steps:
         raise config.refuse("continue_from", f"its last checkpoint, of step {steps}, is missing or torn; run it anew")
-    path, saved, meta = newest
+    path, saved, _ = newest
     rows = read_lines(source / "metrics.jsonl")[: saved["tracker"]["metrics_rows"]]
     if steps % config.evaluate.every:  # validated because it was the last, which it no longer is
         rows[-1] = {name: value for name, value in rows[-1].items() if "validation" not in name}
@@ -206,8 +206,7 @@ def carry_over(config: Config, directory: Path) -> None:
         shutil.copyfile(source / name, directory / name)
     for folder in (*source.glob("evaluation/before"), *source.glob("checkpoints/best_*")):
         shutil.copytree(folder, directory / folder.relative_to(source), dirs_exist_ok=True)
-    about = {"identity": identity(config), "time/wall_s": meta["time/wall_s"]}
-    checkpoint.save(directory / "checkpoints", path.name, saved, about)
+    checkpoint.save(directory / "checkpoints", path.name, saved, {"identity": identity(config)})
     log.info("continuing %s from step %d", source, steps)
 
 

@@ -98,10 +98,6 @@ class Answers:
         Raises ConfigError where the folder holds answers with other settings.
         """
         config, evaluate = self.config, self.config.evaluate
-        numeric = isinstance(config.reward, Plain | Paper)
-        rewards = {
-            name: default_reward("math") if numeric and name in LATEX_SETS else config.reward for name in prompts
-        }
         settings = {
             "top_p": self.rollout.top_p,
             "max_new_tokens": self.rollout.max_new_tokens,
@@ -116,15 +112,15 @@ class Answers:
             reason = f"{self.directory} holds answers with another {', '.join(changed)}"
             raise evaluate.refuse("name", f"{reason}; give evaluate.name=<another name>")
         self.directory.mkdir(parents=True, exist_ok=True)
-        ungradable = {name: len(rewards[name].ungradable([p.problem for p in prompts[name]])) for name in prompts}
-        counts = {"samples": evaluate.samples, "ungradable": record.get("ungradable", {}) | ungradable}
-        write_json(self.directory / SETTINGS, settings | counts)
+        write_json(self.directory / SETTINGS, settings | {"samples": evaluate.samples})
         about, numbers = {"when": self.directory.parent.name, "evaluation": evaluate.name}, []
         for name, split in prompts.items():
+            numeric = isinstance(config.reward, Plain | Paper)
+            reward = default_reward("math") if numeric and name in LATEX_SETS else config.reward
+            ungradable = {"ungradable": len(reward.ungradable([prompt.problem for prompt in split]))}
             for temperature in evaluate.temperatures:
-                summary = summarize(self.rows(name, split, rewards[name], temperature))
-                numbers.append({"set": name, "temperature": temperature} | about | summary)
-                numbers[-1]["ungradable"] = ungradable[name]
+                summary = summarize(self.rows(name, split, reward, temperature))
+                numbers.append({"set": name, "temperature": temperature} | about | summary | ungradable)
         return numbers
 
     def rows(self, name: str, prompts: Sequence[Prompt], reward: Reward, temperature: float) -> list[dict[str, Any]]:
