@@ -5,7 +5,6 @@ import hashlib
 import logging
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +126,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global generators back as they were before the block, however the block ends."""
-    before = random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(before)
+def random_state_kept() -> contextlib.ExitStack:
+    """A context that puts the global generators back as they were before it, however its block ends."""
+    context = contextlib.ExitStack()
+    context.callback(restore_random_state, random_state())
+    return context
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -63,7 +63,9 @@ class SupervisedTrainer(Trainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.train, self.validation = _solved(self.train), _solved(self.validation)
+        self.train = [prompt for prompt in self.train if prompt.problem.solution]
+        self.validation = [prompt for prompt in self.validation if prompt.problem.solution]
+        log.info("learning from the solutions of %d problems", len(self.train))
         self.rows = solution_rows(self.policy.tokenizer, self.train, self.config.dataset)
 
     def _step(self) -> dict[str, float]:
@@ -110,13 +112,6 @@ def solution_rows(encoder: Any, prompts: Sequence[Prompt], config: dataset.Datas
     solutions = [encoder.encode(space + prompt.problem.solution, add_special_tokens=False) for prompt in prompts]
     last = encoder.eos_token_id if end is None else end
     return [Row(prompt.token_ids, [*ids, last], [], []) for prompt, ids in zip(prompts, solutions, strict=True)]
-
-
-def _solved(prompts: list[Prompt]) -> list[Prompt]:
-    solved = [prompt for prompt in prompts if prompt.problem.solution]
-    if len(solved) < len(prompts):
-        log.warning("%d of %d problems have no solution and are left out", len(prompts) - len(solved), len(prompts))
-    return solved
 
 
 def cli() -> None:

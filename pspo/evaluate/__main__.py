@@ -79,10 +79,10 @@ def _launch(evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> None:
     kind, values = launcher_keys(launcher)
     if kind == "basic":
         raise ConfigError("hydra/launcher=basic makes no jobs; take local or slurm, or leave it out")
-    planned = []
-    for each in evaluations:
-        state = "done" if each.is_done else "new"
-        planned.append(Planned(overrides=each.words, directory=each.directory, state=state, command="evaluate"))
+    planned = [
+        Planned(overrides=each.words, directory=each.directory, state=each.state, command="evaluate")
+        for each in evaluations
+    ]
     for outcome in configure(kind, values, launcher).launch(planned):
         if isinstance(outcome, RunsFailed):
             raise outcome

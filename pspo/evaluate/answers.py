@@ -121,11 +121,7 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def majority(group: Sequence[dict[str, Any]]) -> float:
-    """Whether the answer that most completions of one problem give is correct; answers that tie share the vote.
-
-    Two completions give one answer where the answers are equal, as in grading. A completion without an answer has no
-    vote.
-    """
+    """Whether the answer that most completions of a problem give is correct; answers that tie share the vote."""
     classes: list[tuple[str, list[bool]]] = []
     for row in group:
         final = asked(row["completion"]) or extract(row["completion"])

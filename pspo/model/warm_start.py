@@ -1,8 +1,7 @@
-"""Supervised learning, one loop for every model, and the warm start of the embedded policy, which is made by it.
+"""Supervised learning, one loop for every model, and by it the warm start of the embedded policy.
 
-The warm start learns first from solutions that show the working, then from a mix in which most give the bare answer.
-The policy then mostly answers directly and is mostly wrong, yet is mostly right when it works step by step:
-reinforcement learning has a latent way of working to discover.
+The warm start shows the working of a problem at first, then mostly the bare answer: the policy mostly answers directly
+and wrong, yet is mostly right when it works step by step. Reinforcement learning has this way of working to discover.
 """
 
 import hashlib
@@ -34,11 +33,9 @@ Steps = Iterable[tuple[Sequence[Batch], float]]  # the micro-batches and the lea
 def train(
     model: Any, optimizer: torch.optim.Optimizer, steps: Steps, autocast: bool, max_norm: float
 ) -> Iterator[float]:
-    """Next-token cross-entropy on completions; yields the loss of each optimizer step, in nats per token.
+    """Minimise −Σ log π(token) / tokens over the completions of all micro-batches of a step; yields it for each step.
 
-    The loss is −Σ log π(token) / tokens over the completion tokens of all micro-batches of the step, so it does not
-    depend on how they are cut. Stops at a signal, between steps. Raises FloatingPointError before an optimizer step
-    whose loss or gradient is not finite.
+    Stops at a signal, between steps. Raises FloatingPointError before a step whose loss or gradient is not finite.
     """
     for batches, lr in steps:
         interrupt.check()

@@ -2,16 +2,11 @@
 
 python -m pspo.run [group=option ...] [key=value ...]
 
-Examples:
-  # the embedded task on this machine, in minutes
+Examples: the embedded task, the paper's run on a GPU, a matched comparison, alpha 0.3 without W&B, all from local files
   python -m pspo.run
-  # the paper's GR-PSPO run on GSM8K, on a GPU
   python -m pspo.run objective=pspo model=qwen1_5b
-  # a matched comparison, one run after another
   python -m pspo.run -m objective=noclip,clip,pspo seed=0,1,2
-  # alpha 0.3, without Weights & Biases
   python -m pspo.run smoothing=strong tracker=jsonl
-  # all from local files
   python -m pspo.run model=qwen0_5b model.path=/models/qwen dataset.path=/data/gsm8k
 
 -m runs all combinations of lists; --cfg job prints the composed configuration and checks it; --info says how it was
@@ -66,10 +61,7 @@ def main(composed: DictConfig) -> float | None:
 
 @contextlib.contextmanager
 def reporting(again: str) -> Iterator[None]:
-    """Around a command: a user's mistake is one sentence and exit status 2, a failed run is 1, Ctrl-C is 130.
-
-    ``again`` says what the same command would do after Ctrl-C.
-    """
+    """Around a command: a mistake is one sentence and exit status 2, a failed run 1, Ctrl-C 130 and what comes next."""
     with answering(stopped=f"stopped; the same command {again}"):
         try:
             yield

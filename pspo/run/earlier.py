@@ -36,10 +36,7 @@ def run_directory(config: Config, overrides: Sequence[str]) -> Path:
 
 
 def _label(config: Config, overrides: Sequence[str]) -> str:
-    """The objective, the overrides of its keys, then the other overrides, in characters that need no shell quoting.
-
-    An option is written without its group, and a key by its last part, where no other group or key has the same word.
-    """
+    """The objective, the overrides of its keys, then the others, as short as is clear, with no need of shell quotes."""
     keys = [key.removeprefix("objective.") for key, _, _ in keys_of(Config, as_dict(config))]
     short = short_names(key for key in keys if not key.startswith("evaluate.") or key == "evaluate.every")
     options = Counter(option for names in groups().values() for option in names)

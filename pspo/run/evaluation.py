@@ -25,7 +25,6 @@ from pspo.rollout import OwnSampler, RolloutConfig
 from pspo.run import earlier, lock
 from pspo.run.outcome import at_work
 
-GROUP = "evaluate"  # directory under output_dir that holds the answers of models that no run has trained
 LATEX_SETS = ("math", "math500")  # whose gold answers are LaTeX
 
 
@@ -55,10 +54,7 @@ def _sets_of_their_own(config: Config) -> list[str]:
 def encoded(
     config: Config, problems: Mapping[str, list[Problem]], shots: Sequence[Problem], group: Path
 ) -> tuple[dict[str, list[Prompt]], list[str]]:
-    """The prompts of every split, and sentences on the date that prompts have and on splits that lost long prompts.
-
-    ``group`` is the directory whose runs print one date. Raises ConfigError where a split has no prompt left.
-    """
+    """The prompts of every split, with one date for all runs of ``group``, and what a reader must know of them."""
     prompts, notes, tokenizer = dict[str, list[Prompt]](), list[str](), model.tokenizer(config.model)
     if not tokenizer.chat_template and config.dataset.prompt is None:
         notes.append("the tokenizer has no chat template, so prompts are plain text, 'Question: ...' and 'Answer:'")
@@ -70,8 +66,8 @@ def encoded(
         if dropped and not prompts[name]:
             raise config.dataset.refuse("max_prompt_tokens", f"all {dropped} {name} prompts are longer")
         if dropped:
-            limit = f"prompts over {config.dataset.max_prompt_tokens} tokens"
-            notes.append(f"{dropped} of {len(split)} {name} problems were dropped: {limit}")
+            rule = f"were dropped: prompts over {config.dataset.max_prompt_tokens} tokens"
+            notes.append(f"{dropped} of {len(split)} {name} problems {rule}")
     for sentence in notes:
         log.warning(sentence)
     return prompts, notes
@@ -93,10 +89,7 @@ class Answers:
         return replace(rollout, top_p=evaluate.top_p, max_new_tokens=evaluate.max_new_tokens or rollout.max_new_tokens)
 
     def numbers(self, prompts: Mapping[str, Sequence[Prompt]], shots: Sequence[Problem]) -> list[dict[str, Any]]:
-        """Answer every test set at every temperature of ``config.evaluate``; returns a row of numbers for each.
-
-        Raises ConfigError where the folder holds answers with other settings.
-        """
+        """The numbers of every test set and temperature. Raises ConfigError for a folder with other settings."""
         config, evaluate = self.config, self.config.evaluate
         settings = {
             "top_p": self.rollout.top_p,
@@ -124,10 +117,10 @@ class Answers:
         return numbers
 
     def rows(self, name: str, prompts: Sequence[Prompt], reward: Reward, temperature: float) -> list[dict[str, Any]]:
-        """The answers to one test set at one temperature, as the lines of its file; gives those that the file lacks.
+        """The answers to one test set at one temperature, the lines of its file; gives those that the file lacks.
 
-        After every ``rollout.max_rows`` answers the file is flushed. A later process's batches and its states of the
-        global generators, from which a user's reward may draw, are those of an unbroken process, and so are the bytes.
+        A later process's batches and its states of the global generators, from which a user's reward may draw, are
+        those of an unbroken process, and so are the file's bytes.
         """
         seed, samples = self.config.seed, self.config.evaluate.samples if temperature else 1
         sampler = OwnSampler(self.policy, replace(self.rollout, temperature=temperature or 1.0))
@@ -176,10 +169,10 @@ class Evaluation:
         return {block: as_dict(getattr(self.config, block)) for block in ("evaluate", "dataset", "reward")}
 
     @property
-    def is_done(self) -> bool:
-        """Whether the folder was finished with the same settings."""
-        summary = read_json(self.directory / "summary.json")
-        return (self.directory / "DONE").is_file() and self.settings.items() <= summary.items()
+    def state(self) -> str:
+        """Whether the folder is done, with the same settings, or new."""
+        done = (self.directory / "DONE").is_file()
+        return "done" if done and self.settings.items() <= read_json(self.directory / "summary.json").items() else "new"
 
     def prompts(self) -> tuple[dict[str, list[Prompt]], list[Problem]]:
         """The prompts of every test set, and the problems shown in them. Raises ConfigError."""
@@ -198,7 +191,7 @@ class Evaluation:
         """Give the answers that are missing; returns a row of numbers for every set and temperature."""
         config, directory = self.config, self.directory
         log_to_console()
-        if self.is_done:
+        if self.state == "done":
             log.info("already answered: %s", directory)
             return list(read_json(directory / "summary.json")["answers"])
         device = environment.choose_device(config.device)
@@ -251,7 +244,7 @@ def of_words(words: Sequence[str]) -> Evaluation:
 def _of_model(overrides: list[str]) -> Evaluation:
     """The evaluation of the model that the overrides choose; its answers go to ``outputs/evaluate/<its name>``."""
     untrained = ["budget.steps=0", "budget.prompts=null", "budget.completion_tokens=null"]
-    config = compose([f"group={GROUP}", *overrides, *untrained])
+    config = compose(["group=evaluate", *overrides, *untrained])
     own = Path(config.evaluate.path or "", config.dataset.name)
     if config.evaluate.path is not None and config.dataset.path is None and own.exists():
         config = replace(config, dataset=replace(config.dataset, path=str(own)))  # which examples are taken from
