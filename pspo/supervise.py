@@ -101,9 +101,6 @@ class SupervisedTrainer(Trainer):
     def _batches(self, rows: list[Row]) -> list[Batch]:
         return [batch for _, batch in micro_batches(rows, self.policy, self.config.update.max_tokens)]
 
-    def _described(self, metrics: dict[str, float]) -> str:
-        return f"loss {metrics['supervise/train_loss']:.3f} nats per token"
-
 
 def solution_rows(encoder: Any, prompts: Sequence[Prompt], config: dataset.DatasetConfig) -> list[Row]:
     """Prompts with the tokens of their solutions, to the chat template's end of a turn or the end of the text."""

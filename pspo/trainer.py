@@ -1,6 +1,5 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,9 @@ from pspo.reward import Reward
 from pspo.rollout import Completion, OwnSampler, Sampler, collect, rewards, rollout_metrics, training
 from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
+
+SHOWN = {"reward": "reward/mean", "KL(old‖new)": "policy/kl_old_new_k3", "loss": "supervise/train_loss"}
+"""Metrics of a step beside the progress of the training, by their word there."""
 
 
 @dataclass
@@ -80,8 +82,8 @@ class Trainer:
         config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit
         self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
         try:
-            begun, total = getattr(progress, unit), config.budget.total
-            with Phase("training", total, done=begun, unit=unit.replace("_", " ")) as advance:
+            begun = getattr(progress, unit)
+            with Phase("training", config.budget.total, done=begun, unit=unit.replace("_", " ")) as advance:
                 while state.row or not config.budget.spent(progress):
                     if state.row is None:
                         state.row, self.unsaved = self._step(), True
@@ -95,7 +97,8 @@ class Trainer:
                     if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
-                        advance(getattr(progress, unit), self._described(metrics))
+                        described = (f"{word} {metrics[name]:.3f}" for word, name in SHOWN.items() if name in metrics)
+                        advance(getattr(progress, unit), "  ".join(described))
                     interrupt.check()
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
@@ -239,7 +242,3 @@ class Trainer:
         if self.critic is not None:
             self.critic.load_state_dict(saved["critic"])
         log.info("resumed from %s", newest[0])
-
-    def _described(self, metrics: dict[str, float]) -> str:
-        shown = {"reward": "reward/mean", "accuracy": "reward/correct_mean", "KL(old‖new)": "policy/kl_old_new_k3"}
-        return "  ".join(f"{word} {metrics.get(name, math.nan):.3f}" for word, name in shown.items())

@@ -67,8 +67,8 @@ def _evaluations(words: Sequence[str]) -> list[Evaluation]:
         except ConfigError as refusal:
             refusals.append(refusal)
     if not evaluations:
-        nothing = f"run={','.join(patterns)} names no directory; give outputs/<group>/<run>"
-        raise refusals[0] if refusals else ConfigError(nothing)
+        nothing = ConfigError(f"run={','.join(patterns)} names no directory; give outputs/<group>/<run>")
+        raise next(iter(refusals), nothing)
     log_to_console()
     for sentence in refusals:
         log.warning("left out: %s", sentence)
@@ -95,7 +95,7 @@ def _show(evaluation: Evaluation) -> None:
         ids = prompts[0].token_ids
         tokens = " ".join(f"{encoder.decode([i])!r}:{i}" for i in ids)
         title = f"--- {name}, {prompts[0].problem.id}, {len(ids)} tokens"
-        sys.stdout.write(f"{title}\n{encoder.decode(ids)}\n--- its tokens\n{tokens}\n")
+        sys.stdout.write("\n".join([title, encoder.decode(ids), "--- its tokens", tokens, ""]))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

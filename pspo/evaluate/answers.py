@@ -66,9 +66,8 @@ def answer(
 
 def completion_row(completion: Completion) -> dict[str, Any]:
     """A scored completion as one line of a file."""
-    text = {"completion": completion.text, "sample": completion.sample}
-    length = {"tokens": len(completion.token_ids), "truncated": not completion.finished}
-    return described(completion.problem) | text | vars(completion.score) | length
+    about = described(completion.problem) | {"completion": completion.text, "sample": completion.sample}
+    return about | vars(completion.score) | {"tokens": len(completion.token_ids), "truncated": not completion.finished}
 
 
 def described(problem: Problem) -> dict[str, str]:

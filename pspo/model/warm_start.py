@@ -100,14 +100,10 @@ def _digest(config: ModelConfig, seed: int) -> str:
 
 def _train(config: ModelConfig, seed: int) -> tuple[Any, Any]:
     """The policy, trained on solutions, and its tokenizer."""
-    settings, architecture, encoder, problems = (
-        config.warm_start,
-        config.architecture,
-        tokenizer(config),
-        _problems(config),
-    )
+    settings, architecture = config.warm_start, config.architecture
     assert settings is not None
     assert architecture is not None
+    encoder, problems = tokenizer(config), _problems(config)
     policy = tiny.make_model(architecture, encoder, seed, config.attention).to(getattr(torch, config.dtype))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     prompts = render(encoder, "", [p.question for p in problems])

@@ -6,10 +6,7 @@ from pspo.optimizer import AdamW
 
 
 def advice(config: Config) -> list[str]:
-    """One sentence for each setting that takes an effect away which the objective's name promises.
-
-    Linear smoothing is a factor 1 - α on the gradient, which a scale-free optimizer takes out again.
-    """
+    """One sentence for each setting that takes an effect away which the objective's name promises."""
     factor = "linear smoothing multiplies the gradient by 1 - alpha"
     alpha, smoothing = getattr(config.objective, "alpha", None), config.smoothing
     shares_trunk = isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"

@@ -49,10 +49,8 @@ def _label(config: Config, overrides: Sequence[str]) -> str:
             words[name] = value if name in groups() and options[value] == 1 else f"{key_word}={value}"
     label, num_left_out = config.objective.name, 0
     for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
-        if len(label) + 1 + len(words[name]) <= LABEL_CHARACTERS:
-            label += f"_{words[name]}"
-        else:
-            num_left_out += 1
+        fits = len(label) + 1 + len(words[name]) <= LABEL_CHARACTERS
+        label, num_left_out = (f"{label}_{words[name]}", num_left_out) if fits else (label, num_left_out + 1)
     return f"{label}_+{num_left_out}" if num_left_out else label
 
 
@@ -69,14 +67,10 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class History:
-    """What earlier processes left in a run directory.
+    """What earlier processes left in a run directory."""
 
-    ``state`` is new; resume, or failed where the last process raised an error; done, or changed where today's inputs
-    differ from the run's; again, where ``rerun`` moves the directory aside. ``changed`` names the inputs that differ.
-    """
-
-    state: str
-    changed: list[str]
+    state: str  # new, resume, failed (by an error), done, changed (done, from other inputs), again (moved aside)
+    changed: list[str]  # names of the inputs that are others today
 
 
 def inputs(config: Config) -> dict[str, str]:
@@ -163,8 +157,8 @@ def check_source(config: Config, source: Path) -> Progress:
     others = [name for name in _changed(config, source) if name != "code"]
     if others and config.rerun != "resume":
         raise refuse(f"since that run began, {', '.join(others)} changed; rerun=resume continues it nevertheless")
-    rows, unit = read_lines(source / "metrics.jsonl"), config.budget.unit
-    spent = Progress(**{name: rows[-1][f"budget/{name}"] for name in vars(Progress())}) if rows else Progress()
+    last, unit = (read_lines(source / "metrics.jsonl") or [{}])[-1], config.budget.unit
+    spent = Progress(**{name: last.get(f"budget/{name}", 0) for name in vars(Progress())})
     if config.budget.spent(spent):
         raise refuse(f"has spent {getattr(spent, unit)} {unit} already; set a longer budget.{unit}")
     if config.selection == "best" and spent.steps % config.evaluate.every:
@@ -176,11 +170,10 @@ def check_source(config: Config, source: Path) -> Progress:
 
 def shorter(config: Config, directory: Path) -> Path | None:
     """The longest finished run of the group that a new run in ``directory`` could continue from, if there is any."""
-    sources, seed = list[tuple[int, Path]](), f"\nseed: {config.seed}\n"
-    for source in (done.parent for done in directory.parent.glob("*/DONE")):
-        if seed in (source / "config.yaml").read_text(encoding="utf-8"):  # parsing YAML takes 10 ms
-            with contextlib.suppress(ConfigError):
-                sources.append((check_source(config, source).steps, source))
+    sources = list[tuple[int, Path]]()
+    for source in (done.parent for done in directory.parent.glob(f"*_seed{config.seed}_*/DONE")):
+        with contextlib.suppress(ConfigError):
+            sources.append((check_source(config, source).steps, source))
     return max(sources)[1] if sources else None
 
 

@@ -30,18 +30,13 @@ LATEX_SETS = ("math", "math500")  # whose gold answers are LaTeX
 
 def problems(config: Config, splits: Splits) -> dict[str, list[Problem]]:
     """The problems of each test set of ``evaluate.sets``, by the set's name. Raises ConfigError."""
-    if config.evaluate.sets is None:
-        return splits.test
-    tests = {}
-    for name in config.evaluate.sets:
-        if name == "validation":
-            if not splits.validation:
-                raise config.evaluate.refuse("sets", "there are no validation problems; set dataset.num_validation")
-            tests[name] = splits.validation
-        elif name in splits.test and name not in _sets_of_their_own(config):
-            tests[name] = splits.test[name]
-        else:
-            tests[Path(name).stem] = dataset.load_set(config.dataset, name, config.evaluate.path)
+    evaluate, tests = config.evaluate, dict[str, list[Problem]]()
+    known = splits.test | {"validation": splits.validation}
+    for name in splits.test if evaluate.sets is None else evaluate.sets:
+        is_loaded = name in known and name not in _sets_of_their_own(config)
+        tests[Path(name).stem] = known[name] if is_loaded else dataset.load_set(config.dataset, name, evaluate.path)
+    if not tests.get("validation", True):
+        raise evaluate.refuse("sets", "there are no validation problems; set dataset.num_validation")
     return tests
 
 
@@ -248,8 +243,6 @@ def _of_model(overrides: list[str]) -> Evaluation:
     own = Path(config.evaluate.path or "", config.dataset.name)
     if config.evaluate.path is not None and config.dataset.path is None and own.exists():
         config = replace(config, dataset=replace(config.dataset, path=str(own)))  # which examples are taken from
-    source = config.model.path or config.model.hub_id
-    words = [config.model.name if source is None else Path(source).name]
+    words = [Path(config.model.path or config.model.hub_id or config.model.name).name]
     words += [f"{config.dataset.shots}shot"] if config.dataset.shots else []
-    run = Path(config.output_dir) / config.group / "_".join([*words, identity(config)])
-    return Evaluation(overrides, config, run)
+    return Evaluation(overrides, config, Path(config.output_dir, config.group, "_".join([*words, identity(config)])))
