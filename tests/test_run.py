@@ -15,8 +15,8 @@ from training import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pspo import checkpoint, report, trainer
-from pspo.evaluate import answers
 from pspo.report import meaning
+from pspo.run import evaluation
 from pspo.run.earlier import run_directory
 from pspo.sync import Outcome, sync
 from pspo.tracker import Tracker
@@ -102,8 +102,8 @@ def test_two_runs_of_one_configuration_have_the_same_bytes(commanded, cache, tmp
 
 
 INSTANTS = {
-    "in the test before": (answers, "answer", 1),
-    "in the test after": (answers, "answer", 10),  # after the test before and two for each of four validations
+    "in the test before": (evaluation, "answer", 1),
+    "in the test after": (evaluation, "answer", 2),
     "before the first row": (Tracker, "log", 1),
     "between a row and its checkpoint": (checkpoint, "save", 2),
     "before old checkpoints go": (checkpoint, "prune", 4),
