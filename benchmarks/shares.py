@@ -40,7 +40,7 @@ def shares(trainer: Trainer) -> tuple[dict[str, float], float]:
     timed(spent, "validation", trainer, "_validate")
     timed(spent, "checkpoints", trainer, "_save")
     timed(spent, "metrics", trainer.tracker, "log")
-    for table in (trainer.completions, trainer.diagnostics):
+    for table in trainer.files.values():
         timed(spent, "tables", table, "append")
     begun = time.perf_counter()
     trainer.run()

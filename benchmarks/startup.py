@@ -19,12 +19,13 @@ IMPORTS = "import torch, transformers, datasets, hydra; print('ready', flush=Tru
 CLASSES = f"from transformers import AutoTokenizer, Qwen2ForCausalLM; {IMPORTS}"
 RUN = """
 import pspo.run.__main__
+import pspo.run.evaluation
 
 def ready(*_, **__):
     print("ready", flush=True)
     raise SystemExit
 
-pspo.run.job.answer = ready  # the test before training is what comes first
+pspo.run.evaluation.answer = ready  # the test before training is what comes first
 pspo.run.__main__.cli()
 """
 

@@ -1,26 +1,23 @@
 """How long a run trains: exactly one of steps, prompts or completion tokens."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pspo.base.schema import ConfigError, Schema, key
 
 
 @dataclass
 class Progress:
-    """Counters of a run so far; every counter is logged, whichever the budget limits.
-
-    ``prompts`` counts the prompts sampled from, ``prompts_used`` the prompts trained on: fewer under dynamic sampling.
-    """
+    """Counters of a run so far; every counter is logged, whichever the budget limits."""
 
     steps: int = 0
-    prompts: int = 0
+    prompts: int = 0  # sampled from
     completion_tokens: int = 0
-    prompts_used: int = 0
+    prompts_used: int = 0  # trained on: fewer than sampled from under dynamic sampling
     optimizer_steps: int = 0
 
     def metrics(self) -> dict[str, float]:
         """The counters as ``budget/*`` metrics."""
-        return {f"budget/{name}": value for name, value in asdict(self).items()}
+        return {f"budget/{name}": value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,7 @@ class Budget(Schema, block="budget"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limits = {name: getattr(self, name) for name in UNITS if getattr(self, name) is not None}
+        limits = {name: value for name, value in vars(self).items() if value is not None}
         if len(limits) != 1:
             got = ", ".join(f"budget.{name}={value}" for name, value in limits.items()) or "none"
             raise ConfigError(
@@ -44,7 +41,7 @@ class Budget(Schema, block="budget"):
     @property
     def unit(self) -> str:
         """The counter of ``Progress`` that this budget limits."""
-        return next(name for name in UNITS if getattr(self, name) is not None)
+        return next(name for name, value in vars(self).items() if value is not None)
 
     @property
     def total(self) -> int:
@@ -58,6 +55,3 @@ class Budget(Schema, block="budget"):
     def spent(self, progress: Progress) -> bool:
         """Whether the budget is spent."""
         return bool(getattr(progress, self.unit) >= self.total)
-
-
-UNITS = ("steps", "prompts", "completion_tokens")

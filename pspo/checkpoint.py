@@ -2,11 +2,9 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 import torch
 
 from pspo import __version__
-from pspo.base.files import SaveError, new_directory, write_json
+from pspo.base.files import SaveError, new_directory, read_json, write_json
 from pspo.base.schema import ConfigError, Schema, key
 from pspo.model import Policy
 
@@ -30,15 +28,11 @@ class Checkpoint(Schema, block="checkpoint"):
     keep: int = key("how many of the newest are kept", within="[1, inf)")
 
 
-FORMAT = 2
-"""Version of the content of ``state.pt``; a checkpoint of another format is refused."""
+FORMAT = 3  # version of the content of ``state.pt``; a checkpoint of another format is refused
 
 
 def save(directory: Path, name: str, state: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write ``directory/name/``: ``state.pt``, and ``meta.json`` with its digest and ``about``. Raises SaveError.
-
-    Earlier checkpoints stay intact.
-    """
+    """Write ``directory/name/``: ``state.pt``, and ``meta.json`` with its digest and ``about``. Raises SaveError."""
     try:
         with new_directory(directory / name) as new:
             with (new / "state.pt").open("wb") as file:
@@ -68,22 +62,15 @@ def names(directory: Path) -> list[str]:
 
 def check(directory: Path, identity: str) -> None:
     """Refuse checkpoints that the run ``identity`` cannot resume from. Raises ConfigError; reads no more than meta."""
-    remedy = "move the run directory away, or set another group"
     for path in _steps(directory):
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-        except (OSError, ValueError):  # torn: it will be passed over
-            continue
-        if meta.get("format") != FORMAT:
-            raise ConfigError(
-                f"{path} was saved by pspo {meta.get('version')} in format {meta.get('format', 1)}, and this pspo "
-                f"{__version__} reads format {FORMAT}; resume with that version, {remedy}"
-            )
-        if meta.get("identity") != identity:
-            raise ConfigError(
-                f"{path} is a checkpoint of another configuration ({meta.get('identity')}) than this run's "
-                f"({identity}); {remedy}"
-            )
+        meta, reason = read_json(path / "meta.json"), ""
+        if meta and meta.get("format") != FORMAT:
+            by = f"pspo {meta.get('version')} in format {meta.get('format')}"
+            reason = f"was saved by {by}, and this pspo {__version__} reads format {FORMAT}; resume with that version"
+        elif meta and meta.get("identity") != identity:
+            reason = f"is a checkpoint of another configuration ({meta.get('identity')}) than this run's ({identity})"
+        if reason:  # a torn checkpoint will be passed over
+            raise ConfigError(f"{path} {reason}, move the run directory away, or set another group")
 
 
 def newest(directory: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
@@ -99,18 +86,16 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def _read_meta(path: Path) -> dict[str, Any] | None:
-    try:
-        meta = dict(json.loads((path / "meta.json").read_text()))
-        if _sha256(path / "state.pt") != meta.get("sha256"):
-            raise ValueError("its digest does not match; it is torn or was changed")
-    except (OSError, ValueError) as error:
-        log.warning("passing over checkpoint %s: %s", path, error)
-        return None
-    return meta
+    meta = read_json(path / "meta.json")
+    with contextlib.suppress(OSError):
+        if meta and _sha256(path / "state.pt") == meta.get("sha256"):
+            return meta
+    log.warning("passing over checkpoint %s: its digest does not match; it is torn or was changed", path)
+    return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:  # not ``files.digest``, which would take equal time and size for an equal file
+def _sha256(path: Path) -> str:  # not ``files.digest``, which would take equal time and size for an equal file
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -123,52 +108,48 @@ def seed_global_generators(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The states of the global generators."""
-    _, words, position, has_gauss, cached = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
+    name, words, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [torch.from_numpy(np.asarray(words).astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "python": [version, list(internal), gauss_next],
+        "numpy": (name, np.asarray(words).tolist(), *rest),
+        "python": random.getstate(),
     }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Undo ``random_state``."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    words, *rest = state["numpy"]
-    np.random.set_state(("MT19937", words.numpy().astype(np.uint32), *rest))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
 
 
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global generators back as they were before the block, however the block ends."""
-    before = random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(before)
+def random_state_kept() -> contextlib.ExitStack:
+    """A context that puts the global generators back as they were before it, however its block ends."""
+    context = contextlib.ExitStack()
+    context.callback(restore_random_state, random_state())
+    return context
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:
     """The trained parameters, by name."""
-    return {name: p.detach() for name, p in policy.trainable().items()}
+    return {name: parameter.detach() for name, parameter in policy.trainable().items()}
 
 
+def load_weights(policy: Policy, path: Path) -> None:
+    """Put the weights of one checkpoint into the policy. Raises SaveError where the checkpoint is torn or missing."""
+    if (loaded := load(path)) is None:
+        raise SaveError(f"{path} cannot be read; choose another checkpoint, or move the run directory away")
+    restore_weights(policy, loaded[0]["weights"])
+
+
+@torch.no_grad()
 def restore_weights(policy: Policy, saved: dict[str, torch.Tensor]) -> None:
-    """Copy saved parameters into the policy. Raises ValueError if the names differ."""
-    trainable = policy.trainable()
-    if trainable.keys() != saved.keys():
-        raise ValueError(
-            f"checkpoint of another model: parameters {sorted(trainable.keys() ^ saved.keys())[:3]} differ"
-        )
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
+    """Copy saved parameters into the policy."""
+    for name, parameter in policy.trainable().items():
+        parameter.copy_(saved[name])
 
 
 def _steps(directory: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from pspo.base.schema import ConfigError
 from pspo.config import Config, compose_all
 from pspo.host import environment
 from pspo.model import source
-from pspo.run import held_out
+from pspo.run import evaluation
 from pspo.run.__main__ import EXPECTED
 from pspo.sweep import expand
 
@@ -41,7 +41,7 @@ def load(config: Config) -> str:
     Weight files are not read whole, for the memory of a login node. Raises ConfigError.
     """
     problems = dataset.load(config.dataset, config.seed)
-    splits = {"train": problems.train, "validation": problems.validation} | held_out.problems(config, problems)
+    splits = {"train": problems.train, "validation": problems.validation} | evaluation.problems(config, problems)
     threads = environment.choose_threads(config.threads)
     if config.model.made_here:
         environment.settle(threads)

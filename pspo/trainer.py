@@ -1,6 +1,5 @@
 """The training loop: collect, update, log, checkpoint, validate. It knows no objective by name."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -8,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pspo import checkpoint
-from pspo.advantage import has_spread, make_critic
+from pspo.advantage import make_critic
 from pspo.base.console import Phase, log
-from pspo.base.files import JsonLines, SaveError
+from pspo.base.files import JsonLines
 from pspo.base.statistics import Statistics
 from pspo.base.stream import Stream, generator
 from pspo.budget import Progress
@@ -30,8 +28,8 @@ from pspo.rollout import Completion, OwnSampler, Sampler, collect, rewards, roll
 from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
 
-NO_SPREAD_STEPS = 5
-"""Steps in a row in which every group has equal rewards, after which the run says that it learns nothing."""
+SHOWN = {"reward": "reward/mean", "KL(old‖new)": "policy/kl_old_new_k3", "loss": "supervise/train_loss"}
+"""Metrics of a step beside the progress of the training, by their word there."""
 
 
 @dataclass
@@ -40,11 +38,9 @@ class State:
 
     progress: Progress = field(default_factory=Progress)
     warmup_fraction: float = 0.0
-    best_reward: float | None = None
+    best_score: float | None = None
     best_step: int = 0
-    no_spread_steps: int = 0
     alpha: float | None = None
-    notes: list[str] = field(default_factory=list)
     row: dict[str, float] | None = field(default_factory=dict)  # the last step's metrics, until it is validated
 
 
@@ -59,10 +55,8 @@ class Trainer:
     validation: list[Prompt]
     reward: Reward
     tracker: Tracker
-    started: float = field(default_factory=time.perf_counter)
-    earlier_s: float = 0.0
-    state: State = field(default_factory=State)
     check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
+    state: State = field(default_factory=State)
 
     def __post_init__(self) -> None:
         config, rollout = self.config, self.config.rollout
@@ -78,8 +72,7 @@ class Trainer:
             groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
         self.optimizer = config.optimizer.make(groups)
         self.state.alpha = getattr(config.objective, "alpha", None)
-        self.completions = JsonLines(self.directory / "completions.jsonl")
-        self.diagnostics = JsonLines(self.directory / "diagnostics.jsonl")
+        self.files = {name: JsonLines(self.directory / f"{name}.jsonl") for name in ("completions", "diagnostics")}
         self.checkpoints = self.directory / "checkpoints"
         self.unsaved = False
 
@@ -88,8 +81,8 @@ class Trainer:
         config, state, progress, unit = self.config, self.state, self.state.progress, self.config.budget.unit
         self.limit, self.random = interrupt.TimeLimit(), checkpoint.random_state()
         try:
-            begun, total = getattr(progress, unit), config.budget.total
-            with Phase("training", total, done=begun, unit=unit.replace("_", " ")) as advance:
+            begun = getattr(progress, unit)
+            with Phase("training", config.budget.total, done=begun, unit=unit.replace("_", " ")) as advance:
                 while state.row or not config.budget.spent(progress):
                     if state.row is None:
                         state.row, self.unsaved = self._step(), True
@@ -103,15 +96,16 @@ class Trainer:
                     if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
-                        advance(getattr(progress, unit), _summary(metrics))
+                        described = (f"{word} {metrics[name]:.3f}" for word, name in SHOWN.items() if name in metrics)
+                        advance(getattr(progress, unit), "  ".join(described))
                     interrupt.check()
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
                 self._save()
             raise
-        if self.state.best_reward is not None:
-            self._restore_best()
-        return self.state
+        if state.best_score is not None:
+            checkpoint.load_weights(self.policy, self.checkpoints / f"best_{state.best_step:06d}")
+        return state
 
     def _step(self) -> dict[str, float]:
         """One rollout with all its updates. A signal stops it before anything has changed, or after all has."""
@@ -138,12 +132,12 @@ class Trainer:
     def _learn(self, completions: list[Completion]) -> dict[str, float]:
         """The updates of a step from its completions; returns the step's metrics."""
         config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
-        used, reward_PG = training(config.rollout, completions), rewards(config.rollout, completions)
-        learner = replace(self.learner, objective=self._objective())
+        used, metrics = training(config.rollout, completions), rollout_metrics(config.rollout, completions)
+        learner, alpha = replace(self.learner, objective=self._objective()), state.alpha
         rows, row_metrics = make_rows(used, rewards(config.rollout, used), config.advantage, learner)
         check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
         spent_before, number = config.budget.fraction(progress), progress.steps + 1
-        progress.steps, progress.prompts = number, progress.prompts + len(reward_PG)
+        progress.steps, progress.prompts = number, progress.prompts + len(completions) // config.rollout.group_size
         progress.prompts_used += len(used) // config.rollout.group_size
         progress.completion_tokens += sum(len(c.token_ids) for c in completions)
         record, spent = self._record(number), config.budget.fraction(progress)
@@ -155,18 +149,18 @@ class Trainer:
             random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
             failure=self.directory / f"failed_step_{number:06d}.pt",
         )  # fmt: skip
-        self._warn_without_spread(reward_PG)
         self.check_owner()
         for completion in completions[: config.rollout.group_size]:
-            self.completions.append({"step": number} | completion_row(completion))
+            self.files["completions"].append({"step": number} | completion_row(completion))
         for row in record.rows if record else []:
-            self.diagnostics.append({"step": number} | row)
+            self.files["diagnostics"].append({"step": number} | row)
+        self._next_alpha(record)
         return {
-            **rollout_metrics(config.rollout, completions),
+            **metrics,
             **statistics.result(),
             **row_metrics,
             **(record.summary() if record else {}),
-            **self._next_alpha(record),
+            **({} if alpha is None else {"objective/alpha": alpha}),
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],
             **progress.metrics(),
         }
@@ -177,45 +171,37 @@ class Trainer:
         objective = self.config.objective
         return objective if alpha is None else replace(objective, alpha=alpha)  # type: ignore[call-arg]
 
-    def _next_alpha(self, record: Record | None) -> dict[str, float]:
-        """Move alpha on for the next step; returns the metric, which is the alpha of this step."""
+    def _next_alpha(self, record: Record | None) -> None:
+        """Move alpha on for the next step."""
         alpha, config = self.state.alpha, self.config
-        if alpha is None:
-            return {}
-        kl = record.rows[-1]["kl/after_k3"] if record and record.rows else None
-        first, fraction = getattr(config.objective, "alpha", alpha), config.budget.fraction(self.state.progress)
-        self.state.alpha = config.smoothing.next_alpha(first, alpha, fraction, kl)
-        return {"objective/alpha": alpha}
+        if alpha is not None:
+            kl = record.rows[-1]["kl/after_k3"] if record and record.rows else None
+            first, fraction = getattr(config.objective, "alpha", alpha), config.budget.fraction(self.state.progress)
+            self.state.alpha = config.smoothing.next_alpha(first, alpha, fraction, kl)
 
     def _record(self, number: int) -> Record | None:
         """An empty record for the inner steps of step ``number``, where diagnostics are due at this step."""
         config = self.config.diagnostics
-        probe = bool(config.counterfactual_every) and number % config.counterfactual_every == 0
-        if not probe and not (config.every and number % config.every == 0):
-            return None
-        return Record([default_objective(name) for name in config.counterfactual] if probe else [])
+        probe = config.counterfactual_every > 0 and number % config.counterfactual_every == 0
+        due = probe or (config.every > 0 and number % config.every == 0)
+        return Record([default_objective(name) for name in config.counterfactual] if probe else []) if due else None
+
+    def _validation(self) -> tuple[dict[str, float], float]:
+        """Metrics of held-out training problems, and the number that ``selection=best`` maximises."""
+        seed = [self.config.seed, Stream.VALIDATION, self.state.progress.steps]
+        metrics = validate(self.sampler, self.validation, self.reward, seed)
+        return metrics, metrics["validation/sampled_reward_mean"]
 
     def _validate(self) -> dict[str, float]:
-        """Metrics of held-out training problems; saves the weights if ``selection=best`` and none were better."""
+        """The metrics of a validation; saves the weights if ``selection=best`` and none were better."""
         if not self.validation:
             return {}
-        config, step = self.config, self.state.progress.steps
-        metrics = validate(self.sampler, self.validation, self.reward, config.rollout, seed=config.seed, step=step)
-        best, reward = self.state.best_reward, metrics["validation/sampled_reward_mean"]
-        if config.selection == "best" and (best is None or reward > best):
-            self.state.best_reward, self.state.best_step = reward, step
-            checkpoint.save(self.checkpoints, f"best_{step:06d}", {"weights": checkpoint.weights(self.policy)}, {})
+        (metrics, score), state = self._validation(), self.state
+        if self.config.selection == "best" and (state.best_score is None or score > state.best_score):
+            state.best_score, state.best_step = score, state.progress.steps
+            content = {"weights": checkpoint.weights(self.policy)}
+            checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", content, {})
         return metrics
-
-    def _warn_without_spread(self, reward_PG: Tensor) -> None:
-        self.state.no_spread_steps = 0 if has_spread(reward_PG).any() else self.state.no_spread_steps + 1
-        if self.state.no_spread_steps == NO_SPREAD_STEPS:
-            self.state.notes.append(
-                f"up to step {self.state.progress.steps}, {NO_SPREAD_STEPS} steps in a row had no group with a spread "
-                f"of rewards (mean {reward_PG.mean():.2f}): there was nothing to learn from; try more completions, a "
-                "higher temperature, or other problems"
-            )
-            log.warning(self.state.notes[-1])
 
     def _save(self) -> None:
         self.check_owner()
@@ -226,15 +212,12 @@ class Trainer:
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
             "critic": self.critic.state_dict() if self.critic else {},
-            "completions": self.completions.sync(),
-            "diagnostics": self.diagnostics.sync(),
+            "rows": {name: file.sync() for name, file in self.files.items()},
         }
         steps = self.state.progress.steps
         name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
-        wall_s = self.earlier_s + time.perf_counter() - self.started
-        about = {"identity": identity(self.config), "time/wall_s": wall_s}
         with self.limit.saving():
-            checkpoint.save(self.checkpoints, name, state, about)
+            checkpoint.save(self.checkpoints, name, state, {"identity": identity(self.config)})
         self.unsaved = False
         self.tracker.commit(steps)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best=self.state.best_step)
@@ -242,34 +225,17 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, cutting the files back to it, or from the start."""
         newest = checkpoint.newest(self.checkpoints)
+        beginning: dict[str, Any] = {"tracker": None, "rows": dict.fromkeys(self.files, 0)}
+        saved = newest[1] if newest else beginning
+        self.tracker.rewind(saved["tracker"])
+        for name, file in self.files.items():
+            file.cut(saved["rows"][name])
         if newest is None:
-            self.tracker.rewind(None)
-            self.completions.cut(0)
-            self.diagnostics.cut(0)
             return
-        path, saved, meta = newest
         checkpoint.restore_weights(self.policy, saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
         checkpoint.restore_random_state(saved["random"])
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
-        self.tracker.rewind(saved["tracker"])
         if self.critic is not None:
             self.critic.load_state_dict(saved["critic"])
-        self.completions.cut(saved["completions"])
-        self.diagnostics.cut(saved["diagnostics"])
-        self.earlier_s = meta["time/wall_s"]
-        log.info("resumed from %s", path)
-
-    def _restore_best(self) -> None:
-        path = self.checkpoints / f"best_{self.state.best_step:06d}"
-        if (best := checkpoint.load(path)) is None:
-            raise SaveError(f"selection=best, but {path} cannot be read; delete the run directory and start again")
-        checkpoint.restore_weights(self.policy, best[0]["weights"])
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    kl = metrics.get("policy/kl_old_new_k3", math.nan)  # none where nothing trained
-    return (
-        f"reward {metrics['reward/mean']:.2f}  accuracy {metrics['reward/correct_mean']:.2f}  "
-        f"KL(old‖new) {kl:.4f}  {metrics['time/tokens_per_s']:.0f} tokens/s"
-    )
+        log.info("resumed from %s", newest[0])

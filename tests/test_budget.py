@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pspo.base.schema import ConfigError, build
-from pspo.budget import UNITS, Budget, Progress
+from pspo.budget import Budget, Progress
 
+UNITS = ("steps", "prompts", "completion_tokens")
 NONE = dict.fromkeys(UNITS)
 units = pytest.mark.parametrize("unit", UNITS)
 

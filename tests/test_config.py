@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from training import composed
 
 from pspo.base.files import CONF
-from pspo.base.schema import ConfigError, Schema, as_dict, build, key
+from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of
 from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve
-from pspo.run.help import TEMPLATE, help_text
-from pspo.run.name import run_directory, short_names
+from pspo.run.__main__ import help_text
+from pspo.run.earlier import run_directory, short_names
 from pspo.sweep import expand
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -375,10 +375,7 @@ def test_help_names_groups_options_keys_and_five_examples():
         for word in (group, *options):
             assert word in text
     assert len(examples(text)) == 5
-    assert set(re.findall(r"^{([a-z_.]+)}$", TEMPLATE.read_text(), re.MULTILINE)) <= {
-        "groups",
-        *text.replace("=", " ").split(),
-    }
+    assert {name for name, _, _ in keys_of(Config, as_dict(compose()))} <= set(text.replace("=", " ").split())
     assert max(map(len, text.splitlines())) <= 150
 
 

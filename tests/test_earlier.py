@@ -11,8 +11,7 @@ from pspo import checkpoint
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError
 from pspo.config import compose, identity, science
-from pspo.run.earlier import INPUTS, History, inputs, look, shorter
-from pspo.run.name import run_directory
+from pspo.run.earlier import INPUTS, History, inputs, look, run_directory, shorter
 from pspo.tracker import Tracker
 
 
@@ -276,12 +275,6 @@ def test_a_run_knows_the_commits_of_the_hub(tmp_path, monkeypatch):
     assert look(config, directory) == History("done", [])
     publish("b" * 40)
     assert look(config, directory) == History("changed", ["Qwen/Qwen2.5-0.5B", "openai/gsm8k"])
-
-
-def test_a_finished_run_of_the_first_version_was_made_by_other_code(tmp_path):
-    (tmp_path / "DONE").write_text("0123456789abcdef\n")
-    assert look(composed(*TINY), tmp_path) == History("changed", ["code"])
-    assert look(composed(*TINY, "rerun=changed"), tmp_path) == History("again", ["code"])
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_before_anything_is_written(finished, cache, tmp_path):

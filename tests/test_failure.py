@@ -14,7 +14,7 @@ from pspo.run import outcome as failure
 from pspo.run.lock import Owner
 from pspo.update import NonFiniteError
 
-OWNER = Owner("node", 1, "123_4", 0, 2, "2026-01-01T00:00:00+00:00")
+OWNER = Owner("node", 1, "123_4", 0, 2, "2026-01-01T00:00:00+00:00", ended=False)
 
 KINDS = [
     (ConfigError("budget.steps=-1: no"), "configuration"),

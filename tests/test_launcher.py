@@ -19,7 +19,7 @@ from pspo.config import compose
 from pspo.launcher import Job, Planned, RunsFailed, configure, make_plan
 from pspo.launcher.local import Local
 from pspo.launcher.slurm import Slurm
-from pspo.run.name import run_directory
+from pspo.run.earlier import run_directory
 from pspo.run.outcome import result
 
 

@@ -230,22 +230,6 @@ def test_whoever_was_taken_over_from_leaves_the_record_of_its_successor(tmp_path
     assert vars(owner(tmp_path)) == successor
 
 
-def test_a_record_of_the_first_version_is_read(tmp_path):
-    """It did not say whether the process had ended."""
-    record = {
-        "host": "x",
-        "pid": 1,
-        "job_id": None,
-        "requeues": 0,
-        "restart": 3,
-        "started": "2026-01-01T00:00:00+00:00",
-    }
-    (tmp_path / ".owner").write_text(json.dumps(record))
-    assert owner(tmp_path).ended
-    with hold(tmp_path) as mine:
-        assert mine.restart == 4
-
-
 @pytest.mark.parametrize("content", ["", "host, process 12", '{"host": "x"}', "[]", "null", '"x"'])
 def test_a_record_that_cannot_be_read_is_none(tmp_path, content):
     (tmp_path / ".owner").write_text(content)

@@ -15,9 +15,9 @@ from training import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pspo import checkpoint, report, trainer
-from pspo.evaluate import answers
 from pspo.report import meaning
-from pspo.run.name import run_directory
+from pspo.run import evaluation
+from pspo.run.earlier import run_directory
 from pspo.sync import Outcome, sync
 from pspo.tracker import Tracker
 from tests.wandb_server import serving
@@ -62,7 +62,6 @@ def test_a_run_leaves_everything_it_promises(commanded):
     assert summary["steps"] == 5
     assert summary["optimizer_steps"] == 20
     assert summary["seed"] == 0
-    assert summary["time/wall_s"] > 0
     for when in ("before", "after"):
         result = summary["evaluation"]["embedded"][when]
         assert 0 <= result["ci95_low"] <= result["accuracy"] <= result["ci95_high"] <= 1
@@ -103,8 +102,8 @@ def test_two_runs_of_one_configuration_have_the_same_bytes(commanded, cache, tmp
 
 
 INSTANTS = {
-    "in the test before": (answers, "answer", 1),
-    "in the test after": (answers, "answer", 10),  # after the test before and two for each of four validations
+    "in the test before": (evaluation, "answer", 1),
+    "in the test after": (evaluation, "answer", 2),
     "before the first row": (Tracker, "log", 1),
     "between a row and its checkpoint": (checkpoint, "save", 2),
     "before old checkpoints go": (checkpoint, "prune", 4),
@@ -185,14 +184,6 @@ def test_wandb_gets_the_same_numbers_online_and_later(cache, tmp_path):
             assert [row["reward/mean"] for row in rows_of(directory)[1:]] == [
                 row["reward/mean"] for row in server.history(directory)[1:]
             ]
-
-
-def test_a_step_without_spread_of_rewards_is_told(cache, tmp_path):
-    (tmp_path / "flat.py").write_text("def reward(completion, problem):\n    return 0.5\n")
-    overrides = ["reward.function=flat.py:reward", "checkpoint.every=5"]
-    assert make(tmp_path, cache, overrides) == 0, output_of(tmp_path)
-    assert "nothing to learn from" in output_of(tmp_path)
-    assert any("nothing to learn from" in note for note in summary_of(only_run(tmp_path))["notes"])
 
 
 def test_selection_best_keeps_the_weights_of_the_best_validation(cache, tmp_path):

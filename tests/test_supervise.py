@@ -15,7 +15,7 @@ from pspo import checkpoint, dataset, model
 from pspo import supervise as command
 from pspo.base.schema import ConfigError
 from pspo.config import compose_tree
-from pspo.model import supervised, tiny
+from pspo.model import tiny, warm_start
 from pspo.model.batch import make_batch
 from pspo.status.state import collect
 from pspo.supervise import SuperviseConfig, cli, supervise
@@ -36,7 +36,8 @@ def arguments(place, *overrides):
     return [
         "model=hf", f"model.path={place / 'base'}", "model.autocast=false", "dataset=jsonl", "dataset.num_validation=3",
         f"dataset.path={place / 'train.jsonl'}", "dataset.system_prompt=", "supervise.epochs=4", "threads=1",
-        "supervise.batch_size=4", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"output_dir={place / 'outputs'}",
+        "tracker=jsonl", "supervise.batch_size=4", "optimizer.lr=1e-2", "optimizer.warmup_steps=2",
+        f"output_dir={place / 'outputs'}",
         *overrides,
     ]  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_the_loss_is_the_librarys_cross_entropy_of_the_answers_tokens(tiny_polic
         labels = torch.tensor([[-100] * len(prompt) + answer])
         total += policy.model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
         num_tokens += len(answer)
-    loss = supervised.mean_loss(policy.model, batches(policy, texts(policy)), autocast=False)
+    loss = warm_start.mean_loss(policy.model, batches(policy, texts(policy)), autocast=False)
     assert loss == pytest.approx(total / num_tokens, rel=1e-5)
 
 
@@ -79,9 +80,8 @@ def test_a_step_does_not_depend_on_its_micro_batches(tiny_policy):
         optimizer = torch.optim.SGD(policy.model.parameters())
         rows = texts(policy)
         parts = [rows[start:end] for start, end in itertools.pairwise(cuts)]
-        (loss,) = supervised.train(
-            policy.model, optimizer, [(batches(policy, *parts), 0.5)], autocast=False, max_grad_norm=math.inf
-        )
+        steps = [(batches(policy, *parts), 0.5)]
+        (loss,) = warm_start.train(policy.model, optimizer, steps, autocast=False, max_norm=math.inf)
         return loss, torch.cat([p.detach().flatten() for p in policy.model.parameters()])
 
     (loss, weights), (cut_loss, cut_weights) = learned(0, 4), learned(0, 1, 3, 4)
@@ -95,12 +95,9 @@ def test_a_loss_that_is_no_number_changes_no_weight(tiny_policy):
         policy.model.get_output_embeddings().weight[0, 0] = torch.nan
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     optimizer = torch.optim.AdamW(policy.model.parameters())
+    steps = [(batches(policy, texts(policy)), 0.1)]
     with pytest.raises(FloatingPointError, match="the optimizer step was not taken"):
-        list(
-            supervised.train(
-                policy.model, optimizer, [(batches(policy, texts(policy)), 0.1)], autocast=False, max_grad_norm=1
-            )
-        )
+        list(warm_start.train(policy.model, optimizer, steps, autocast=False, max_norm=1.0))
     assert all(torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)) for name, p in policy.model.named_parameters())
 
 
@@ -110,15 +107,17 @@ def test_a_loss_that_is_no_number_changes_no_weight(tiny_policy):
 def test_it_learns_and_leaves_the_best_epochs_model(place):
     directory = supervise(settings(place))
     rows = metrics(directory)
-    assert [row["step"] for row in rows] == [0, 3, 6, 9, 12]  # nine training problems in batches of four
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[-1]["budget/optimizer_steps"] == 12  # nine training problems in batches of four
     losses = [row["supervise/validation_loss"] for row in rows]
     assert rows[-1]["supervise/train_loss"] < rows[1]["supervise/train_loss"] < losses[0]
     assert rows[-1]["optimizer/lr"] == pytest.approx(1e-2 * (1 - 11 / 12) / (1 - 2 / 12))
-    best = json.loads((directory / "summary.json").read_text())["selected_epoch"]
-    assert losses[best] == min(losses[1:])
+    best = json.loads((directory / "summary.json").read_text())["selected_step"]
+    assert losses[best] == min(losses)
+    assert "supervised, seed 0, 4 steps" in (directory / "report.html").read_text()
     assert (directory / "DONE").is_file()
     (status,) = collect(directory.parent).rows
-    assert (status.state, status.done, status.budget, status.unit) == ("done", 12, 12, "steps")
+    assert (status.state, status.done, status.budget, status.unit) == ("done", 4, 4, "steps")
     assert supervise(settings(place)) == directory  # and nothing is done
     assert metrics(directory) == rows
     policy = model.load(settings(place, f"model.path={directory / 'model'}").model, 0, CPU)
@@ -126,25 +125,27 @@ def test_it_learns_and_leaves_the_best_epochs_model(place):
         policy.tokenizer, settings(place).dataset, dataset.load(settings(place).dataset, 0).validation
     )
     pairs = [
-        (row.prompt_ids, row.token_ids) for row in command._rows(policy.tokenizer, prompts, settings(place).dataset)
+        (row.prompt_ids, row.token_ids)
+        for row in command.solution_rows(policy.tokenizer, prompts, settings(place).dataset)
     ]
-    loss = supervised.mean_loss(policy.model, batches(policy, pairs), autocast=False)
+    loss = warm_start.mean_loss(policy.model, batches(policy, pairs), autocast=False)
     assert loss == pytest.approx(losses[best], rel=1e-5)
 
 
 def test_the_last_epoch_needs_no_validation(place):
     directory = supervise(settings(place, "selection=last", "dataset.num_validation=0", "supervise.epochs=1"))
-    assert [row["step"] for row in metrics(directory)] == [0, 3]
+    assert [row["step"] for row in metrics(directory)] == [0, 1]
     trained = torch.load(directory / "checkpoints" / "step_000001" / "state.pt", weights_only=True)["weights"]
     saved = load_file(directory / "model" / "model.safetensors")
     assert all(torch.equal(saved[name], weight) for name, weight in trained.items())
 
 
+NAMED = ("config.yaml", "overrides.yaml")  # files that name the directory
 HOOKS = {
     "before any checkpoint": at(checkpoint, "save", 1, signal.SIGKILL),
     "in a validation": at(command, "mean_loss", 4, signal.SIGKILL),
     "at the very end": at(model, "save", 1, signal.SIGKILL),
-    "between two steps": at(supervised, "token_logprobs", 7, signal.SIGTERM),
+    "between two steps": at(warm_start, "token_logprobs", 7, signal.SIGTERM),
 }
 
 
@@ -155,7 +156,7 @@ def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(place):
 
     def found(folder):
         (directory,) = (place / folder / "supervised").glob("supervised_*")
-        files = {name: digest for name, digest in fingerprint(directory).items() if name != "config.yaml"}
+        files = {name: digest for name, digest in fingerprint(directory).items() if name not in NAMED}
         return "DONE" in files, files
 
     assert make("unbroken") == 0, output_of(place / "unbroken")
@@ -170,7 +171,7 @@ def test_solutions_stand_behind_the_prompts_of_reinforcement_learning(place):
     def shown(*overrides):
         config = settings(place, *overrides)
         prompts, _ = dataset.encode(encoder, config.dataset, dataset.load(config.dataset, 0).train)
-        row, prompt = command._rows(encoder, prompts, config.dataset)[0], prompts[0]
+        row, prompt = command.solution_rows(encoder, prompts, config.dataset)[0], prompts[0]
         assert row.prompt_ids == prompt.token_ids
         return encoder.decode(row.token_ids).replace(prompt.problem.solution, "SOLUTION")
 

@@ -16,7 +16,7 @@ from pspo.base.files import CONF
 from pspo.base.schema import ConfigError
 from pspo.config import compose, groups
 from pspo.launcher import Planned, make_plan
-from pspo.run.name import run_directory
+from pspo.run.earlier import run_directory
 
 TWO_FACTORS = """
 common: [optimizer.lr=1e-5, rollout.prompts=8]

@@ -12,7 +12,7 @@ from pspo.base.schema import ConfigError, dotted, unknown
 from pspo.compare.caveats import UNTRAINED, caveats, differing
 from pspo.config import Config, read, science
 from pspo.results import Results
-from pspo.run.name import short_names
+from pspo.run.earlier import short_names
 
 WHERE = ["set", "evaluation", "temperature", "when"]
 """Columns of the answers that a selection fixes."""

@@ -1,125 +1,59 @@
-"""Answers to held-out problems: validation in training, and test answers in files that a later process goes on with."""
+"""Answers to held-out problems as rows of a file, and their numbers: accuracy, pass@k, majority vote, lengths."""
 
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, takewhile
-from pathlib import Path
+from itertools import chain
+from statistics import fmean
 from typing import Any
 
-from pspo.base.console import log, track
-from pspo.base.files import JsonLines, read_json, read_lines, write_json
-from pspo.base.stream import Stream, generator
-from pspo.checkpoint import random_state_kept, seed_global_generators
+from pspo.base.console import Phase, log
+from pspo.base.schema import Schema, key
+from pspo.base.statistics import pass_at_k, wilson_interval
+from pspo.checkpoint import random_state_kept
 from pspo.dataset import Problem, Prompt
-from pspo.evaluate.config import EvaluateConfig
-from pspo.evaluate.summary import summarize
-from pspo.host import interrupt
 from pspo.reward import Reward
-from pspo.rollout import Completion, RolloutConfig, Sampler
+from pspo.reward.answer import asked, extract, same
+from pspo.rollout import Completion, Sampler
 
 SETTINGS = "settings.json"  # in a folder of answers: how the answers were sampled and graded
+KS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Values of k in pass@k, up to the number of answers to each problem."""
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The problems of one test set as prompts, and the reward that grades their answers."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Schema, block="evaluate"):
+    """Answers to held-out problems, in a training run and by ``python -m pspo.evaluate`` alike."""
 
-    name: str
-    prompts: Sequence[Prompt]
-    reward: Reward
+    name: str = key("folder of the answers, evaluation/<when>/<name>; other settings need another name")
+    every: int = key("steps from one validation to the next, on held-out training problems", within="[1, inf)")
+    sets: list[str] | None = key(
+        "test sets: data sets by name, validation (held-out training problems), or paths of files as dataset=jsonl has "
+        "them; null takes the test sets of dataset"
+    )
+    path: str | None = key(
+        "folder that holds a folder for each data set of evaluate.sets; null asks the hub", path=True
+    )
+    temperatures: list[float] = key(
+        "sampling temperatures, each at least 0; 0 is greedy; before training the first alone is answered"
+    )
+    samples: int = key("answers to each problem at temperatures above 0; one at 0", within="[1, inf)")
+    top_p: float = key("sample from the smallest set of tokens that holds this much probability", within="(0, 1]")
+    max_new_tokens: int | None = key("tokens after which an answer is truncated; null: as rollouts", within="[1, inf)")
 
-
-def answer_sets(
-    directory: Path, sets: Sequence[HeldOut], make_sampler: Callable[[RolloutConfig], Sampler], config: EvaluateConfig,
-    rollout: RolloutConfig, *, temperatures: Sequence[float], settings: Mapping[str, Any], seed: int, title: str,
-    check_owner: Callable[[], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Answer every set at every temperature in ``directory``; returns one row of numbers for each.
-
-    ``directory`` is ``evaluation/<when>/<config.name>``; what it holds already is not answered again. ``settings`` say
-    how prompts and grades are made. Raises ConfigError where ``directory`` holds answers with other settings.
-    """
-    length = config.max_new_tokens or rollout.max_new_tokens
-    rollout = replace(rollout, top_p=config.top_p, max_new_tokens=length)
-    record, about = read_json(directory / SETTINGS), {"top_p": config.top_p, "max_new_tokens": length, **settings}
-    if changed := [name for name in about if record and record.get(name) != about[name]]:
-        reason = f"{directory} holds answers with another {', '.join(changed)}; give evaluate.name=<another name>"
-        raise config.refuse("name", reason)
-    directory.mkdir(parents=True, exist_ok=True)
-    ungradable = {each.name: len(each.reward.ungradable([p.problem for p in each.prompts])) for each in sets}
-    ungradable = record.get("ungradable", {}) | ungradable
-    write_json(directory / SETTINGS, about | {"samples": config.samples, "ungradable": ungradable})
-    numbers = []
-    for each in sets:
-        for temperature in temperatures:
-            sampler = make_sampler(replace(rollout, temperature=temperature or 1.0))
-            rows = answer_into(
-                directory / f"{each.name}_t{temperature:g}.jsonl", sampler, each.prompts, each.reward,
-                samples=config.num_samples(temperature), greedy=temperature == 0, max_rows=rollout.max_rows, seed=seed,
-                title=f"{title} on {each.name}" + (f" at T={temperature:g}" if temperature else ""),
-                check_owner=check_owner,
-            )  # fmt: skip
-            about = {"set": each.name, "temperature": temperature, "evaluation": config.name}
-            numbers.append(about | summarize(rows) | {"ungradable": ungradable[each.name]})
-    return numbers
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise self.refuse("name", "names a directory; use letters, digits, _ . + -")
+        if not _distinct(self.temperatures) or not all(0 <= t < 100 for t in self.temperatures):
+            raise self.refuse("temperatures", "give one number or more, different ones, each from 0 to 100")
+        if self.sets is not None and not _distinct(self.sets):
+            raise self.refuse("sets", "give one set or more, different ones, or null for the test sets of dataset")
 
 
-def answer_into(
-    path: Path, sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, *,
-    samples: int, greedy: bool, max_rows: int, seed: int, title: str, check_owner: Callable[[], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """``samples`` answers to each problem of a test set in a file, a line for each; returns the lines.
-
-    After every ``max_rows`` answers the file is flushed; a later process gives the answers that the file lacks. Its
-    batches and the state of the global generators, from which a user's reward may draw, are those of an unbroken
-    process, and so are the file's bytes.
-    """
-    lines, batch_size = JsonLines(path), max(1, max_rows // samples)
-    asked = {prompt.problem.id: asked_of(prompt.problem) for prompt in prompts}
-    # Lines from the first on that answers another question under a known name are of other data, and so go.
-    valid = takewhile(lambda row: asked.get(row["problem"], row).items() <= row.items(), read_lines(path))
-    rows = {(row["problem"], row["sample"]): row for row in valid}
-    lines.cut(len(rows))
-    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    wanted = [(prompt.problem.id, sample) for prompt in prompts for sample in range(samples)]
-    missing = sum(place not in rows for place in wanted)
-    with random_state_kept():
-        for number, part in enumerate(track(parts, title, len(prompts), "problems") if missing else ()):
-            if all((prompt.problem.id, sample) in rows for prompt in part for sample in range(samples)):
-                continue
-            seed_global_generators(int(generator(seed, Stream.TEST, number * batch_size).integers(2**32)))
-            answers = answer(sampler, part, reward, samples=samples, seed=[seed, Stream.TEST], greedy=greedy)
-            check_owner()
-            for row in answers:
-                if (place := (row["problem"], row["sample"])) not in rows:
-                    rows[place] = row
-                    lines.append(row)
-            lines.sync()
-            interrupt.check()
-    return [rows[place] for place in wanted]
-
-
-def validate(
-    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, rollout: RolloutConfig, *, seed: int, step: int
-) -> dict[str, float]:
-    """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
-    begun, seeds, metrics = time.perf_counter(), [seed, Stream.VALIDATION, step], dict[str, float]()
-    parts = [prompts[start : start + rollout.max_rows] for start in range(0, len(prompts), rollout.max_rows)]
-
-    def answers(greedy: bool) -> Iterator[list[dict[str, Any]]]:
-        for part in parts:
-            yield answer(sampler, part, reward, samples=1, seed=seeds, greedy=greedy)
-
-    with random_state_kept():
-        for how, names in (("greedy", ["accuracy"]), ("sampled", ["accuracy", "reward_mean"])):
-            tracked = track(answers(how == "greedy"), "validation", len(prompts), "problems")
-            summary = summarize(chain(*tracked))
-            metrics |= {f"validation/{how}_{name}": summary[name] for name in (*names, "length_mean")}
-    text = "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens"
-    greedy_accuracy, sampled_accuracy = (100 * metrics[f"validation/{how}_accuracy"] for how in ("greedy", "sampled"))
-    log.info(text, step, greedy_accuracy, sampled_accuracy, metrics["validation/sampled_length_mean"])
-    return metrics | {"time/validation_s": time.perf_counter() - begun}
+def _distinct(items: Sequence[object]) -> bool:
+    return 0 < len(set(items)) == len(items)
 
 
 def answer(
@@ -132,11 +66,69 @@ def answer(
 
 def completion_row(completion: Completion) -> dict[str, Any]:
     """A scored completion as one line of a file."""
-    about = {"completion": completion.text, "sample": completion.sample}
-    length = {"tokens": len(completion.token_ids), "truncated": not completion.finished}
-    return asked_of(completion.problem) | about | vars(completion.score) | length
+    about = described(completion.problem) | {"completion": completion.text, "sample": completion.sample}
+    return about | vars(completion.score) | {"tokens": len(completion.token_ids), "truncated": not completion.finished}
 
 
-def asked_of(problem: Problem) -> dict[str, str]:
+def described(problem: Problem) -> dict[str, str]:
     """The part of ``completion_row`` that describes the problem."""
     return {"problem": problem.id, "question": problem.question, "answer": problem.answer}
+
+
+def validate(sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, seed: Sequence[int]) -> dict[str, float]:
+    """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
+    begun, metrics = time.perf_counter(), dict[str, float]()
+    with random_state_kept(), Phase("validation"):
+        for how, names in (("greedy", ["accuracy"]), ("sampled", ["accuracy", "reward_mean"])):
+            numbers = summarize(answer(sampler, prompts, reward, samples=1, seed=seed, greedy=how == "greedy"))
+            metrics |= {f"validation/{how}_{name}": numbers[name] for name in (*names, "length_mean")}
+    accuracies = [100 * metrics[f"validation/{how}_accuracy"] for how in ("greedy", "sampled")]
+    text = "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens"
+    log.info(text, seed[-1], *accuracies, metrics["validation/sampled_length_mean"])
+    return metrics | {"time/validation_s": time.perf_counter() - begun}
+
+
+def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of one test set at one temperature; n problems with the same number of answers each.
+
+    ``accuracy`` is the share of correct answers, avg@k of k answers. Its 95 % interval is Wilson's over the n problems,
+    too wide rather than too narrow where several answers were given. pass@k and maj@k are for several answers only.
+    """
+    problems: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        problems.setdefault(row["problem"], []).append(row)
+    groups = list(problems.values())
+    answers, samples = list(chain(*groups)), min(map(len, groups))
+
+    def share(name: str) -> float:
+        return fmean(float(row[name]) for row in answers)
+
+    accuracy = share("correct")
+    low, high = wilson_interval(accuracy * len(groups), len(groups))
+    numbers = {"accuracy": accuracy, "ci95_low": low, "ci95_high": high, "n": len(groups)}
+    numbers |= {"reward_mean": share("reward"), "length_mean": share("tokens"), "truncated_rate": share("truncated")}
+    numbers |= {"unparsed_rate": 1 - share("parsed"), "samples": samples}
+    if all(row.get("strict") is not None for row in answers):
+        numbers |= {"strict_accuracy": share("strict")}
+    numbers |= {"timed_out": sum(row.get("timed_out", False) for row in answers)}
+    if samples > 1:
+        for k in (k for k in KS if k <= samples):
+            passed = (pass_at_k(len(group), sum(row["correct"] for row in group), k) for group in groups)
+            numbers[f"pass@{k}"] = fmean(passed)
+        numbers[f"maj@{samples}"] = fmean(map(majority, groups))
+    return numbers
+
+
+def majority(group: Sequence[dict[str, Any]]) -> float:
+    """Whether the answer that most completions of a problem give is correct; answers that tie share the vote."""
+    classes: list[tuple[str, list[bool]]] = []
+    for row in group:
+        final = asked(row["completion"]) or extract(row["completion"])
+        if final is not None:
+            votes = next((votes for known, votes in classes if same(final, known)), None)
+            if votes is None:
+                classes.append((final, votes := []))
+            votes.append(row["correct"])
+    most = max((len(votes) for _, votes in classes), default=0)
+    tied = [any(votes) for _, votes in classes if len(votes) == most]
+    return fmean(tied) if tied else 0.0

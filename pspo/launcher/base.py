@@ -13,7 +13,6 @@ from pspo.base.files import write_json
 from pspo.base.schema import ConfigError, Schema, as_dict, key
 from pspo.config import check, compose_all, identity
 from pspo.run import earlier
-from pspo.run.name import run_directory
 from pspo.run.outcome import failure, result
 
 
@@ -57,7 +56,7 @@ def make_plan(jobs: Sequence[Sequence[str]], arms: Sequence[Mapping[str, str]] =
             checked.add(inputs)
         same = (config.output_dir, config.group, identity(config))
         before = seen.get(same)
-        directory = run_directory(config, job) if before is None else before.directory
+        directory = earlier.run_directory(config, job) if before is None else before.directory
         run = Planned(overrides=job, directory=directory, state=earlier.look(config, directory).state, arm=arm)
         if arm and before:
             why = "either they differ in nothing, or an override takes away what they differ in"

@@ -43,7 +43,7 @@ class Job(submitit.helpers.Checkpointable):
         if self.command == "evaluate":
             from pspo.run import evaluation
 
-            evaluation.answer(evaluation.of_words(self.overrides))
+            evaluation.of_words(self.overrides).answer()
             return None
         from pspo.run.job import run
 

@@ -1,11 +1,24 @@
 """Train one policy with one objective and evaluate it, or with -m one for each combination of lists.
 
-python -m pspo.run objective=pspo model=qwen1_5b
+python -m pspo.run [group=option ...] [key=value ...]
+
+Examples: the embedded task, the paper's run on a GPU, a matched comparison, alpha 0.3 without W&B, all from local files
+  python -m pspo.run
+  python -m pspo.run objective=pspo model=qwen1_5b
+  python -m pspo.run -m objective=noclip,clip,pspo seed=0,1,2
+  python -m pspo.run smoothing=strong tracker=jsonl
+  python -m pspo.run model=qwen0_5b model.path=/models/qwen dataset.path=/data/gsm8k
+
+-m runs all combinations of lists; --cfg job prints the composed configuration and checks it; --info says how it was
+composed; --hydra-help lists Hydra's own flags. Other commands: python -m pspo.
 """
 
+import contextlib
 import os
 import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Any, NoReturn, cast
 
 import hydra
@@ -18,17 +31,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pspo.base.command import answering, leave
 from pspo.base.console import log
 from pspo.base.files import CONF, SaveError
-from pspo.base.schema import ConfigError
-from pspo.config import explained, open_keys, resolve
+from pspo.base.schema import ConfigError, as_dict, keys_of
+from pspo.config import Config, compose, explained, groups, open_keys, resolve
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed, make_plan
 from pspo.reward import RewardError
-from pspo.run.help import help_text
 from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import UpdateError
 
-FAILED = (UpdateError, NoRoomError, SaveError, RewardError, RunsFailed)
+FAILED = (UpdateError, FloatingPointError, NoRoomError, SaveError, RewardError, RunsFailed)
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
 """Errors shown as one sentence; any other is a bug and shows its traceback."""
 
@@ -47,26 +59,42 @@ def main(composed: DictConfig) -> float | None:
         _leave(error)
 
 
+@contextlib.contextmanager
+def reporting(again: str) -> Iterator[None]:
+    """Around a command: a mistake is one sentence and exit status 2, a failed run 1, Ctrl-C 130 and what comes next."""
+    with answering(stopped=f"stopped; the same command {again}"):
+        try:
+            yield
+        except EXPECTED as error:
+            _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    leave(explained(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
+
+
+def help_text() -> str:
+    """How the command is given, the options of every group, and every key with its default, meaning and range."""
+    rows = [(f"  {name}", "  ".join(options)) for name, options in groups().items()] + [("", "")]
+    for name, field, value in keys_of(Config, as_dict(compose())):
+        meaning = f"{field.metadata.get('meaning')} {field.metadata.get('within') or ''}"
+        rows.append((f"  {name}={'null' if value is None else value}", meaning))
+    lines = [textwrap.fill(f"{label:<40} {text}", 118, subsequent_indent=" " * 41) for label, text in rows]
+    return "\n".join([__doc__ or "", "Groups with their options, then keys with their defaults:", *lines, ""])
+
+
 def cli() -> None:
-    """``python -m pspo.run``: a user's mistake is one sentence and exit status 2, a failed run is status 1."""
+    """``python -m pspo.run``."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(help_text())
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors, which become one sentence here
     sys.argv[1:] = open_keys(arguments)
-    with answering(stopped="stopped; the same command resumes from the last checkpoint"):
-        try:
-            main()
-            if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:  # Hydra shows it unchecked
-                make_plan([[argument for argument in arguments if re.match(r"[^-].*=|~", argument)]])
-        except EXPECTED as error:
-            _leave(error)
-
-
-def _leave(error: Exception) -> NoReturn:
-    """Print one sentence; exit with 2 for a configuration to mend and 1 for a run that failed."""
-    leave(explained(error) if isinstance(error, HydraException) else error, 1 if isinstance(error, FAILED) else 2)
+    with reporting("resumes from the last checkpoint"):
+        main()
+        if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:  # Hydra shows it unchecked
+            make_plan([[argument for argument in arguments if re.match(r"[^-].*=|~", argument)]])
 
 
 if __name__ == "__main__":

@@ -6,36 +6,32 @@ from pspo.optimizer import AdamW
 
 
 def advice(config: Config) -> list[str]:
-    """One sentence for each setting that takes an effect away which the objective's name promises.
-
-    Linear smoothing is a factor 1 - α on the gradient, which a scale-free optimizer takes out again.
-    """
+    """One sentence for each setting that takes an effect away which the objective's name promises."""
+    factor = "linear smoothing multiplies the gradient by 1 - alpha"
+    alpha, smoothing = getattr(config.objective, "alpha", None), config.smoothing
+    shares_trunk = isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"
+    other_terms = config.loss.kl_weight or config.loss.entropy_weight or shares_trunk  # which 1 - alpha weighs against
+    if not config.objective.linear or alpha is None or (alpha == 0 and smoothing.constant) or other_terms:
+        rescaling = ""
+    elif not isinstance(config.optimizer, AdamW):
+        rescaling = (
+            f"{factor}: under optimizer={config.optimizer.name} this is noclip at a learning rate of lr (1 - alpha), "
+            "as far as gradient-norm clipping does not act"
+        )
+    elif not smoothing.constant:
+        rescaling = (
+            f"smoothing={smoothing.name} under optimizer=adamw: {factor}, so an alpha that changes only weighs steps "
+            "against each other in Adam's moving averages; objective=pspo_geometric or pspo_clip acts as a trust region"
+        )
+    else:
+        rescaling = (
+            f"alpha={alpha:g} is a mere rescaling here: {factor}, which optimizer=adamw takes out again, so this is "
+            "noclip up to norm clipping and Adam's eps; alpha acts with objective=pspo_geometric or pspo_clip, "
+            "optimizer=sgd, smoothing=linear or adaptive, or a KL or entropy term (loss.kl=k3 loss.kl_weight=0.01, "
+            "loss.entropy_weight=0.01)"
+        )
     inert = (
         "one optimizer step per rollout: every ratio is 1 and the trust region is inert, whatever the objective; "
         "update.num_epochs or update.num_minibatches above 1 gives it something to do"
     )
-    sentences = [inert] if config.update.steps == 1 else []
-    alpha, constant = getattr(config.objective, "alpha", None), config.smoothing.constant
-    shares_trunk = isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"
-    other_terms = config.loss.kl_weight or config.loss.entropy_weight or shares_trunk  # which 1 - alpha weighs against
-    if not config.objective.linear or alpha is None or (alpha == 0 and constant) or other_terms:
-        return sentences
-    if not isinstance(config.optimizer, AdamW):
-        rescaling = (
-            f"linear smoothing multiplies the gradient by 1 - alpha: under optimizer={config.optimizer.name} this is "
-            "noclip at a learning rate of lr (1 - alpha), as far as gradient-norm clipping does not act"
-        )
-    elif not constant:
-        rescaling = (
-            f"smoothing={config.smoothing.name} under optimizer=adamw: linear smoothing multiplies the gradient by "
-            "1 - alpha, so an alpha that changes only weighs steps against each other in Adam's moving averages; "
-            "objective=pspo_geometric or pspo_clip gives alpha a trust region to act on"
-        )
-    else:
-        rescaling = (
-            f"alpha={alpha:g} is a mere rescaling here: linear smoothing multiplies the gradient by 1 - alpha, which "
-            "optimizer=adamw takes out again, so this run is noclip up to gradient-norm clipping and Adam's eps; alpha "
-            "has an effect with objective=pspo_geometric or pspo_clip, optimizer=sgd, a KL or entropy term "
-            "(loss.kl=k3 loss.kl_weight=0.01, loss.entropy_weight=0.01), or smoothing=linear or adaptive"
-        )
-    return [*sentences, rescaling]
+    return [inert] * (config.update.steps == 1) + [rescaling] * bool(rescaling)

@@ -1,45 +1,82 @@
-"""What earlier processes left of a run: whether it is finished, resumed, made anew, or continues a shorter run."""
+"""A run's directory: its name, what earlier processes left in it, and how a shorter run is continued there."""
 
 import contextlib
 import json
+import re
 import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 
+import torch
+from omegaconf import OmegaConf
+
 from pspo import checkpoint, dataset, model
 from pspo.base.console import log
-from pspo.base.files import digest, new_directory, read_lines, write_json, write_text
-from pspo.base.schema import ConfigError, dotted
+from pspo.base.files import digest, read_json, read_lines, write_json, write_text
+from pspo.base.schema import ConfigError, as_dict, dotted, keys_of
 from pspo.budget import Progress
-from pspo.config import Config, identity, read, science
+from pspo.config import NOT_SCIENCE, Config, groups, identity, read, science
 from pspo.host import environment
-from pspo.run.lock import hold
+from pspo.run.lock import Owner, hold
 
 INPUTS = "inputs.json"  # in a run directory: the result of inputs() when the run began
+NAMELESS = (*NOT_SCIENCE, "evaluate", "objective", "seed")  # blocks and keys that add no word to a run's name
+LABEL_CHARACTERS = 80  # in a run's name, for words; more words are counted as _+2. A file's name may have 255 bytes.
+
+
+def run_directory(config: Config, overrides: Sequence[str]) -> Path:
+    """``output_dir/group/<objective>_<its keys>_<other keys>_seed<seed>_<identity>``, or the one with that identity."""
+    parent = Path(config.output_dir) / config.group
+    earlier = sorted(parent.glob(f"*_{identity(config)}")) if parent.is_dir() else []
+    return earlier[0] if earlier else parent / f"{_label(config, overrides)}_seed{config.seed}_{identity(config)}"
+
+
+def _label(config: Config, overrides: Sequence[str]) -> str:
+    """The objective, the overrides of its keys, then the others, as short as is clear, with no need of shell quotes."""
+    keys = [key.removeprefix("objective.") for key, _, _ in keys_of(Config, as_dict(config))]
+    short = short_names(key for key in keys if not key.startswith("evaluate.") or key == "evaluate.every")
+    options = Counter(option for names in groups().values() for option in names)
+    words: dict[str, str] = {}
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        if name.startswith("objective.") or name == "evaluate.every" or name.partition(".")[0] not in NAMELESS:
+            value = re.sub(r"[^\w.+-]+", "-", Path(value).name.strip("[](){}\"' "), flags=re.ASCII)
+            key_word = short.get(name.removeprefix("objective."), name)
+            words[name] = value if name in groups() and options[value] == 1 else f"{key_word}={value}"
+    label, num_left_out = config.objective.name, 0
+    for name in sorted(words, key=lambda name: (not name.startswith("objective."), name)):
+        fits = len(label) + 1 + len(words[name]) <= LABEL_CHARACTERS
+        label, num_left_out = (f"{label}_{words[name]}", num_left_out) if fits else (label, num_left_out + 1)
+    return f"{label}_+{num_left_out}" if num_left_out else label
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """``lr`` for ``optimizer.lr``: each key's shortest end, in whole words, that is of no other key as short as it."""
+    parts = {key: key.split(".") for key in keys}
+    ends = sorted((len(words), ".".join(words[at:]), key) for key, words in parts.items() for at in range(len(words)))
+    owners: dict[str, list[tuple[int, str]]] = {}
+    for depth, end, key in ends:
+        owners.setdefault(end, []).append((depth, key))
+    own = [(key, end) for end, [(depth, key), *others] in owners.items() if not others or others[0][0] > depth]
+    return dict(sorted(own, key=lambda pair: -len(pair[1])))
 
 
 @dataclass(frozen=True)
 class History:
-    """What earlier processes left in a run directory.
+    """What earlier processes left in a run directory."""
 
-    ``state`` is new; resume, or failed where the last process raised an error; done, or changed where today's inputs
-    differ from the run's; again, where ``rerun`` moves the directory aside. ``changed`` names the inputs that differ.
-    """
-
-    state: str
-    changed: list[str]
+    state: str  # new, resume, failed (by an error), done, changed (done, from other inputs), again (moved aside)
+    changed: list[str]  # names of the inputs that are others today
 
 
 def inputs(config: Config) -> dict[str, str]:
-    """Digests of the code, the user's own reward and objective, data and model, or commits of the hub's repositories.
-
-    Asks no network. Raises ConfigError where one of the files is missing.
-    """
-    own = [*config.reward.source_files(), *config.objective.source_files()]
-    files = {str(path): digest(path) for path in own}
-    return {"code": environment.code_digest()} | files | dataset.digests(config.dataset) | model.digests(config.model)
+    """Digests of code, own reward and objective, data and model, or their commits on the hub. Raises ConfigError."""
+    own = {str(path): digest(path) for path in (*config.reward.source_files(), *config.objective.source_files())}
+    return {"code": environment.code_digest()} | own | dataset.digests(config.dataset) | model.digests(config.model)
 
 
 def look(config: Config, directory: Path) -> History:
@@ -51,14 +88,12 @@ def look(config: Config, directory: Path) -> History:
         return History("changed" if changed else "done", changed)
     checkpoint.check(directory / "checkpoints", identity(config))
     others = [name for name in changed if name != "code"]
-    if checkpoint.names(directory / "checkpoints"):
-        if others and config.rerun != "resume":
-            raise config.refuse(
-                "rerun",
-                f"{directory} is unfinished, and since it began {', '.join(others)} changed; rerun=changed begins it "
-                "anew, and rerun=resume resumes it nevertheless",
-            )
-    elif config.continue_from is not None:
+    has_checkpoint = bool(checkpoint.names(directory / "checkpoints"))
+    if has_checkpoint and others and config.rerun != "resume":
+        reason = f"{directory} is unfinished, and since it began {', '.join(others)} changed"
+        remedy = "rerun=changed begins it anew, and rerun=resume resumes it nevertheless"
+        raise config.refuse("rerun", f"{reason}; {remedy}")
+    if not has_checkpoint and config.continue_from is not None:
         check_source(config, Path(config.continue_from))
     begun = "resume" if (directory / "config.yaml").is_file() else "new"
     return History("failed" if (directory / "FAILED").is_file() else begun, changed)
@@ -84,15 +119,26 @@ def set_aside(directory: Path) -> None:
     log.info("the earlier run is now %s", target)
 
 
-def record_inputs(config: Config, directory: Path) -> None:
-    """Write today's inputs, unless there is a checkpoint, which was made from the inputs recorded before."""
-    now, path = inputs(config), directory / INPUTS
-    if path.is_file():
-        if checkpoint.names(directory / "checkpoints"):
-            return
-        if json.loads(path.read_text()) != now:
+def begin(config: Config, directory: Path, overrides: Sequence[str], device: torch.device, owner: Owner) -> None:
+    """Record inputs, settings and machine of a run's process, and set its CPU threads and seeds.
+
+    With a checkpoint the recorded inputs stay, and the CPU threads are the first process's: sums round alike.
+    """
+    before, now = read_json(directory / INPUTS), inputs(config)
+    if not (before and checkpoint.names(directory / "checkpoints")):
+        if before not in ({}, now):
             shutil.rmtree(directory / "evaluation", ignore_errors=True)  # answers that were made from other inputs
-    write_json(path, now)
+        write_json(directory / INPUTS, now)
+    entries = environment.history(directory)
+    threads = environment.choose_threads(config.threads or (entries[0]["threads"] if entries else None))
+    about = {"host": owner.host, "job_id": owner.job_id, "time/started": owner.started}
+    for difference in environment.record(directory, environment.describe(threads, device) | about):
+        log.warning("since the run's last process, %s", difference)
+    write_text(directory / "config.yaml", OmegaConf.to_yaml(as_dict(config)))
+    write_text(directory / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
+    environment.settle(threads)
+    checkpoint.seed_global_generators(config.seed)
+    log.info("%s on %s with %d CPU threads", directory, device, threads)
 
 
 def check_source(config: Config, source: Path) -> Progress:
@@ -111,25 +157,23 @@ def check_source(config: Config, source: Path) -> Progress:
     others = [name for name in _changed(config, source) if name != "code"]
     if others and config.rerun != "resume":
         raise refuse(f"since that run began, {', '.join(others)} changed; rerun=resume continues it nevertheless")
-    rows, unit = read_lines(source / "metrics.jsonl"), config.budget.unit
-    spent = Progress(**{name: rows[-1][f"budget/{name}"] for name in vars(Progress())}) if rows else Progress()
+    last, unit = (read_lines(source / "metrics.jsonl") or [{}])[-1], config.budget.unit
+    spent = Progress(**{name: last.get(f"budget/{name}", 0) for name in vars(Progress())})
     if config.budget.spent(spent):
         raise refuse(f"has spent {getattr(spent, unit)} {unit} already; set a longer budget.{unit}")
     if config.selection == "best" and spent.steps % config.evaluate.every:
         raise refuse(
-            f"its last validation, at step {spent.steps}, is one that a longer run with evaluate.every="
-            f"{config.evaluate.every} does not make, and selection=best may have gone by it; run it anew"
+            "selection=best may have gone by its last validation, which a longer run does not make; run it anew"
         )
     return spent
 
 
 def shorter(config: Config, directory: Path) -> Path | None:
     """The longest finished run of the group that a new run in ``directory`` could continue from, if there is any."""
-    sources, seed = list[tuple[int, Path]](), f"\nseed: {config.seed}\n"
-    for source in (done.parent for done in directory.parent.glob("*/DONE")):
-        if seed in (source / "config.yaml").read_text(encoding="utf-8"):  # parsing YAML takes 10 ms
-            with contextlib.suppress(ConfigError):
-                sources.append((check_source(config, source).steps, source))
+    sources = list[tuple[int, Path]]()
+    for source in (done.parent for done in directory.parent.glob(f"*_seed{config.seed}_*/DONE")):
+        with contextlib.suppress(ConfigError):
+            sources.append((check_source(config, source).steps, source))
     return max(sources)[1] if sources else None
 
 
@@ -143,36 +187,23 @@ def carry_over(config: Config, directory: Path) -> None:
     newest = checkpoint.newest(source / "checkpoints")
     if newest is None or newest[1]["state"]["progress"]["steps"] != steps:
         raise config.refuse("continue_from", f"its last checkpoint, of step {steps}, is missing or torn; run it anew")
-    path, saved, meta = newest
+    path, saved, _ = newest
     rows = read_lines(source / "metrics.jsonl")[: saved["tracker"]["metrics_rows"]]
     if steps % config.evaluate.every:  # validated because it was the last, which it no longer is
-        validated = ("validation/", "time/validation_s")
-        rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith(validated)}
+        rows[-1] = {name: value for name, value in rows[-1].items() if "validation" not in name}
     write_text(directory / "metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if (source / "evaluation" / "before").is_dir():
-        shutil.copytree(source / "evaluation" / "before", directory / "evaluation" / "before", dirs_exist_ok=True)
-    names = [source / name for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD)]
-    for file in filter(Path.is_file, names):
-        shutil.copyfile(file, directory / file.relative_to(source))
-    for best in (source / "checkpoints").glob("best_*"):
-        with new_directory(directory / "checkpoints" / best.name) as beside:
-            shutil.copytree(best, beside, dirs_exist_ok=True)
-    about = {"identity": identity(config), "time/wall_s": meta["time/wall_s"]}
-    checkpoint.save(directory / "checkpoints", path.name, saved, about)
+    for name in ("completions.jsonl", "diagnostics.jsonl", INPUTS, environment.RECORD):
+        shutil.copyfile(source / name, directory / name)
+    for folder in (*source.glob("evaluation/before"), *source.glob("checkpoints/best_*")):
+        shutil.copytree(folder, directory / folder.relative_to(source), dirs_exist_ok=True)
+    checkpoint.save(directory / "checkpoints", path.name, saved, {"identity": identity(config)})
     log.info("continuing %s from step %d", source, steps)
 
 
 def _changed(config: Config, directory: Path) -> list[str]:
-    """The names of today's inputs that differ from the inputs recorded in ``directory``.
-
-    [] on a node that lacks the data or the hub's cache that the jobs see: nothing can be compared there. A finished run
-    of pspo 0.1.0 recorded no inputs, and was made by other code in any case.
-    """
-    path = directory / INPUTS
-    if not path.is_file():
-        return ["code"] if (directory / "DONE").is_file() else []
-    try:
-        before, now = json.loads(path.read_text(encoding="utf-8")), inputs(config)
-    except ConfigError:
-        return []
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    """Names of the inputs that differ from the recorded ones; [] on a node that does not see the data or the model."""
+    before = read_json(directory / INPUTS)
+    with contextlib.suppress(ConfigError):
+        now = inputs(config) if before else {}
+        return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return []

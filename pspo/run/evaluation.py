@@ -1,35 +1,158 @@
-"""One evaluation: the answers of a run's weights, or of a model that no run has trained, to held-out problems."""
+"""Answers to held-out problems in files, by the weights of a run or of a model that no run has trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from pspo import checkpoint, dataset, model
-from pspo.base.console import Phase, log, log_to_console, log_to_file
-from pspo.base.files import read_json, write_json, write_text
+from pspo.base.console import Phase, log, log_to_console, track
+from pspo.base.files import JsonLines, read_json, write_json, write_text
 from pspo.base.schema import ConfigError, as_dict
+from pspo.base.stream import Stream, generator
 from pspo.config import Config, check, compose, for_answers, identity, read
 from pspo.dataset import Problem, Prompt, Splits
+from pspo.evaluate import answer, described, summarize
+from pspo.evaluate.answers import SETTINGS
 from pspo.host import environment, interrupt
-from pspo.run import earlier, held_out, lock, outcome
+from pspo.model import Policy
+from pspo.reward import Paper, Plain, Reward, default_reward
+from pspo.rollout import OwnSampler, RolloutConfig
+from pspo.run import earlier, lock
+from pspo.run.outcome import at_work
 
-GROUP = "evaluate"  # directory under output_dir that holds the answers of models that no run has trained
-SUMMARY = "summary.json"
+LATEX_SETS = ("math", "math500")  # whose gold answers are LaTeX
+
+
+def problems(config: Config, splits: Splits) -> dict[str, list[Problem]]:
+    """The problems of each test set of ``evaluate.sets``, by the set's name. Raises ConfigError."""
+    evaluate, tests = config.evaluate, dict[str, list[Problem]]()
+    known = splits.test | {"validation": splits.validation}
+    for name in splits.test if evaluate.sets is None else evaluate.sets:
+        is_loaded = name in known and name not in _sets_of_their_own(config)
+        tests[Path(name).stem] = known[name] if is_loaded else dataset.load_set(config.dataset, name, evaluate.path)
+    if not tests.get("validation", True):
+        raise evaluate.refuse("sets", "there are no validation problems; set dataset.num_validation")
+    return tests
+
+
+def _sets_of_their_own(config: Config) -> list[str]:
+    """The test sets that are read for the evaluation alone, not with ``dataset``."""
+    own = {config.dataset.name} if config.evaluate.path is None or config.dataset.name == "embedded" else set()
+    return [name for name in config.evaluate.sets or [] if name not in {"validation", *own}]
+
+
+def encoded(
+    config: Config, problems: Mapping[str, list[Problem]], shots: Sequence[Problem], group: Path
+) -> tuple[dict[str, list[Prompt]], list[str]]:
+    """The prompts of every split, with one date for all runs of ``group``, and what a reader must know of them."""
+    prompts, notes, tokenizer = dict[str, list[Prompt]](), list[str](), model.tokenizer(config.model)
+    if not tokenizer.chat_template and config.dataset.prompt is None:
+        notes.append("the tokenizer has no chat template, so prompts are plain text, 'Question: ...' and 'Answer:'")
+    date = None if config.dataset.prompt else dataset.prompt_date(tokenizer, group)
+    if date is not None:
+        notes.append(f"the model's chat template prints a date, {date} in all runs of this group")
+    for name, split in problems.items():
+        prompts[name], dropped = dataset.encode(tokenizer, config.dataset, split, date, shots)
+        if dropped and not prompts[name]:
+            raise config.dataset.refuse("max_prompt_tokens", f"all {dropped} {name} prompts are longer")
+        if dropped:
+            rule = f"were dropped: prompts over {config.dataset.max_prompt_tokens} tokens"
+            notes.append(f"{dropped} of {len(split)} {name} problems {rule}")
+    for sentence in notes:
+        log.warning(sentence)
+    return prompts, notes
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a policy in the folder ``evaluation/<when>/<evaluate.name>`` of a run."""
+
+    directory: Path
+    config: Config
+    policy: Policy
+    check_owner: Callable[[], None]  # leaves the process if another one has taken the directory over
+
+    @property
+    def rollout(self) -> RolloutConfig:
+        """How the answers are sampled, but for the temperature."""
+        evaluate, rollout = self.config.evaluate, self.config.rollout
+        return replace(rollout, top_p=evaluate.top_p, max_new_tokens=evaluate.max_new_tokens or rollout.max_new_tokens)
+
+    def numbers(self, prompts: Mapping[str, Sequence[Prompt]], shots: Sequence[Problem]) -> list[dict[str, Any]]:
+        """The numbers of every test set and temperature. Raises ConfigError for a folder with other settings."""
+        config, evaluate = self.config, self.config.evaluate
+        settings = {
+            "top_p": self.rollout.top_p,
+            "max_new_tokens": self.rollout.max_new_tokens,
+            "system_prompt": config.dataset.system_prompt,
+            "prompt": config.dataset.prompt,
+            "shots": [shot.id for shot in shots],
+            "reward": as_dict(config.reward),
+            "data": {name: dataset.set_digests(name, evaluate.path) for name in _sets_of_their_own(config)},
+        }
+        record = read_json(self.directory / SETTINGS)
+        if changed := [name for name in settings if record and record.get(name) != settings[name]]:
+            reason = f"{self.directory} holds answers with another {', '.join(changed)}"
+            raise evaluate.refuse("name", f"{reason}; give evaluate.name=<another name>")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.directory / SETTINGS, settings | {"samples": evaluate.samples})
+        about, numbers = {"when": self.directory.parent.name, "evaluation": evaluate.name}, []
+        for name, split in prompts.items():
+            numeric = isinstance(config.reward, Plain | Paper)
+            reward = default_reward("math") if numeric and name in LATEX_SETS else config.reward
+            ungradable = {"ungradable": len(reward.ungradable([prompt.problem for prompt in split]))}
+            for temperature in evaluate.temperatures:
+                summary = summarize(self.rows(name, split, reward, temperature))
+                numbers.append({"set": name, "temperature": temperature} | about | summary | ungradable)
+        return numbers
+
+    def rows(self, name: str, prompts: Sequence[Prompt], reward: Reward, temperature: float) -> list[dict[str, Any]]:
+        """The answers to one test set at one temperature, the lines of its file; gives those that the file lacks.
+
+        A later process's batches and its states of the global generators, from which a user's reward may draw, are
+        those of an unbroken process, and so are the file's bytes.
+        """
+        seed, samples = self.config.seed, self.config.evaluate.samples if temperature else 1
+        sampler = OwnSampler(self.policy, replace(self.rollout, temperature=temperature or 1.0))
+        lines = JsonLines(self.directory / f"{name}_t{temperature:g}.jsonl")
+        questions = {prompt.problem.id: described(prompt.problem) for prompt in prompts}
+        # Lines from the first on that answers another question under a known name are of other data, and so go.
+        valid = takewhile(lambda row: questions.get(row["problem"], row).items() <= row.items(), lines.rows())
+        rows = {(row["problem"], row["sample"]): row for row in valid}
+        lines.cut(len(rows))
+        size = max(1, self.rollout.max_rows // samples)
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        title = f"test {self.directory.parent.name} on {name} at T={temperature:g}"
+        with checkpoint.random_state_kept():
+            for number, batch in enumerate(track(batches, title, len(prompts), "problems")):
+                if all((prompt.problem.id, sample) in rows for prompt in batch for sample in range(samples)):
+                    continue
+                checkpoint.seed_global_generators(int(generator(seed, Stream.TEST, number * size).integers(2**32)))
+                key, greedy = [seed, Stream.TEST], temperature == 0
+                answers = answer(sampler, batch, reward, samples=samples, seed=key, greedy=greedy)
+                self.check_owner()
+                for row in answers:
+                    if (place := (row["problem"], row["sample"])) not in rows:
+                        rows[place] = row
+                        lines.append(row)
+                lines.sync()
+                interrupt.check()
+        return [rows[prompt.problem.id, sample] for prompt in prompts for sample in range(samples)]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Which weights answer, and where their answers lie: ``run/evaluation/<when>/<evaluate.name>``."""
+    """Which weights ``python -m pspo.evaluate`` takes, and in which folder of which run their answers lie."""
 
+    words: list[str]  # of the command line, from which another process makes the same evaluation
     config: Config  # whose ``model`` is what is loaded, before the checkpoint if there is one
     run: Path
-    when: str
+    when: str = "after"
     checkpoint: Path | None = None
 
     @property
@@ -37,142 +160,89 @@ class Evaluation:
         return self.run / "evaluation" / self.when / self.config.evaluate.name
 
     @property
-    def is_done(self) -> bool:
-        """Whether the directory holds the answers to every set at every temperature, as many as the settings have."""
-        known = read_json(self.directory / SUMMARY).get("answers", [])
-        have = {(row["set"], row["temperature"]): row["samples"] for row in known}
-        sets, config = self.config.evaluate.sets, self.config.evaluate
-        names = {name for name, _ in have} if sets is None else {Path(name).stem for name in sets}
-        wanted = {(name, t): config.num_samples(t) for name in names for t in config.temperatures}
-        return bool(wanted) and all(have.get(cell, 0) >= samples for cell, samples in wanted.items())
+    def settings(self) -> dict[str, Any]:
+        return {block: as_dict(getattr(self.config, block)) for block in ("evaluate", "dataset", "reward")}
 
+    @property
+    def state(self) -> str:
+        """Whether the folder is done, with the same settings, or new."""
+        done = (self.directory / "DONE").is_file()
+        return "done" if done and self.settings.items() <= read_json(self.directory / "summary.json").items() else "new"
 
-def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The values of ``run`` and ``checkpoint`` among the words of a command line, and the other words."""
-    own = {name: value for name, _, value in (word.partition("=") for word in words) if name in ("run", "checkpoint")}
-    return own, [word for word in words if word.partition("=")[0] not in own]
+    def prompts(self) -> tuple[dict[str, list[Prompt]], list[Problem]]:
+        """The prompts of every test set, and the problems shown in them. Raises ConfigError."""
+        config = self.config
+        check(config)
+        model.check(config.model)
+        names = {config.dataset.name, "validation"}
+        needs_dataset = config.evaluate.sets is None or config.dataset.shots or names & set(config.evaluate.sets)
+        splits = dataset.load(config.dataset, config.seed) if needs_dataset else Splits([], [], {})
+        tests = problems(config, splits)
+        if not tests:
+            raise config.evaluate.refuse("sets", f"dataset={config.dataset.name} has no test problems; name test sets")
+        return encoded(config, tests, splits.shots, self.run.parent)[0], splits.shots
+
+    def answer(self) -> list[dict[str, Any]]:
+        """Give the answers that are missing; returns a row of numbers for every set and temperature."""
+        config, directory = self.config, self.directory
+        log_to_console()
+        if self.state == "done":
+            log.info("already answered: %s", directory)
+            return list(read_json(directory / "summary.json")["answers"])
+        device = environment.choose_device(config.device)
+        prompts, shots = self.prompts()
+        if not (self.run / "config.yaml").is_file():  # of a model that no run has trained: a run of no step, done
+            self.run.mkdir(parents=True, exist_ok=True)
+            write_json(self.run / earlier.INPUTS, {"code": environment.code_digest()} | model.digests(config.model))
+            write_text(self.run / "config.yaml", OmegaConf.to_yaml(as_dict(config)))
+            write_text(self.run / "DONE", environment.code_digest() + "\n")
+        with at_work(directory) as owner:
+            (directory / "DONE").unlink(missing_ok=True)
+            environment.settle(environment.choose_threads(config.threads))
+            checkpoint.seed_global_generators(config.seed)
+            Phase("loading the model")
+            policy = model.load(config.model, config.seed, device)
+            if self.checkpoint is not None:
+                checkpoint.load_weights(policy, self.checkpoint)
+            numbers = Answers(directory, config, policy, partial(lock.check, directory, owner)).numbers(prompts, shots)
+            write_json(directory / "summary.json", {"run": str(self.run), **self.settings, "answers": numbers})
+            write_text(directory / "DONE", environment.code_digest() + "\n")
+        return numbers
 
 
 def of_words(words: Sequence[str]) -> Evaluation:
-    """The one evaluation that a job's words ask for. Raises ConfigError."""
-    own, overrides = split(words)
-    return of_run(Path(own["run"]), own.get("checkpoint"), overrides) if "run" in own else of_model(overrides)
-
-
-def of_run(run: Path, checkpoint_name: str | None, overrides: Sequence[str]) -> Evaluation:
-    """The evaluation of a run's last weights, or of one of its checkpoints. Raises ConfigError."""
+    """The evaluation of ``run=<directory>``, perhaps at ``checkpoint=``, else of a bare model. Raises ConfigError."""
+    own = {name: value for name, _, value in (word.partition("=") for word in words) if name in ("run", "checkpoint")}
+    overrides, name = [word for word in words if word.partition("=")[0] not in own], own.get("checkpoint")
+    if "run" not in own:
+        if name is not None:
+            raise ConfigError(f"checkpoint={name} needs run=<run directory>")
+        return _of_model(overrides)
+    run = Path(own["run"])
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"run={run} is no run directory: it has no config.yaml; give outputs/<group>/<run>")
     config = for_answers(run, overrides)
     if read(run / "config.yaml").budget.total == 0:  # a model that no run has trained: its weights are the model's own
-        return Evaluation(config, run, "after")
-    if checkpoint_name is not None:
+        return Evaluation(list(words), config, run)
+    if name is not None:
         known = sorted(path.parent.name for path in run.glob("checkpoints/[!.]*/meta.json"))
-        if checkpoint_name not in known:
-            raise ConfigError(f"checkpoint={checkpoint_name}: {run} has {', '.join(known) or 'no checkpoint'}")
-        return Evaluation(config, run, checkpoint_name, run / "checkpoints" / checkpoint_name)
+        if name not in known:
+            raise ConfigError(f"checkpoint={name}: {run} has {', '.join(known) or 'no checkpoint'}")
+        return Evaluation(list(words), config, run, name, run / "checkpoints" / name)
     if not (run / "DONE").is_file():
         raise ConfigError(f"run={run} is not done; wait for its end, or give checkpoint=<one of its checkpoints>")
-    lora = replace(config.model.lora, rank=0)  # the adapters are merged
-    path = str(run / "model")
-    trained = replace(config.model, path=path, hub_id=None, architecture=None, warm_start=None, lora=lora)
-    return Evaluation(replace(config, model=trained), run, "after")
+    path, lora = str(run / "model"), replace(config.model.lora, rank=0)  # the adapters are merged
+    trained = replace(config.model, path=path, lora=lora, hub_id=None, architecture=None, warm_start=None)
+    return Evaluation(list(words), replace(config, model=trained), run)
 
 
-def of_model(overrides: Sequence[str]) -> Evaluation:
+def _of_model(overrides: list[str]) -> Evaluation:
     """The evaluation of the model that the overrides choose; its answers go to ``outputs/evaluate/<its name>``."""
-    config = compose(
-        [f"group={GROUP}", *overrides, "budget.steps=0", "budget.prompts=null", "budget.completion_tokens=null"]
-    )
+    untrained = ["budget.steps=0", "budget.prompts=null", "budget.completion_tokens=null"]
+    config = compose(["group=evaluate", *overrides, *untrained])
     own = Path(config.evaluate.path or "", config.dataset.name)
     if config.evaluate.path is not None and config.dataset.path is None and own.exists():
         config = replace(config, dataset=replace(config.dataset, path=str(own)))  # which examples are taken from
-    source = config.model.path or config.model.hub_id
-    words = [config.model.name if source is None else Path(source).name]
+    words = [Path(config.model.path or config.model.hub_id or config.model.name).name]
     words += [f"{config.dataset.shots}shot"] if config.dataset.shots else []
-    run = Path(config.output_dir) / config.group / "_".join([*words, identity(config)])
-    return Evaluation(config, run, "after")
-
-
-def prompts(evaluation: Evaluation) -> tuple[dict[str, list[Prompt]], list[Problem]]:
-    """The prompts of every test set, and the problems shown in them. Raises ConfigError."""
-    config = evaluation.config
-    check(config)
-    model.check(config.model)
-    names = {config.dataset.name, "validation"}
-    needs_dataset = config.evaluate.sets is None or config.dataset.shots or names & set(config.evaluate.sets)
-    splits = dataset.load(config.dataset, config.seed) if needs_dataset else Splits([], [], {})
-    problems = held_out.problems(config, splits)
-    if not problems:
-        raise config.evaluate.refuse("sets", f"dataset={config.dataset.name} has no test problems; name test sets")
-    encoded, _ = held_out.encoded(config, problems, splits.shots, evaluation.run.parent)
-    return encoded, splits.shots
-
-
-def answer(evaluation: Evaluation) -> Path:
-    """Give the answers that are missing, print the table; returns the directory of the answers. Raises ConfigError."""
-    log_to_console()
-    config, directory = evaluation.config, evaluation.directory
-    device = environment.choose_device(config.device)
-    if evaluation.is_done:
-        log.info("already answered: %s", directory)
-    else:
-        encoded, shots = prompts(evaluation)
-        if not (evaluation.run / "config.yaml").is_file():
-            _begin(evaluation)
-        with (
-            lock.hold(directory) as owner,
-            log_to_file(directory / "run.log"),
-            outcome.recorded(directory, owner),
-            interrupt.caught(),
-        ):
-            threads = environment.choose_threads(config.threads)
-            environment.settle(threads)
-            checkpoint.seed_global_generators(config.seed)
-            log.info("%s on %s with %d CPU threads", directory, device, threads)
-            Phase("loading the model")
-            policy = model.load(config.model, config.seed, device)
-            if evaluation.checkpoint is not None:
-                if (saved := checkpoint.load(evaluation.checkpoint)) is None:
-                    raise ConfigError(f"checkpoint={evaluation.checkpoint} cannot be read; choose another")
-                checkpoint.restore_weights(policy, saved[0]["weights"])
-            numbers = held_out.answered(
-                evaluation.run, held_out.sets(config, encoded), policy, config, shots, when=evaluation.when,
-                temperatures=config.evaluate.temperatures, check_owner=partial(lock.check, directory, owner),
-            )  # fmt: skip
-            merged = {
-                (row["set"], row["temperature"]): row for row in read_json(directory / SUMMARY).get("answers", [])
-            }
-            merged |= {(row["set"], row["temperature"]): row for row in numbers}
-            write_json(directory / SUMMARY, {"run": str(evaluation.run), "answers": list(merged.values())})
-            write_text(directory / "DONE", environment.code_digest() + "\n")
-    console = Console()
-    console.print(table(read_json(directory / SUMMARY)["answers"]))
-    console.print(f"answers {directory}", soft_wrap=True, highlight=False)
-    return directory
-
-
-def _begin(evaluation: Evaluation) -> None:
-    """Make the run directory of a model that no run has trained, whose training, of no step, is done."""
-    run, config = evaluation.run, evaluation.config
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / earlier.INPUTS, {"code": environment.code_digest()} | model.digests(config.model))
-    write_text(run / "config.yaml", OmegaConf.to_yaml(as_dict(config)))
-    write_text(run / "DONE", environment.code_digest() + "\n")
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The numbers of every set and temperature for a person, in 80 columns."""
-    made = Table(box=None, padding=(0, 2, 0, 0))
-    sampled = any(row["samples"] > 1 for row in rows)
-    for column in ("test set", "T", "n", "accuracy [95 %]", "strict", *(("pass@k", "maj@k") if sampled else ()), "cut"):
-        made.add_column(column, justify="left" if column == "test set" else "right", no_wrap=True)
-    for row in rows:
-        low, high, k = 100 * row["ci95_low"], 100 * row["ci95_high"], row["samples"]
-        last = next((name for name in reversed(list(row)) if name.startswith("pass@")), "")
-        votes = (f"{100 * row[last]:.1f} @{last[5:]}", f"{100 * row[f'maj@{k}']:.1f}") if last else ("", "")
-        strict = f"{100 * row['strict_accuracy']:.1f}" if "strict_accuracy" in row else ""
-        accuracy = f"{100 * row['accuracy']:.1f} % [{low:.1f}, {high:.1f}]"
-        cut, n = f"{100 * row['truncated_rate']:.1f} %", f"{row['n']:,}" + (f"x{k}" if k > 1 else "")
-        made.add_row(row["set"], f"{row['temperature']:g}", n, accuracy, strict, *(votes if sampled else ()), cut)
-    return made
+    return Evaluation(overrides, config, Path(config.output_dir, config.group, "_".join([*words, identity(config)])))

@@ -6,7 +6,6 @@ is gone; should its process live on, cut off from SLURM, it finds the record cha
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -19,15 +18,12 @@ from typing import Any
 import filelock
 
 from pspo.base.console import log
-from pspo.base.files import write_json
+from pspo.base.files import read_json, write_json
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 
-LOCK_TIMEOUT_S = 0.5
-"""``pspo.status`` holds a lock for microseconds to see whether it is free, which must not turn a run away."""
-
-SETTLE_S = 1.0
-"""Wait before a takeover, during which the record must not change: a process that has just locked writes its own."""
+LOCK_TIMEOUT_S = 0.5  # ``is_held`` holds a lock for microseconds, which must not turn a run away
+SETTLE_S = 1.0  # before a takeover, while the record must not change: a process that has just locked writes its own
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Owner:
     requeues: int  # how often SLURM had requeued that job, under the same id
     restart: int  # how many processes were at work in the directory before this one
     started: str  # ISO 8601
-    ended: bool = True  # False for a process at work, or killed; pspo 0.1.0 did not record it
+    ended: bool  # False for a process at work, or killed
 
     def __str__(self) -> str:
         return (f"job {self.job_id}, " if self.job_id else "") + f"process {self.pid} on host {self.host}"
@@ -48,10 +44,8 @@ class Owner:
 
 def owner(directory: Path) -> Owner | None:
     """The content of ``.owner``; None where the file is missing or damaged."""
-    try:
-        return Owner(**json.loads((directory / ".owner").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+    record = read_json(directory / ".owner")
+    return Owner(**record) if record.keys() == Owner.__dataclass_fields__.keys() else None
 
 
 @contextlib.contextmanager
@@ -95,7 +89,7 @@ def check(directory: Path, mine: Owner) -> None:
 def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
     lock = filelock.FileLock(directory / ".lock", timeout=LOCK_TIMEOUT_S).acquire()
     before, started = owner(directory), datetime.now(UTC).isoformat(timespec="milliseconds")
-    restart = 0 if before is None else before.restart + 1
+    restart = before.restart + 1 if before else 0
     mine = Owner(os.uname().nodename, os.getpid(), slurm.current_job(), _requeues(), restart, started, ended=False)
     write_json(directory / ".owner", asdict(mine))
     return lock, mine
@@ -104,19 +98,15 @@ def _enter(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
 def _take_over(directory: Path) -> tuple[AbstractContextManager[Any], Owner]:
     """Replace the lock of a job that is gone by a new file: a kernel that still holds it holds the old one."""
     before = owner(directory)
-    at_work = ConfigError(f"another process ({before or 'unknown'}) is at work in {directory}; wait for it, or stop it")
-    if before is None or not _is_gone(before):
-        raise at_work
-    try:
-        with filelock.FileLock(directory / ".takeover", timeout=0):
-            time.sleep(SETTLE_S)
-            if owner(directory) != before:
-                raise at_work
-            log.warning("%s is locked by %s, which SLURM says is gone: taking over", directory, before)
-            (directory / ".lock").unlink(missing_ok=True)
-            return _enter(directory)
-    except filelock.Timeout:
-        raise at_work from None
+    with contextlib.suppress(filelock.Timeout):
+        if before is not None and _is_gone(before):
+            with filelock.FileLock(directory / ".takeover", timeout=0):
+                time.sleep(SETTLE_S)
+                if owner(directory) == before:
+                    log.warning("%s is locked by %s, which SLURM says is gone: taking over", directory, before)
+                    (directory / ".lock").unlink(missing_ok=True)
+                    return _enter(directory)
+    raise ConfigError(f"another process ({before or 'unknown'}) is at work in {directory}; wait for it, or stop it")
 
 
 def _is_gone(other: Owner) -> bool:

@@ -1,27 +1,26 @@
-"""A run's end: ``FAILED`` with the kind of failure and the traceback's last lines, or the result for a sweeper."""
+"""A process at work in a run directory, and how it ends: ``FAILED`` with the reason, or the result for a sweeper."""
 
 import contextlib
 import errno
-import json
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from pspo.base.console import log
-from pspo.base.files import SaveError, read_lines, write_json
+from pspo.base.console import log, log_to_file
+from pspo.base.files import SaveError, read_json, read_lines, write_json
 from pspo.base.schema import ConfigError
+from pspo.host import interrupt
 from pspo.host.memory import NoRoomError, is_out_of_memory
 from pspo.reward import RewardError
-from pspo.run.lock import Owner
+from pspo.run import lock
 from pspo.update import NonFiniteError, SamplerGapError
 
 LAST_LINES = 20  # of the traceback, in FAILED
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
 KINDS = {
     NoRoomError: "out of memory",
     NonFiniteError: "non-finite",
+    FloatingPointError: "non-finite",
     SamplerGapError: "sampler gap",
     SaveError: "cannot save",
     RewardError: "reward",
@@ -30,8 +29,23 @@ KINDS = {
 
 
 @contextlib.contextmanager
-def recorded(directory: Path, owner: Owner) -> Iterator[None]:
-    """Raise the block's error, a full disk as one sentence, and record it in ``FAILED``; an earlier record goes."""
+def at_work(directory: Path) -> Iterator[lock.Owner]:
+    """Hold the lock of a run directory, log into its ``run.log``, note signals, and record in ``FAILED`` an error."""
+    last = lock.owner(directory)
+    with (
+        lock.hold(directory) as owner,
+        log_to_file(directory / "run.log"),
+        recorded(directory, owner),
+        interrupt.caught(),
+    ):
+        if last is not None and not last.ended:
+            log.warning("%s, the last at work here, was killed: kill -9, out of memory, or a lost node", last)
+        yield owner
+
+
+@contextlib.contextmanager
+def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
+    """Record the block's error in ``FAILED`` and raise it, a full disk as one sentence; an earlier record goes."""
     path = directory / "FAILED"
     path.unlink(missing_ok=True)
     try:
@@ -47,8 +61,8 @@ def recorded(directory: Path, owner: Owner) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, ConfigError):
             log.exception("the run failed; the same command resumes from its last checkpoint")
-        kind = next((name for cls, name in KINDS.items() if isinstance(error, cls)), "error")
-        kind = "out of memory" if is_out_of_memory(error) else kind
+        kinds = (kind for error_class, kind in KINDS.items() if isinstance(error, error_class))
+        kind = "out of memory" if is_out_of_memory(error) else next(kinds, "error")
         lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
         record = {"kind": kind, "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
         with contextlib.suppress(OSError):  # the very disk may be the failure
@@ -64,8 +78,5 @@ def result(directory: Path) -> float | None:
 
 def failure(directory: Path) -> str | None:
     """The kind and the last line of the error that ended a run's last attempt, or None."""
-    path = directory / "FAILED"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text())
-    return ": ".join([str(record.get("kind", "failed")), *str(record.get("error", "")).strip().splitlines()[-1:]])
+    record = read_json(directory / "FAILED")
+    return ": ".join([record["kind"], *record["error"].strip().splitlines()[-1:]]) if record else None
