@@ -197,7 +197,7 @@ BAD = {
     "optimizer.lr=nan": "optimizer.lr must be in (0, inf), got nan",
     "model.architecture.num_heads=3": "must divide model.architecture.hidden_size",
     "model.dtype=bfloat16": "model.dtype must be one of float32, float64",
-    "model=qwen0_5b model.hub_id=null": "choose a model option that has a hub_id",
+    "model=qwen0_5b model.hub_id=null": "choose model=tiny or one that has a hub_id",
     "reward=custom": "reward.function has no value",
     "tracker=jsonl tracker.project=x": "unknown key tracker.project",
     "dataset.path=x": "dataset=embedded is made, not read",
