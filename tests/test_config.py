@@ -252,6 +252,7 @@ def subclasses(cls):
     }
 
 
+@pytest.mark.process
 def test_keys_md_is_what_the_code_makes():
     """Run `python docs/keys.py > docs/keys.md` after a deliberate change."""
     done = subprocess.run([sys.executable, DOCS / "keys.py"], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.mark.process
 def test_the_python_examples_run_in_their_order(tmp_path, monkeypatch, cache, capsys):
     """With the tests' small settings under those of the page."""
     monkeypatch.chdir(tmp_path)

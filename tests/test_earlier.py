@@ -23,6 +23,7 @@ def finished(tmp_path_factory, cache):
     return only_run(cwd)
 
 
+@pytest.mark.process
 def test_a_longer_budget_continues_a_finished_run_to_the_bit(finished, unbroken, cache, tmp_path):
     before = ends(finished)
     assert make(tmp_path, cache, [f"continue_from={finished}"]) == 0, output_of(tmp_path)
@@ -36,6 +37,7 @@ def test_a_longer_budget_continues_a_finished_run_to_the_bit(finished, unbroken,
     assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
+@pytest.mark.process
 def test_the_command_continues_a_finished_run_with_the_budget_alone(finished, unbroken, cache, tmp_path):
     """All of ``TINY`` comes from the run that is continued; its path is given relative to the working directory."""
     shutil.copytree(finished, tmp_path / "outputs" / "main" / finished.name)
@@ -48,6 +50,7 @@ def test_the_command_continues_a_finished_run_with_the_budget_alone(finished, un
     assert json.loads((directory / "summary.json").read_text())["steps"] == 5
 
 
+@pytest.mark.process
 def test_a_longer_budget_keeps_the_best_weights_so_far(cache, tmp_path):
     best = ["selection=best"]
     assert make(tmp_path / "short", cache, [*best, "budget.steps=2"]) == 0
@@ -142,6 +145,7 @@ def test_a_run_whose_last_checkpoint_is_torn_is_not_continued(finished, cache, t
     assert json.loads((only_run(tmp_path) / "FAILED").read_text())["kind"] == "configuration"
 
 
+@pytest.mark.process
 def test_a_finished_run_is_made_again_on_request_and_the_earlier_one_kept(finished, cache, tmp_path):
     steps = ["budget.steps=3"]
     shutil.copytree(finished, tmp_path / "outputs" / "main" / finished.name)
@@ -164,6 +168,7 @@ def test_a_finished_run_is_made_again_on_request_and_the_earlier_one_kept(finish
     assert ends(tmp_path / "outputs" / "main" / ".replaced" / f"{finished.name}.2") == before
 
 
+@pytest.mark.process
 def test_an_unfinished_run_notices_an_edited_reward(unbroken, cache, tmp_path):
     """A reward whose place alone has changed is another file, and so is the same place with another content."""
     killed = at(Tracker, "log", 4, signal.SIGKILL)
@@ -192,6 +197,7 @@ def test_an_unfinished_run_notices_an_edited_reward(unbroken, cache, tmp_path):
     assert (directory.parent / ".replaced" / f"{directory.name}.1" / "checkpoints").is_dir()
 
 
+@pytest.mark.process
 def test_a_run_that_has_saved_nothing_begins_with_the_edited_reward(cache, tmp_path):
     """So a user mends the reward whose error ended the run, and gives the same command again."""
     own, file = ["reward.function=own.py:reward", "budget.steps=1"], tmp_path / "own.py"

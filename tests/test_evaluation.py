@@ -111,6 +111,7 @@ def test_an_unfinished_run_is_named_and_left_out(run, capsys):
     shutil.rmtree(other)
 
 
+@pytest.mark.process
 def test_slots_of_this_machine_evaluate_runs(run, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(__file__).rpartition("/tests/")[0])
     main([f"run={run}", "evaluate.name=slots", "hydra/launcher=local", "hydra.launcher.slots=1"])

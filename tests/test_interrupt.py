@@ -85,6 +85,7 @@ def test_a_step_is_whole_or_was_never_begun(tiny_policy, tmp_path, monkeypatch, 
         torch.set_num_threads(1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_a_signal_at_any_instant_loses_nothing(unbroken, cache, tmp_path, instant):
     module, name, call, saved = INSTANTS[instant]
@@ -104,6 +105,7 @@ def owner(cwd):
     return json.loads((only_run(cwd) / ".owner").read_text())
 
 
+@pytest.mark.process
 def test_an_interrupted_validation_does_not_cost_the_step(unbroken, cache, tmp_path):
     assert make(tmp_path, cache, RARELY, hook=at(trainer, "update", 2, signal.SIGUSR2)) == 75
     (saved,) = (only_run(tmp_path) / "checkpoints").iterdir()
@@ -116,6 +118,7 @@ def test_an_interrupted_validation_does_not_cost_the_step(unbroken, cache, tmp_p
     assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("critic", ["trunk", "separate"])
 def test_a_critic_a_reference_and_a_moving_alpha_are_resumed(cache, tmp_path, critic):
     """Stopped after the update of step 2, and so when a value model, its optimizer and alpha have moved."""
@@ -131,6 +134,7 @@ def test_a_critic_a_reference_and_a_moving_alpha_are_resumed(cache, tmp_path, cr
     assert ends(only_run(tmp_path / "broken")) == ends(only_run(tmp_path / "unbroken"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("signals", "status"),
     [
@@ -156,6 +160,7 @@ def test_sigterm_saves_and_has_the_last_word(cache, tmp_path, signals, status):
     assert not (only_run(tmp_path) / "FAILED").exists()
 
 
+@pytest.mark.process
 def test_the_handler_that_was_there_before_is_called_when_all_is_saved(cache, tmp_path):
     def hook():
         at(trainer, "update", 1, signal.SIGUSR2)()
@@ -171,6 +176,7 @@ def test_the_handler_that_was_there_before_is_called_when_all_is_saved(cache, tm
     assert json.loads((tmp_path / "requeued").read_text()) == [signal.SIGUSR2, ["step_000001"]]
 
 
+@pytest.mark.process
 def test_a_handler_that_refuses_to_requeue_fails_the_run(cache, tmp_path):
     def hook():
         at(trainer, "update", 1, signal.SIGUSR2)()
@@ -221,6 +227,7 @@ class Job:
         return submitit.helpers.DelayedSubmission(self)
 
 
+@pytest.mark.process
 def test_submitit_requeues_and_the_run_ends_like_the_unbroken_one(unbroken, cache, tmp_path):
     """What submitit starts for a job, in a fork, and again where it asks for that; test_slurm has the whole of it."""
     delayed = submitit.helpers.DelayedSubmission(Job())
@@ -237,6 +244,7 @@ def test_submitit_requeues_and_the_run_ends_like_the_unbroken_one(unbroken, cach
     assert ends(only_run(tmp_path)) == ends(unbroken)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("end", ["past", "in time", "unknown"])
 def test_checkpoints_are_made_when_the_time_is_nearly_over_and_change_nothing_else(unbroken, cache, tmp_path, end):
     told = {"past": time.time() - 1, "in time": time.time() + 9e6, "unknown": None}[end]

@@ -531,7 +531,7 @@ def test_kappa():
 
 def chosen_from(folder, limit):
     compared = group(load(folder))
-    rows = sample(compared, choose(compared, [], None, [], "after", "correct"), limit)
+    rows = sample(compared, choose(compared, {}), limit)
     return {arm: [row["place"] for row in rows if row["arm"] == arm] for arm in compared.arms}
 
 
@@ -627,16 +627,18 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
 
     def script(request):
         if len(server.requests) > 8:
-            signal.raise_signal(signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # which waits for a reply
             released.wait(60)
         return fair(request)
 
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind "&"
     with serving(script) as server:
         try:
             with pytest.raises(KeyboardInterrupt):
                 run(arms, server, "--limit", 8, "--concurrency", 1)
         finally:
             released.set()
+            signal.signal(signal.SIGINT, earlier)
     rows, summary = files(arms)
     assert summary["judged"] == len(rows) == 8
     assert all(row["error"] is None for row in rows)
@@ -695,6 +697,7 @@ def language_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.process
 def test_a_real_server_of_the_protocol(arms, language_model, tmp_path):
     """Scores are read; a pair has no winner in the one reply that this judge knows, and counts as failed."""
     with socket.socket() as free:

@@ -235,6 +235,7 @@ def test_the_plan_tells_what_became_of_each_run(tmp_path):
         run.directory.mkdir(parents=True)
         for name in files.split():
             (run.directory / name).write_text("{}")
+    (planned[2].directory / "inputs.json").write_text('{"code": "that of another day"}')
     assert [run.state for run in make_plan(jobs)] == ["resume", "failed", "changed", "new", "resume"]
     assert make_plan([[*jobs[2], "rerun=changed"]])[0].state == "again"
     for run, job in zip(planned, jobs, strict=True):

@@ -26,7 +26,7 @@ from pspo.dataset import Problem, Prompt, render
 from pspo.host import hub
 from pspo.model import source, tiny, warm_start
 from pspo.model.batch import make_batch
-from pspo.model.config import LoraConfig
+from pspo.model.config import LoraConfig, WarmStart
 from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
 from pspo.model.policy import can_share
 from pspo.rollout import OwnSampler, RolloutConfig
@@ -35,9 +35,7 @@ CPU = torch.device("cpu")
 ARCHITECTURE = tiny.Architecture(
     vocab_size=200, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
 )
-WARM_START = warm_start.WarmStart(
-    worked_steps=3, mixed_steps=2, worked_share=0.25, batch_size=4, num_problems=32, lr=2e-3
-)
+WARM_START = WarmStart(worked_steps=3, mixed_steps=2, worked_share=0.25, batch_size=4, num_problems=32, lr=2e-3)
 
 
 def configured(path=None, **changes):

@@ -169,6 +169,7 @@ def test_the_guard_of_these_tests_sees_a_network_that_is_asked(node, tmp_path):
     assert "NETWORK pspo.invalid" in call(tmp_path, "asks").stderr
 
 
+@pytest.mark.process
 def test_the_embedded_policy_of_a_seed_is_made_for_the_jobs(node, tmp_path):
     config = compose([*SMALL, "seed=1"])
     load(config)

@@ -159,10 +159,11 @@ def test_a_template_that_prints_the_date_prints_the_given_one():
     assert text_of(nested, datetime.date(2031, 2, 3)) == "3.2.31, Monday, 00:00"
 
 
-@pytest.mark.parametrize(
-    "before", ["", "\n", "\n\n", "  ", "  {% if true %} x{% endif %}\n", "{# note #}\n", "{{ '' }}\n"]
-)
-@pytest.mark.parametrize("form", ["%Y-%m-%d", "%A, %d. %B %y", "%a %b %-d %j %U %W %G-%V-%u %w %x", "day"])
+BEFORE = ["\n", "\n\n", "  ", "  {% if true %} x{% endif %}\n", "{# note #}\n", "{{ '' }}\n"]
+FORMS = ["%Y-%m-%d", "%A, %d. %B %y", "%a %b %-d %j %U %W %G-%V-%u %w %x", "day"]
+
+
+@pytest.mark.parametrize(("before", "form"), [("", form) for form in FORMS] + [(text, FORMS[0]) for text in BEFORE])
 def test_a_given_date_changes_nothing_else(before, form):
     template = before + "{{ strftime_now('" + form + "') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     days, free = [datetime.date.today()], text_of(template, None)
@@ -236,6 +237,7 @@ def test_a_run_refuses_a_template_before_anything_is_loaded_or_written(folder, t
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.process
 def test_all_runs_of_a_group_print_the_day_of_the_first(folder, tmp_path, cache):
     """The first run, the same one resumed and another arm, each on a day of its own."""
     runs = tmp_path / "runs"

@@ -84,6 +84,7 @@ def test_no_run_at_all_is_an_error(tmp_path):
         load([])
 
 
+@pytest.mark.process
 def test_the_notebook_runs(tmp_path, monkeypatch):
     for seed in (0, 1):
         for name, correct in {"noclip": [1, 0, 0, 1], "clip": [1, 0, 1, 1]}.items():

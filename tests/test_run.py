@@ -18,7 +18,7 @@ from pspo import checkpoint, report, trainer
 from pspo.report import meaning
 from pspo.run import evaluation
 from pspo.run.earlier import run_directory
-from pspo.sync import Outcome, sync
+from pspo.sync import sync
 from pspo.tracker import Tracker
 from tests.wandb_server import serving
 
@@ -111,6 +111,7 @@ INSTANTS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_a_run_killed_after_any_step_ends_like_the_unbroken_one(unbroken, cache, tmp_path, instant):
     place, name, call = INSTANTS[instant]
@@ -123,6 +124,7 @@ def test_a_run_killed_after_any_step_ends_like_the_unbroken_one(unbroken, cache,
     assert fingerprint(only_run(tmp_path)) == fingerprint(unbroken)
 
 
+@pytest.mark.process
 def test_a_run_that_was_told_to_stop_was_not_killed(cache, tmp_path):
     assert make(tmp_path, cache, hook=at(trainer, "update", 1, signal.SIGTERM)) == 143
     assert make(tmp_path, cache) == 0, output_of(tmp_path)
@@ -130,6 +132,7 @@ def test_a_run_that_was_told_to_stop_was_not_killed(cache, tmp_path):
     assert "killed" not in log_of(tmp_path)
 
 
+@pytest.mark.process
 def test_lost_answers_of_the_initial_weights_are_given_again_by_those(unbroken, cache, tmp_path):
     assert make(tmp_path, cache, hook=at(checkpoint, "prune", 4, signal.SIGKILL)) == -signal.SIGKILL
     answers = only_run(tmp_path) / "evaluation" / "before" / "greedy" / "embedded_t0.jsonl"
@@ -140,6 +143,7 @@ def test_lost_answers_of_the_initial_weights_are_given_again_by_those(unbroken, 
     assert fingerprint(only_run(tmp_path)) == fingerprint(unbroken)
 
 
+@pytest.mark.process
 def test_answers_of_weights_that_were_lost_are_given_again(unbroken, cache, tmp_path):
     """The last checkpoint is torn, so that the last step is made again, on a GPU with other bits."""
     assert make(tmp_path, cache, hook=at(report, "write_report", 1, signal.SIGKILL)) == -signal.SIGKILL
@@ -158,6 +162,7 @@ def test_seeds_and_batching_make_other_runs_of_the_same_name_rule():
         assert run_directory(composed(*SMALL, other), []).name[-8:] != run_directory(base, []).name[-8:]
 
 
+@pytest.mark.process
 def test_a_second_process_in_one_directory_is_refused(cache, tmp_path):
     long = ["budget.steps=500", "checkpoint.every=500"]
     first = fork(tmp_path, cache, long)
@@ -172,6 +177,7 @@ def test_a_second_process_in_one_directory_is_refused(cache, tmp_path):
         wait(first)
 
 
+@pytest.mark.process
 def test_wandb_gets_the_same_numbers_online_and_later(cache, tmp_path):
     with serving() as server:
         for name, mode in {"online": "online", "later": "offline"}.items():
@@ -179,13 +185,14 @@ def test_wandb_gets_the_same_numbers_online_and_later(cache, tmp_path):
             assert make(tmp_path / name, cache, overrides, environment=environment) == 0, output_of(tmp_path / name)
             directory = only_run(tmp_path / name)
             if mode == "offline":
-                assert sync(directory.parent) == [Outcome(directory.name, 3, "")]
+                assert list(sync(directory.parent)) == [(directory.name, 3, "")]
             assert [row["step"] for row in rows_of(directory)] == server.steps(directory) == [0, 1, 2]
             assert [row["reward/mean"] for row in rows_of(directory)[1:]] == [
                 row["reward/mean"] for row in server.history(directory)[1:]
             ]
 
 
+@pytest.mark.process
 def test_selection_best_keeps_the_weights_of_the_best_validation(cache, tmp_path):
     assert make(tmp_path, cache, ["selection=best"]) == 0, output_of(tmp_path)
     rewards = {
@@ -196,6 +203,7 @@ def test_selection_best_keeps_the_weights_of_the_best_validation(cache, tmp_path
     assert summary_of(only_run(tmp_path))["selected_step"] == max(rewards, key=lambda step: (rewards[step], -step))
 
 
+@pytest.mark.process
 def test_zero_steps_evaluate_only(cache, tmp_path):
     assert make(tmp_path, cache, ["budget.steps=0"], drawn=True) == 0, output_of(tmp_path)
     assert list(summary_of(only_run(tmp_path))["evaluation"]["embedded"]) == ["after"]
@@ -205,6 +213,7 @@ def test_zero_steps_evaluate_only(cache, tmp_path):
     assert "→" not in (only_run(tmp_path) / "report.html").read_text()
 
 
+@pytest.mark.process
 def test_multirun_is_a_matched_comparison(cache, tmp_path):
     arms = command("-m", *SMALL, "objective=noclip,clip", "budget.steps=1")
     assert make(tmp_path, cache, work=arms) == 0, output_of(tmp_path)
@@ -222,6 +231,7 @@ def test_every_job_of_a_multirun_is_checked_before_the_first_starts(cache, tmp_p
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason=f"no real data in {DATA}; set PSPO_DATA")
 def test_real_gsm8k_with_the_tiny_architecture(cache, tmp_path):
     """The first problems of each file; those whose prompt is too long for so small a tokenizer are dropped."""

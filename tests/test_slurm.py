@@ -16,7 +16,7 @@ from pspo.host import slurm
 from pspo.launcher import configure, make_plan
 from pspo.status.__main__ import cancel, retry
 from pspo.status.state import collect
-from pspo.sync import Outcome, sync
+from pspo.sync import sync
 from tests.cluster import alive, cluster, wait_for  # noqa: F401
 from tests.forked import SMALL, fingerprint, only_run
 from tests.test_run import start
@@ -122,7 +122,7 @@ def lasting(directory):
 def assert_unbroken(directory, unbroken):
     assert lasting(directory) == lasting(unbroken)
     with serving() as server:
-        assert sync(directory.parent) == [Outcome(directory.name, STEPS + 1, "")]
+        assert list(sync(directory.parent)) == [(directory.name, STEPS + 1, "")]
         assert server.steps(directory) == list(range(STEPS + 1))
 
 

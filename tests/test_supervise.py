@@ -149,6 +149,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.process
 def test_a_killed_run_resumes_to_the_bytes_of_an_unbroken_one(place):
     def make(folder, hook=None):
         config = settings(place, f"output_dir={place / folder}")

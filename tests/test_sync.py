@@ -35,6 +35,7 @@ def synced(group):
     return list(sync.sync(group))
 
 
+@pytest.mark.process
 def test_offline_runs_arrive_whole_and_once(run, server, offline):  # noqa: F811
     other = make_run(run.with_name("b"))
     for directory, steps in ((run, range(6)), (other, range(3))):

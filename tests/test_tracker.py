@@ -199,6 +199,7 @@ def finish(run):
     assert [row["step"] for row in rows(run)] == list(range(last + 3))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("arrived", [0, 2, 4])
 def test_kills_online_leave_neither_gap_nor_double_step(run, server, arrived, monkeypatch):
     """Killed twice: when all is logged and when the server has so many rows of the attempt."""
@@ -217,6 +218,7 @@ def test_kills_online_leave_neither_gap_nor_double_step(run, server, arrived, mo
     assert len(server.lines) == 1
 
 
+@pytest.mark.process
 def test_a_kill_that_wandbs_own_process_survives(run, server):
     attempt(run, lambda: (run / "logged").exists() and (run / "wandb.json").exists(), whole_group=False)
     finish(run)
@@ -267,6 +269,7 @@ def services():
     return [int(pid) for pid in pids if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()]
 
 
+@pytest.mark.process
 def test_a_killed_service_costs_one_warning_and_the_next_run_gets_a_new_one(run, server, warnings):
     tracker = open_tracker(run, WANDB)
     wait_for(lambda: server.told, "the start of W&B's service")

@@ -177,6 +177,7 @@ def test_a_grading_process_that_is_gone_is_told_and_another_takes_its_place():
     assert grade(("#### \\frac12\\pi", "\\frac{\\pi}{2}"))[0].correct
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"])
 def test_a_grading_process_ends_with_the_process_that_it_grades_for(end):
     code = f"import os\nfrom pspo.reward import verify\nprint(verify.compare([('x', 'x')], 600))\n{end}"
