@@ -85,7 +85,7 @@ def submit(overrides, **keys):
     (run,) = make_plan([overrides])
     launcher(**keys).launch([run])
     group = collect(run.directory.parent)
-    return group.task(run.directory.name).job_id, run.directory
+    return group.tasks[run.directory.name].job_id, run.directory
 
 
 def rows(directory):
