@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--alone", choices=["ours", "plain", "trl"], help="print peak and seconds of one and leave")
     asked = parser.parse_args()
-    environment.settle(environment.choose_threads(asked.threads))
+    torch.set_num_threads(environment.choose_threads(asked.threads))
     rows, device = ROWS // 8 if asked.small else ROWS, torch.device("cpu")
     if asked.alone:
         work = make_pass(asked.alone, rows)

@@ -98,7 +98,7 @@ def make_trainer(overrides: Sequence[str], directory: Path, shape: dict[str, int
     """A trainer of the composed run, at its start; a random model's completions are worth 0 and 1 in turns."""
     config = compose(["tracker=jsonl", *overrides])
     device = environment.choose_device(config.device)
-    environment.settle(environment.choose_threads(config.threads))
+    torch.set_num_threads(environment.choose_threads(config.threads))
     policy = random_policy(config, shape, device) if shape else model.load(config.model, config.seed, device)
     problems = dataset.load(config.dataset, config.seed)
     prompts, held_out = (

@@ -44,7 +44,7 @@ def load(config: Config) -> str:
     splits = {"train": problems.train, "validation": problems.validation} | evaluation.problems(config, problems)
     threads = environment.choose_threads(config.threads)
     if config.model.made_here:
-        environment.settle(threads)
+        torch.set_num_threads(threads)
         model.load(config.model, config.seed, torch.device("cpu"))
         policy = f"the embedded policy of seed {config.seed} for jobs with {threads} CPU threads"
     else:

@@ -1,6 +1,5 @@
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,29 +21,6 @@ def test_threads_are_as_configured_else_slurms_else_those_allowed(monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
     assert environment.choose_threads(None) == 7
     assert environment.choose_threads(3) == 3
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
-def test_freed_memory_is_kept_for_the_next_step():
-    """Page faults of tensors that come and go: one for every page where the memory is given back."""
-    code = """
-import resource, torch
-from pspo.host import environment
-environment.settle(1)
-def work():
-    several = [torch.ones(5 * 2**20) for _ in range(5)]  # 100 MiB
-for _ in range(5):
-    work()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    work()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.get_num_threads())
-"""
-    for _ in range(3):  # left to itself, the library gives it back in every other process
-        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        faults, threads = map(int, made.stdout.split())
-        assert threads == 1
-        assert faults < 100
 
 
 def test_a_gpu_asked_for_and_absent_is_told(monkeypatch):

@@ -1,7 +1,6 @@
 """Where a run runs: threads, device, versions and the code's commit, recorded beside its results."""
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -31,18 +30,6 @@ def processors() -> list[int]:
 def choose_threads(configured: int | None) -> int:
     """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
     return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or len(processors()))
-
-
-def settle(threads: int) -> None:
-    """Set the number of CPU threads, and let glibc keep freed memory for the next step, which needs as much again.
-
-    The kernel would clear blocks that are returned to it: a twentieth of a tiny policy's step.
-    """
-    torch.set_num_threads(threads)
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # malloc.h's M_MMAP_THRESHOLD
-        mallopt(-1, 2**28)  # M_TRIM_THRESHOLD
 
 
 def choose_device(configured: str) -> torch.device:

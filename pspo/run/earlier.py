@@ -136,7 +136,7 @@ def begin(config: Config, directory: Path, overrides: Sequence[str], device: tor
         log.warning("since the run's last process, %s", difference)
     write_text(directory / "config.yaml", OmegaConf.to_yaml(as_dict(config)))
     write_text(directory / "overrides.yaml", OmegaConf.to_yaml(list(overrides)))
-    environment.settle(threads)
+    torch.set_num_threads(threads)
     checkpoint.seed_global_generators(config.seed)
     log.info("%s on %s with %d CPU threads", directory, device, threads)
 

@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from pspo import checkpoint, dataset, model
@@ -198,7 +199,7 @@ class Evaluation:
             write_text(self.run / "DONE", environment.code_digest() + "\n")
         with at_work(directory) as owner:
             (directory / "DONE").unlink(missing_ok=True)
-            environment.settle(environment.choose_threads(config.threads))
+            torch.set_num_threads(environment.choose_threads(config.threads))
             checkpoint.seed_global_generators(config.seed)
             Phase("loading the model")
             policy = model.load(config.model, config.seed, device)
