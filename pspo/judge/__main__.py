@@ -82,8 +82,8 @@ def judge(arguments: argparse.Namespace) -> None:
     folder = Path(compared.runs.index[0]).parent / "judge" / re.sub(r"[^\w.+-]+", "-", name).lstrip(".")
     with lock.hold(folder):
         server = Judge(arguments.base_url, folder / "replies.jsonl")
-        num_cached = len(requests.keys() & server.replies.keys())
-        log.info("%d questions, %d of them answered by the cache", len(requests), num_cached)
+        num_cached, text = len(requests.keys() & server.replies.keys()), "%d questions in %d requests, %d in the cache"
+        log.info(text, len(questions), len(requests), num_cached)
         try:
             asyncio.run(server.ask(requests, arguments.concurrency))
         finally:
