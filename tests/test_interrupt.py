@@ -35,7 +35,7 @@ INSTANTS = {
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_a_step_is_whole_or_was_never_begun(tiny_policy, tmp_path, monkeypatch, threads):
     """A signal at each poll of a run in turn, also inside of an update: the end is that of an unbroken run."""
     overrides = ["budget.steps=2", "checkpoint.every=100", "update.num_epochs=1", "rollout.prompts=2"]

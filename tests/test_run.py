@@ -96,6 +96,7 @@ def test_a_finished_run_is_not_run_twice(commanded, cache, tmp_path):
     assert "since that run began, code changed" in output_of(tmp_path)
 
 
+@pytest.mark.process
 def test_two_runs_of_one_configuration_have_the_same_bytes(commanded, cache, tmp_path):
     assert make(tmp_path, cache, drawn=True) == 0, output_of(tmp_path)
     assert fingerprint(only_run(tmp_path)) == fingerprint(commanded[0])

@@ -568,6 +568,7 @@ def probe(policy, objective, advantage, lr=1e-2, **loss):
 GROUP = Group(name="group", ddof=1, eps=1e-4)
 
 
+@pytest.mark.process
 @every
 def test_learns_a_first_token(tiny_policy, objective):
     # A first update that doubles a ratio puts it far outside of cfpo's band, where w = r (1 − (r − 1) / 0.2) pulls back
@@ -575,6 +576,7 @@ def test_learns_a_first_token(tiny_policy, objective):
     probe(tiny_policy(), objective, GROUP, lr=1e-3 if objective.name == "cfpo" else 1e-2)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("objective", "choice"),
     [
