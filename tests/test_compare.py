@@ -258,6 +258,7 @@ def test_a_mistake_is_one_sentence(outputs, monkeypatch, capsys, arguments, word
     assert words in shown
 
 
+@pytest.mark.process
 def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path, monkeypatch, capsys):
     for seed in (0, 1):
         write_run(tmp_path / "paper", ["experiment=paper_qwen0_5b_clip"], seed, answers(seed))

@@ -33,6 +33,7 @@ INJECTION = (
 @pytest.fixture(autouse=True)
 def no_long_retries(monkeypatch):
     monkeypatch.setattr("pspo.judge.__main__.MAX_RETRIES", 1)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @functools.cache

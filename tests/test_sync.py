@@ -53,6 +53,7 @@ def test_offline_runs_arrive_whole_and_once(run, server, offline):  # noqa: F811
     assert synced(run.parent) == []
 
 
+@pytest.mark.process
 def test_a_requeued_run_is_sent_piece_by_piece_up_to_its_newest_checkpoint(run, server, offline):  # noqa: F811
     record(run, 0, 1, 2, 3)
     assert synced(run.parent) == []  # no checkpoint: the next attempt begins anew

@@ -309,6 +309,7 @@ def test_what_hinders_wandb_costs_one_warning(run, server, warnings, monkeypatch
     assert [row["step"] for row in rows(run)] == [1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("silent", ["RunResumeStatus", "file_stream"])
 def test_a_silent_server_holds_up_nobody(run, server, warnings, monkeypatch, silent):
     """The bound is on the waiting in ``close``, measured against a server that would hold it for ever."""
