@@ -70,7 +70,7 @@ GPU = (
     "rollout.max_rows=256", "rollout.temperature=1.0", "rollout.top_p=1.0",
 )  # fmt: skip
 PRESETS = {
-    "tiny": Preset(("device=cpu",), step="≥ 5", floor="≤ 4"),
+    "tiny": Preset(("device=cpu",)),
     "vocab": Preset(("device=cpu", *SMALL), VOCAB),
     "smollm2": Preset(SMOLLM2, step="≥ 4", floor="≤ 3.3"),
     "qwen0_5b": Preset(("model=qwen0_5b", *GPU), _shape(896, 4864, 24, 14, 2), 64, "≥ 10", "≥ 10"),
