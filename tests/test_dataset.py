@@ -188,6 +188,20 @@ def test_asdiv_golds():
 
 
 @real
+def test_asdiv_split_is_fixed_and_holds_every_problem_once():
+    whole = dataset.load(config("asdiv", path=str(DATA / "asdiv")), seed=0).test["asdiv"]
+    one, other = (dataset.load(config("asdiv_split", path=str(DATA / "asdiv")), seed=seed) for seed in (0, 1))
+    test = one.test["asdiv_split"]
+    train, questions = [*one.train, *one.validation], {problem.question for problem in test}
+    assert len(test) == 696
+    assert test == other.test["asdiv_split"]  # whatever the seed
+    assert questions.isdisjoint(problem.question for problem in train)
+    assert questions | {problem.question for problem in train} == {problem.question for problem in whole}
+    assert train[0].solution.endswith(f"#### {train[0].answer}")
+    assert test[0].solution == f"{test[0].solution.splitlines()[0]}\n#### {test[0].answer}"
+
+
+@real
 def test_math500_is_a_test_set_and_its_golds_stand_in_boxes():
     made = config("math500", path=str(DATA / "math500"))
     splits = dataset.load(made, seed=0)
@@ -267,6 +281,22 @@ def test_asdiv_as_downloaded_is_a_test_set(tmp_path):
     assert splits == dataset.Splits([], [], {"asdiv": [problem]})
     with pytest.raises(ConfigError, match="dataset=asdiv is a test set: train on dataset=gsm8k"):
         dataset.check(config("asdiv"), training=True)
+
+
+def test_asdiv_split_trains_on_the_downloaded_set_by_the_hash_of_each_question(tmp_path):
+    row = {"body": "2 cats.", "solution_type": "x", "answer": "4 (eyes)", "formula": "2*2=4"}
+    rows = [row | {"question": question} for question in "Eyes? Paws? Ears? Tails? Legs? Toes? Noses?".split()]
+    write(tmp_path / "asdiv" / "validation-00000-of-00001.parquet", *rows)
+    splits = dataset.load(config("asdiv_split", path=str(tmp_path), num_validation=0), seed=0)
+    share = {row["question"]: hash_share(f"{row['body']} {row['question']}") for row in rows}
+    assert {p.question.split()[-1] for p in splits.test["asdiv_split"]} == {q for q, s in share.items() if s < 0.3}
+    assert {p.question.split()[-1] for p in splits.train} == {q for q, s in share.items() if s >= 0.3}
+    assert splits.train[0].solution == "2*2=4\n#### 4"
+    dataset.check(config("asdiv_split"), training=True)
+
+
+def hash_share(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
 
 
 def test_math_trains_on_the_training_problems_only(tmp_path, caplog):

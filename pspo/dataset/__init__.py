@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 class DatasetConfig(Schema, block="dataset"):
     """Which problems, and what a prompt looks like."""
 
-    name: Literal["embedded", "gsm8k", "svamp", "asdiv", "math500", "math", "jsonl"] = key("the data set")
+    name: Literal["embedded", "gsm8k", "svamp", "asdiv", "asdiv_split", "math500", "math", "jsonl"] = key(
+        "the data set"
+    )
     path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null", path=True)
     system_prompt: str = key("the system message before each question; empty for none")
     prompt: str | None = key(

@@ -1,6 +1,7 @@
 """The real data sets: the repository, the files and the rows of each; JSON, JSON lines, Parquet, Arrow and XML."""
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -64,6 +65,7 @@ class Source:
     whole: str = ""  # the authors' one file with the entire set
     lone: str = "test"  # the split of the file ``whole``, and of a file whose name is not that of a split
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # theirs -> ours
+    test_share: float = 0.0  # of the test split's problems, by the hash of the question, that stay there; others train
 
     def find(self, path: Path) -> dict[str, list[Path]]:
         """The files of each split, by our names, under ``path``, a file or a folder. Raises ConfigError.
@@ -85,6 +87,8 @@ class Source:
             for file, split in splits.items():
                 if split in self.splits and file.suffix in READERS and file.is_file():
                     files.setdefault(self.splits[split], []).append(file)
+        if self.test_share and "test" in files:
+            files["train"] = files["test"]
         if not files:
             wanted = " or ".join([self.whole, *self.splits] if self.whole else self.splits)
             raise ConfigError(
@@ -118,6 +122,12 @@ def asdiv(row: Row) -> Problem:
     return Problem("", f"{row.text('body')} {row.text('question')}", answer)
 
 
+def asdiv_split(row: Row) -> Problem:
+    """As ``asdiv``, with the set's formula, ``7+2=9``, as the working."""
+    problem = asdiv(row)
+    return replace(problem, solution=worked(problem.answer, row.text("formula")))
+
+
 def math500(row: Row) -> Problem:
     """The gold answer is LaTeX, as given."""
     answer = row.scalar("answer")
@@ -149,11 +159,16 @@ MATH = Source("math", hendrycks, "problem solution", "EleutherAI/hendrycks_math"
 ASDIV = Source(
     "asdiv", asdiv, "body question answer", "EleutherAI/asdiv", whole="ASDiv.xml", splits={"validation": "test"} | TEST
 )
+ASDIV_SPLIT = replace(
+    ASDIV, name="asdiv_split", parse=asdiv_split, columns=f"{ASDIV.columns} formula", splits=ASDIV.splits | TRAIN,
+    test_share=0.3,
+)  # fmt: skip
 JSONL = Source("jsonl", jsonl, "question prompt answer solution id", lone="train", splits=TRAIN | VALIDATION | TEST)
 SETS = {
     "gsm8k": [Source("gsm8k", gsm8k, "question answer", "openai/gsm8k", subset="main")],
     "svamp": [Source("svamp", svamp, "Body Question Answer ID", "ChilleD/SVAMP", whole="SVAMP.json")],
     "asdiv": [ASDIV],
+    "asdiv_split": [ASDIV_SPLIT],  # of experiment=smollm2 alone: in the paper all of ASDiv is a test set
     "math500": [MATH500],
     "math": [MATH, MATH500],  # 7500 official training problems; MATH-500 was drawn from the official test problems
     "jsonl": [JSONL],
@@ -182,6 +197,8 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     for row in (row for path in paths for row in _rows(path)):
         problem = source.parse(row)
         name = problem.id or str(len(problems))
+        if source.test_share and (_fraction(problem.question) < source.test_share) != (split == "test"):
+            continue
         if name in problems:
             raise row.error(f"id {name} stands here for the second time; ids must be unique")
         extra = {column: value for column, value in row.fields.items() if column not in source.columns.split()}
@@ -189,6 +206,11 @@ def read(source: Source, split: str, paths: list[Path]) -> list[Problem]:
     if not problems:
         raise ConfigError(f"{paths[0]} has no rows; put at least one there, or remove it")
     return list(problems.values())
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone, evenly spread over texts."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 def _split(relative: Path) -> str:
