@@ -32,7 +32,8 @@ browser: $(VENV)/.installed  ## the pages in a headless Chromium (on Debian, as 
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
 # PyTorch's vector kernels differ in the last bits; avx512 only where the processor has it.
-NUMERICAL := advantage batch collect critic diagnostics draw guard logprob loss model objective optimizer rollout rows smoothing update
+NUMERICAL := advantage batch collect critic diagnostics draw guard logprob loss model objective objective_picture optimizer rollout \
+	rows smoothing supervise trainer update
 CAPABILITIES := default avx2 $(shell grep -qm1 avx512f /proc/cpuinfo 2>/dev/null && echo avx512)
 capabilities: $(VENV)/.installed  ## the numerical tests under each of PyTorch's vector kernels
 	for kernels in $(CAPABILITIES); do echo "ATEN_CPU_CAPABILITY=$$kernels"; \

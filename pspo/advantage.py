@@ -17,7 +17,7 @@ from pspo.model import Policy
 from pspo.model.batch import Batch, scatter
 from pspo.model.logprob import autocast_to_bfloat16, predicting_states
 
-Rows = list[list[float]]
+TokenNumbers = list[list[float]]
 """One list for each completion, one number for each of its tokens."""
 
 
@@ -30,7 +30,9 @@ class Advantage(Schema, ABC, block="advantage"):
     """Whether the estimate differs between the tokens of a completion, and needs a value model."""
 
     @abstractmethod
-    def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
+    def estimate(
+        self, reward_PG: Tensor, lengths: Sequence[int], values: TokenNumbers | None = None
+    ) -> tuple[TokenNumbers, TokenNumbers]:
         """Rewards (P, G) -> advantages of every completion's tokens, and the returns that a value model is fitted to.
 
         ``lengths`` are the P·G completions' tokens, ``values`` V of each token where ``per_token``.
@@ -40,7 +42,9 @@ class Advantage(Schema, ABC, block="advantage"):
 class GroupRelative(Advantage):
     """One advantage for a whole completion, exactly 0 where all rewards of its group are equal; no returns."""
 
-    def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
+    def estimate(
+        self, reward_PG: Tensor, lengths: Sequence[int], values: TokenNumbers | None = None
+    ) -> tuple[TokenNumbers, TokenNumbers]:
         advantages = self(reward_PG).flatten().tolist()
         return [[a] * length for a, length in zip(advantages, lengths, strict=True)], []
 
@@ -95,7 +99,9 @@ class GAE(Advantage):
     value_weight: float = key("weight of the value loss", within="(0, inf)")
     value_clip: float | None = key("how far a value may move in a step; null for no bound", within="(0, inf)")
 
-    def estimate(self, reward_PG: Tensor, lengths: Sequence[int], values: Rows | None = None) -> tuple[Rows, Rows]:
+    def estimate(
+        self, reward_PG: Tensor, lengths: Sequence[int], values: TokenNumbers | None = None
+    ) -> tuple[TokenNumbers, TokenNumbers]:
         assert values is not None
         advantages = []
         for reward, value in zip(reward_PG.flatten().tolist(), values, strict=True):

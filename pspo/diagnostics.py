@@ -104,7 +104,7 @@ def update_norm(before: Sequence[Tensor], parameters: Sequence[Tensor]) -> float
     return math.sqrt(share * float(torch.stack(moved).sum()))
 
 
-def compare(
+def counterfactual(
     gradient_of: Callable[[Objective], Tensor], active: Objective, others: Sequence[Objective]
 ) -> dict[str, float]:
     """Norms of the other objectives' gradients on the same batch and policy, and their cosines with the active one."""

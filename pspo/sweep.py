@@ -34,14 +34,14 @@ class SweepFile(Schema):
     lists: dict[str, Any] = key("keys with their values, of which the product is taken")
 
 
-class Job(NamedTuple):
+class SweepJob(NamedTuple):
     """The overrides of one run of a sweep and, by factor, its arms."""
 
     overrides: list[str]
     arm: Mapping[str, str]
 
 
-def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> list[Job]:
+def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> list[SweepJob]:
     """The jobs of a file, if any, under the command line's overrides, which replace the file's common ones and lists.
 
     Raises ConfigError.
@@ -49,7 +49,7 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     parser = OverridesParser.create(config_loader=loader)
     typed = dict(_values(parser, argument, "the command line") for argument in arguments)
     if file is None:
-        return [Job(list(job), {}) for job in itertools.product(*typed.values())]
+        return [SweepJob(list(job), {}) for job in itertools.product(*typed.values())]
     sweep = load(file)
     common = {"group": [f"group={sweep.group}"]} | _single(parser, sweep.common, f"{file}: common")
     lists: dict[str, list[str]] = {}
@@ -68,11 +68,11 @@ def expand(file: str | None, arguments: Sequence[str], loader: Any = None) -> li
     for arms in itertools.product(*(table.items() for table in factors.values())):
         arm = dict(zip(factors, (name for name, _ in arms), strict=True))
         overrides = common | {name: texts for _, own in arms for name, texts in own.items()} | lists | typed
-        jobs += [Job(list(job), arm) for job in itertools.product(*overrides.values())]
+        jobs += [SweepJob(list(job), arm) for job in itertools.product(*overrides.values())]
     return jobs
 
 
-def plan(file: str | None, jobs: Sequence[Job]) -> list[Planned]:
+def plan(file: str | None, jobs: Sequence[SweepJob]) -> list[Planned]:
     """Every job composed and checked, with its directory and its state. Raises ConfigError."""
     try:
         return make_plan([job.overrides for job in jobs], [job.arm for job in jobs])

@@ -29,12 +29,12 @@ from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
 
 SHOWN = {"reward": "reward/mean", "KL(old‖new)": "policy/kl_old_new_k3", "loss": "supervise/train_loss"}
-"""Metrics of a step beside the progress of the training, by their word there."""
+"""Word in the line of the phase "training" -> the metric of the last step that the line shows."""
 
 
 @dataclass
 class State:
-    """The counters that a checkpoint holds beside weights and optimizer, and that influence later steps."""
+    """The counters that influence later steps; a checkpoint holds them with the weights and the optimizer."""
 
     progress: Progress = field(default_factory=Progress)
     warmup_fraction: float = 0.0
@@ -62,11 +62,10 @@ class Trainer:
         config, rollout = self.config, self.config.rollout
         self.sampler: Sampler = OwnSampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
+        max_norm, reference = config.optimizer.max_grad_norm, self.policy.frozen() if config.loss.kl != "none" else None
         self.learner = Learner(
-            self.policy, self.critic, config.objective, config.loss, rollout, config.update,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            reference=self.policy.frozen() if config.loss.kl != "none" else None,
-        )  # fmt: skip
+            self.policy, self.critic, config.objective, config.loss, rollout, config.update, max_norm, reference
+        )
         groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
         if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
             groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
@@ -113,10 +112,8 @@ class Trainer:
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.sampler.refresh(self.policy)
-        completions = collect(
-            self.sampler, self.train, self.reward, config.rollout,
-            seed=config.seed, step=progress.steps + 1, start=progress.prompts,
-        )  # fmt: skip
+        step, start = progress.steps + 1, progress.prompts
+        completions = collect(self.sampler, self.train, self.reward, config.rollout, config.seed, step, start)
         rollout_s = time.perf_counter() - begun
         with interrupt.deferred():
             metrics = self._learn(completions)
@@ -144,11 +141,10 @@ class Trainer:
         learning_rates, state.warmup_fraction = config.optimizer.rates(
             progress.optimizer_steps, config.update.steps, spent_before, spent, state.warmup_fraction
         )
+        random, failure = generator(config.seed, Stream.MINIBATCH, number), f"failed_step_{number:06d}.pt"
         progress.optimizer_steps += update(
-            learner, self.optimizer, rows, learning_rates=learning_rates,
-            random=generator(config.seed, Stream.MINIBATCH, number), statistics=statistics, record=record,
-            failure=self.directory / f"failed_step_{number:06d}.pt",
-        )  # fmt: skip
+            learner, self.optimizer, rows, learning_rates, random, statistics, self.directory / failure, record
+        )
         self.check_owner()
         for completion in completions[: config.rollout.group_size]:
             self.files["completions"].append({"step": number} | completion_row(completion))

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ def test_no_module_imports_itself_over_others():
 
     for name in arrows:
         visit(name)
+
+
+def test_a_name_of_a_class_has_one_meaning():
+    """In the whole package: a second ``Row`` or ``Score`` is how a reader gets lost."""
+    nodes = (node for path in MODULES for node in ast.parse(path.read_text()).body)
+    assert [name for name, n in Counter(n.name for n in nodes if isinstance(n, ast.ClassDef)).items() if n > 1] == []
 
 
 def test_one_word_per_concern():

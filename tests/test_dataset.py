@@ -17,7 +17,7 @@ from pspo import dataset
 from pspo.base.schema import ConfigError, build
 from pspo.dataset import embedded, sources
 from pspo.dataset.problem import Problem, boxed, worked
-from pspo.dataset.sources import Row
+from pspo.dataset.sources import RawRow
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("PSPO_DATA", ROOT.parent / "shared" / "data"))
@@ -333,13 +333,13 @@ def test_math_trains_on_the_training_problems_only(tmp_path, caplog):
     ],
 )
 def test_the_answer_of_a_solution_of_math(text, answer):
-    assert sources.hendrycks(Row({"problem": "x", "solution": text}, "line 1")).answer == answer
+    assert sources.hendrycks(RawRow({"problem": "x", "solution": text}, "line 1")).answer == answer
 
 
 @pytest.mark.parametrize("text", ["none", "\\boxed{", "\\boxed{ }"])
 def test_a_solution_of_math_without_an_answer_is_refused(text):
     with pytest.raises(ConfigError, match=r"line 1: solution must hold its answer in \\boxed"):
-        sources.hendrycks(Row({"problem": "x", "solution": text}, "line 1"))
+        sources.hendrycks(RawRow({"problem": "x", "solution": text}, "line 1"))
 
 
 @pytest.mark.parametrize("name", sorted(set(sources.SETS) - {"jsonl"}))
@@ -598,7 +598,7 @@ def test_the_columns_of_a_source_are_those_that_its_rows_are_read_by(name):
         texts = dict.fromkeys(source.columns.split(), "\\boxed{7}") | {"answer": "#### 7" if name == "gsm8k" else "7"}
         for fields in (texts, {column: text for column, text in texts.items() if column != "question"}):
             with contextlib.suppress(ConfigError):
-                source.parse(Row(Seen(fields), "line 1"))
+                source.parse(RawRow(Seen(fields), "line 1"))
         assert seen == set(source.columns.split())
 
 

@@ -25,7 +25,7 @@ from pspo.diagnostics import (
     ROWS_PER_PROBE_ROW,
     DiagnosticsConfig,
     Record,
-    compare,
+    counterfactual,
     inner_metrics,
     kl_after,
     sample_coordinates,
@@ -447,10 +447,10 @@ def test_looking_changes_nothing_in_what_is_learned(tiny_policy, objective, crit
 # --- the counterfactual probe
 
 
-def test_compare_by_hand():
+def test_counterfactual_by_hand():
     gradients = {"pspo": [3.0, 4.0], "noclip": [6.0, 8.0], "clip": [4.0, -3.0], "sapo": [0.0, 0.0]}
     objectives = {name: default_objective(name) for name in gradients}
-    found = compare(lambda o: torch.tensor(gradients[o.name]), objectives["pspo"], list(objectives.values())[1:])
+    found = counterfactual(lambda o: torch.tensor(gradients[o.name]), objectives["pspo"], list(objectives.values())[1:])
     assert math.isnan(found.pop("counterfactual/sapo_cosine"))
     assert found == pytest.approx(
         {

@@ -39,7 +39,7 @@ def test_what_was_raised_is_recorded_with_its_kind_and_raised_on(tmp_path, error
     assert list(record) == ["kind", "error", "job_id", "restart"]
     assert (record["kind"], record["job_id"], record["restart"]) == (kind, "123_4", 2)
     assert type(error).__name__ in record["error"].splitlines()[-1]
-    assert len(record["error"].splitlines()) <= failure.LAST_LINES
+    assert len(record["error"].splitlines()) <= failure.TRACEBACK_LINES
 
 
 def test_memory_that_the_cpu_refuses_is_told_as_such(tmp_path):

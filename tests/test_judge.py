@@ -22,7 +22,7 @@ from pspo.compare.arms import group
 from pspo.compare.comparison import choose
 from pspo.config import compose
 from pspo.judge.__main__ import judge, main, parse
-from pspo.judge.questions import METRICS, Pair, Score, estimate, kappa, quote, read, request, sample
+from pspo.judge.questions import METRICS, PairReply, ScoreReply, estimate, kappa, quote, read, request, sample
 from pspo.results import load
 
 INJECTION = (
@@ -252,7 +252,7 @@ def reply(text, **changes):
     ],
 )
 def test_replies_that_hold_a_score(text):
-    assert read(reply(text), Score) == (4, None)
+    assert read(reply(text), ScoreReply) == (4, None)
 
 
 @pytest.mark.parametrize(
@@ -279,14 +279,14 @@ def test_replies_that_hold_a_score(text):
     ],
 )
 def test_replies_that_are_a_failure_and_never_a_score(text):
-    verdict, failure = read(reply(text), Score)
+    verdict, failure = read(reply(text), ScoreReply)
     assert verdict is None
     assert failure.startswith("malformed reply: ")
 
 
 @hypothesis.given(st.text())
 def test_any_text_but_the_asked_object_is_a_failure(text):
-    verdict, failure = read(reply(text), Pair)
+    verdict, failure = read(reply(text), PairReply)
     assert verdict is None
     assert failure.startswith("malformed reply: ")
 
@@ -376,7 +376,7 @@ def test_a_server_error_is_retried(tmp_path):
 def test_a_server_that_keeps_silent_is_a_failure(arms, monkeypatch):
     monkeypatch.setattr("pspo.judge.__main__.TIMEOUT_S", 0.3)
     released = threading.Event()
-    with serving(lambda request: released.wait(60) and None) as server:
+    with serving(lambda request: released.wait(600) and None) as server:
         try:
             _, summary = run(arms, server, "--limit", 2)
         finally:
@@ -416,7 +416,7 @@ def test_requests_are_under_way_together_and_not_more_than_allowed(arms):
     four = threading.Barrier(4)
 
     def script(body):
-        four.wait(60)  # no reply before four requests are here
+        four.wait(600)  # no reply before four requests are here
         return fair(body)
 
     with serving(script) as server:
@@ -629,7 +629,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
     def script(request):
         if len(server.requests) > 8:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # which waits for a reply
-            released.wait(60)
+            released.wait(600)
         return fair(request)
 
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind "&"

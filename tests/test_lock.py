@@ -98,7 +98,7 @@ def test_a_living_process_is_named_and_left_alone(tmp_path, elsewhere):
 def test_the_kernel_releases_the_lock_of_a_process_that_was_killed(tmp_path, elsewhere):
     pid = held(elsewhere, tmp_path)
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         try:
             with hold(tmp_path) as mine:
@@ -175,7 +175,7 @@ def test_a_process_that_locked_just_now_is_not_taken_for_the_dead_one(tmp_path, 
 
 
 def until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -192,7 +192,7 @@ def test_of_many_that_want_to_take_over_one_does(tmp_path, elsewhere, slurm):
             try:
                 with hold(directory):
                     until(enough.exists)  # else one that comes late, on a busy machine, finds the directory free
-                    lock.check(directory, owner(directory))
+                    lock.check_owner(directory, owner(directory))
                     status = 0 if owner(directory).pid == os.getpid() else 3
             except ConfigError:
                 status = 2
@@ -207,10 +207,10 @@ def test_of_many_that_want_to_take_over_one_does(tmp_path, elsewhere, slurm):
 
 def test_whoever_was_taken_over_from_leaves_before_it_writes(tmp_path):
     with hold(tmp_path) as mine:
-        lock.check(tmp_path, mine)
+        lock.check_owner(tmp_path, mine)
         (tmp_path / ".owner").write_text(json.dumps(vars(mine) | {"pid": 1, "job_id": "78"}))
         with pytest.raises(SystemExit) as left:
-            lock.check(tmp_path, mine)
+            lock.check_owner(tmp_path, mine)
     assert left.value.code == 1
 
 

@@ -1,3 +1,4 @@
+import collections
 import itertools
 import json
 import os
@@ -14,9 +15,12 @@ from forked import REWARD, SMALL, TINY, at, command, fingerprint, fork, log_of, 
 from training import composed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pspo import checkpoint, report, trainer
+from pspo import checkpoint, dataset, model, report, trainer
+from pspo.config import compose
+from pspo.host import environment
 from pspo.report import meaning
-from pspo.run import evaluation
+from pspo.reward import Reward
+from pspo.run import earlier, evaluation, job
 from pspo.run.earlier import run_directory
 from pspo.sync import sync
 from pspo.tracker import Tracker
@@ -29,7 +33,9 @@ def start(cwd, cache, *overrides, mode="offline"):
     """The command, in a process of its own, from beginning to end."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "WANDB_MODE": mode, "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, "-m", "pspo.run", *overrides]
-    done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3600, check=False
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -163,12 +169,38 @@ def test_seeds_and_batching_make_other_runs_of_the_same_name_rule():
         assert run_directory(composed(*SMALL, other), []).name[-8:] != run_directory(base, []).name[-8:]
 
 
+OWN = """
+open("imports", "a").write("1")
+from pspo.objective.clip import NoClip as Own
+"""
+
+
+@pytest.mark.process
+def test_a_run_makes_every_check_once(cache, tmp_path, monkeypatch):
+    """User code is imported once, the package hashed once, the data read once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (tmp_path / "mine.py").write_text(OWN + REWARD)
+    calls, checks = collections.Counter(), [(job, "check"), (model, "check"), (earlier, "look"), (dataset, "load")]
+    for place, name in (*checks, (Reward, "check_gold")):
+        function, label = getattr(place, name), f"{place.__name__}.{name}"
+        counted = lambda *a, f=function, n=label, **k: (calls.update([n]), f(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(place, name, counted)
+    environment.code_digest.cache_clear()
+    overrides = [*TINY, "budget.steps=1", "objective=custom", "objective.function=mine.py:Own"]
+    job.run(compose(overrides), overrides)
+    assert set(calls.values()) == {1}
+    assert len(calls) == 5
+    assert environment.code_digest.cache_info().misses == 1
+    assert Path("imports").read_text() == "1"
+
+
 @pytest.mark.process
 def test_a_second_process_in_one_directory_is_refused(cache, tmp_path):
     long = ["budget.steps=500", "checkpoint.every=500"]
     first = fork(tmp_path, cache, long)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and not list(tmp_path.glob("outputs/main/*/metrics.jsonl")):
             time.sleep(0.05)
         assert make(tmp_path, cache, work=command(*TINY, *long)) == 2

@@ -1,10 +1,12 @@
-from dataclasses import replace
+import sys
+from dataclasses import is_dataclass, replace
 
 import pytest
 import torch
 from training import configured, make_trainer, scripted
 from transformers import get_linear_schedule_with_warmup
 
+from pspo.base.schema import Schema
 from pspo.budget import Progress
 from pspo.dataset import order
 from pspo.tracker import Tracker
@@ -76,6 +78,25 @@ def test_a_resumed_schedule_goes_on_where_it_was(tiny_policy, tmp_path):
 
 
 # --- a step of a run
+
+
+def test_a_step_touches_at_most_fourteen_types_of_records(tiny_policy, tmp_path):
+    """With a value model, a reference and a counterfactual probe; settings, each a ``Schema``, are no records."""
+    records = set()
+
+    def watch(frame, event, _):
+        own = type(frame.f_locals.get("self"))
+        if event == "call" and frame.f_code.co_name == "__init__" and own.__module__.startswith("pspo."):
+            records.update({own} if is_dataclass(own) and not issubclass(own, Schema) else ())
+
+    overrides = ["advantage=gae", "loss.kl=k3", "loss.kl_weight=0.1", "diagnostics.counterfactual_every=1"]
+    sys.setprofile(watch)
+    try:
+        make_trainer(tiny_policy(), tmp_path, "budget.steps=1", *overrides).run()
+    finally:
+        sys.setprofile(None)
+    assert {Trainer, State, Progress} <= records
+    assert len(records) <= 14, sorted(record.__name__ for record in records)
 
 
 def trainer_of(policy, directory, reward, *overrides):

@@ -163,7 +163,7 @@ def serving():
             listening.server_close()
 
 
-def wait_for(condition, what="", timeout_s=120):
+def wait_for(condition, what="", timeout_s=600):
     """Wait, however busy the machine, until ``condition()`` is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():

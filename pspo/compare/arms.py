@@ -36,7 +36,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Group:
+class ComparedRuns:
     """The runs of a comparison.
 
     Attributes:
@@ -67,7 +67,7 @@ class Group:
         return near[0]
 
 
-def group(results: Results, by: Sequence[str] = ()) -> Group:
+def group(results: Results, by: Sequence[str] = ()) -> ComparedRuns:
     """Arrange finished runs in arms: by every key of what is trained that differs between runs, or by the keys ``by``.
 
     Runs of no steps are arms of untrained models. Raises ConfigError for an unknown key, or without a finished run.
@@ -102,10 +102,10 @@ def group(results: Results, by: Sequence[str] = ()) -> Group:
     done = sorted(runs.index[is_done], key=lambda run: (is_untrained[run], _order(settings.loc[run, chosen])))
     subject = chosen if by else [key for key in chosen if key.startswith("objective.")] or chosen[:1]
     confounds = trained[[key for key in keys if key not in subject]]
-    return Group(results, runs.loc[done], chosen, [*caveats(results, runs, runs.loc[done], confounds)], left_out)
+    return ComparedRuns(results, runs.loc[done], chosen, [*caveats(results, runs, runs.loc[done], confounds)], left_out)
 
 
-def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+def samples(group: ComparedRuns, selection: Selection) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """Each arm's sum of scores over samples and their number: a row for each seed, a column for each problem.
 
     Problems that a seed of the arm has not answered, and arms without such answers, are missing. Runs of one arm and
@@ -120,7 +120,7 @@ def samples(group: Group, selection: Selection) -> dict[str, tuple[pd.DataFrame,
     return {arm: (table["sum"], table["size"]) for arm, table in tables.items() if not table.empty}
 
 
-def selections(group: Group) -> list[Selection]:
+def selections(group: ComparedRuns) -> list[Selection]:
     """Every (set, evaluation, temperature, when) with answers of an arm."""
     answers = group.results.answers.reindex(columns=["run", *WHERE])
     rows = answers.loc[answers["run"].isin(group.runs.index), WHERE].drop_duplicates().sort_values(WHERE)

@@ -14,7 +14,7 @@ import pandas as pd
 from pspo.base.schema import ConfigError, unknown
 from pspo.base.statistics import pass_at_k, wilson_interval
 from pspo.compare import statistics
-from pspo.compare.arms import Group, Selection, samples, selections
+from pspo.compare.arms import ComparedRuns, Selection, samples, selections
 from pspo.compare.statistics import Floats
 
 BOOTSTRAP_COVERAGE = {3: (85, 99), 5: (90, 99), 10: (94, 99)}
@@ -66,7 +66,7 @@ class Comparison:
         notes: what the numbers cannot say.
     """
 
-    group: Group
+    group: ComparedRuns
     against: str
     arms: pd.DataFrame
     differences: pd.DataFrame
@@ -74,7 +74,7 @@ class Comparison:
     notes: list[str]
 
 
-def compare(group: Group, chosen: Sequence[Selection], against: str | None = None) -> Comparison:
+def compare(group: ComparedRuns, chosen: Sequence[Selection], against: str | None = None) -> Comparison:
     """Compare all arms with the arm ``against``: by default noclip, else the first. Raises ConfigError."""
     reference = group.arm(against or (DEFAULT_REFERENCE if DEFAULT_REFERENCE in group.arms else next(iter(group.arms))))
     arms, differences, passes = [], [], []
@@ -100,7 +100,7 @@ def compare(group: Group, chosen: Sequence[Selection], against: str | None = Non
     return Comparison(group, reference, **frames, notes=_notes(arms, differences))
 
 
-def choose(group: Group, wanted: Mapping[str, Sequence[Any]], score: str = "correct") -> list[Selection]:
+def choose(group: ComparedRuns, wanted: Mapping[str, Sequence[Any]], score: str = "correct") -> list[Selection]:
     """The selections with the ``wanted`` values of the answers' columns ``WHERE``.
 
     By default greedy answers to all sets after training; of another evaluation, those at the lowest temperature.

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from pspo.base.files import read_lines, write_text
 from pspo.compare import figures
-from pspo.compare.arms import WHERE, Group, selections
+from pspo.compare.arms import WHERE, ComparedRuns, selections
 from pspo.compare.comparison import Comparison, Table, compare, tables
 from pspo.compare.figures import Figure
 from pspo.report.page import MAX_COMPLETION_CHARACTERS, templates
@@ -69,7 +69,7 @@ def write_page(comparison: Comparison, path: Path) -> Path:
     return path
 
 
-def _arms(group: Group) -> Section:
+def _arms(group: ComparedRuns) -> Section:
     """The keys that set the arms apart, and what each arm has spent."""
     of_arms, settings = group.runs.groupby("arm", sort=False), group.runs.drop_duplicates("arm").set_index("arm")
     seeds = of_arms["seed"].agg(lambda own: " ".join(map(str, sorted(set(own)))))
@@ -143,7 +143,7 @@ def _evaluation(comparison: Comparison) -> Iterator[Figure]:
             yield figures.forest(lengths.reset_index(), arms, title, "tokens")
 
 
-def _swept(group: Group, key: str, rows: pd.DataFrame) -> pd.DataFrame:
+def _swept(group: ComparedRuns, key: str, rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of arms that share all keys but ``key``, which has several numbers; ``arm`` is what the arms share."""
     settings = group.runs.drop_duplicates("arm").set_index("arm").loc[rows["arm"], group.by]
     numbers = pd.to_numeric(settings[key].map(str), errors="coerce").to_numpy()
@@ -189,7 +189,7 @@ def _qualities(comparison: Comparison) -> Section:
     return Section("Counted in the answers", [text], tables=[Table("Measures without a judge", shown, numbers)])
 
 
-def _with_arms(rows: pd.DataFrame, group: Group) -> pd.DataFrame:
+def _with_arms(rows: pd.DataFrame, group: ComparedRuns) -> pd.DataFrame:
     """The rows of finished runs, with the label of the run's arm."""
     return rows.join(group.runs["arm"], on="run", how="inner") if len(rows) else rows
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pspo.compare.arms import Group, settings_of
+from pspo.compare.arms import ComparedRuns, settings_of
 from pspo.compare.comparison import Comparison
 from pspo.config import compose, groups, read
 
@@ -68,7 +68,7 @@ def _differs(run: str, experiment: str) -> str:
     return ", ".join(f"{key} {ours.get(key)} ({recipe[key]})" for key in keys) or "nothing that is configured"
 
 
-def cost(group: Group, step_s: float | None = None) -> pd.DataFrame:
+def cost(group: ComparedRuns, step_s: float | None = None) -> pd.DataFrame:
     """GPU-hours to train every recipe ``experiment=paper_*`` with the paper's five seeds; evaluation comes on top.
 
     Seconds a step are ``step_s``, else the median of the group's steps by the same model, NaN where there is no step.

@@ -35,9 +35,14 @@ class Prompt:
 
 
 def render(
-    tokenizer: "Tokenizer", system_prompt: str, questions: Sequence[str], today: date | None = None, *,
-    prompt: str | None = None, shots: Sequence[Problem] = (),
-) -> list[list[int]]:  # fmt: skip
+    tokenizer: "Tokenizer",
+    system_prompt: str,
+    questions: Sequence[str],
+    today: date | None = None,
+    *,
+    prompt: str | None = None,
+    shots: Problems = (),
+) -> list[list[int]]:
     """The token ids of each question's prompt, up to where the model begins to write.
 
     By the tokenizer's chat template, in which each of ``shots`` is a turn of the user and one of the assistant. With

@@ -20,7 +20,7 @@ SPLIT = re.compile(r"(train|validation|test)(-\d+-of-\d+.*)?")
 
 
 @dataclass(frozen=True)
-class Row:
+class RawRow:
     """The named fields of one problem and the place they were read from."""
 
     fields: Mapping[str, object]
@@ -58,7 +58,7 @@ class Source:
     """One repository of a data set, and how its files and rows are read."""
 
     name: str
-    parse: Callable[[Row], Problem]  # with the row's own name in its split as the id, "" where it has none
+    parse: Callable[[RawRow], Problem]  # with the row's own name in its split as the id, "" where it has none
     columns: str  # names that ``parse`` reads; every further column goes to ``Problem.extra``
     repo: str = ""  # on the Hub; "" for a user's own files
     subset: str = ""  # the folder of the repository that holds the wanted configuration
@@ -101,7 +101,7 @@ class Source:
         return files
 
 
-def gsm8k(row: Row) -> Problem:
+def gsm8k(row: RawRow) -> Problem:
     """The answer follows ``####``; calculator marks ``<<48/2=24>>`` go, as a policy should not learn to write them."""
     working, mark, answer = row.text("answer").rpartition("####")
     if not mark or not answer.strip():
@@ -110,32 +110,32 @@ def gsm8k(row: Row) -> Problem:
     return Problem("", row.text("question"), answer, worked(answer, re.sub(r"<<.*?>>", "", working)))
 
 
-def svamp(row: Row) -> Problem:
+def svamp(row: RawRow) -> Problem:
     """Body and question joined by a space, as in the Hub's question_concat, so that both sources give one prompt."""
     question = f"{row.text('Body')} {row.text('Question')}"
     return Problem(row.text("ID"), question, re.sub(r"\.0+$", "", row.scalar("Answer")))
 
 
-def asdiv(row: Row) -> Problem:
+def asdiv(row: RawRow) -> Problem:
     """``9 (apples)`` becomes 9 and ``5 (cm); 6 (cm)`` becomes ``5; 6``; names, times and ratios stay as they are."""
     answer = re.sub(r"\s+\([^()]*\)", "", row.text("answer"))
     return Problem("", f"{row.text('body')} {row.text('question')}", answer)
 
 
-def asdiv_split(row: Row) -> Problem:
+def asdiv_split(row: RawRow) -> Problem:
     """As ``asdiv``, with the set's formula, ``7+2=9``, as the working."""
     problem = asdiv(row)
     return replace(problem, solution=worked(problem.answer, row.text("formula")))
 
 
-def math500(row: Row) -> Problem:
+def math500(row: RawRow) -> Problem:
     """The gold answer is LaTeX, as given."""
     answer = row.scalar("answer")
     solution = worked(answer, row.text("solution")) if row.has("solution") else ""
     return Problem(row.text("unique_id").removeprefix("test/"), row.text("problem"), answer, solution)
 
 
-def hendrycks(row: Row) -> Problem:
+def hendrycks(row: RawRow) -> Problem:
     r"""The gold answer is the content of the solution's last ``\boxed{7}``, which few write as ``\boxed 7``."""
     solution = row.text("solution")
     answer = boxed(re.sub(r"(\\boxed|\\fbox)\s*([^\s${][^\s$]*?)(?=[.,]*(?:[\s$]|\Z))", r"\1{\2}", solution))
@@ -144,7 +144,7 @@ def hendrycks(row: Row) -> Problem:
     return Problem("", row.text("problem"), answer, worked(answer, solution))
 
 
-def jsonl(row: Row) -> Problem:
+def jsonl(row: RawRow) -> Problem:
     """A line of a user's own: question or prompt, answer, and optionally solution and id."""
     answer = row.scalar("answer")
     if "####" in answer:
@@ -218,7 +218,7 @@ def _split(relative: Path) -> str:
     return next((match[1] for match in matches if match), "")
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[RawRow]:
     with _readable(path):
         for row in READERS[path.suffix](path):
             if not isinstance(row.fields, dict):
@@ -239,16 +239,16 @@ def _readable(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path} cannot be read: {reason}; {remedy}") from error
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as lines:  # bytes, so that only \n ends a line
         places = ((line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
-        yield from (Row(_parse(line, where), where) for line, where in places)
+        yield from (RawRow(_parse(line, where), where) for line, where in places)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[RawRow]:
     content = _parse(path.read_bytes(), str(path))
     for number, item in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield Row(item, f"{path} item {number}")
+        yield RawRow(item, f"{path} item {number}")
 
 
 def _parse(content: bytes, where: str) -> Any:
@@ -261,14 +261,14 @@ def _parse(content: bytes, where: str) -> Any:
     return parsed
 
 
-def _xml(path: Path) -> Iterator[Row]:
+def _xml(path: Path) -> Iterator[RawRow]:
     for number, problem in enumerate(ET.parse(path).getroot().iter("Problem"), start=1):
         texts = {child.tag: child.text or "" for child in problem}
         fields = {name.lower(): text for name, text in (problem.attrib | texts).items()}
-        yield Row(fields, f"{path} problem {problem.get('ID', number)}")
+        yield RawRow(fields, f"{path} problem {problem.get('ID', number)}")
 
 
-def _table(path: Path) -> Iterator[Row]:
+def _table(path: Path) -> Iterator[RawRow]:
     if path.suffix == ".arrow":
         from datasets import Dataset  # whose ``save_to_disk`` wrote the file; imported here, as it takes two seconds
 
@@ -283,7 +283,7 @@ def _table(path: Path) -> Iterator[Row]:
             fields = {name: value.as_py() for name, value in zip(table.column_names, values, strict=True)}
         except UnicodeDecodeError as error:
             raise ConfigError(f"{where} is not UTF-8: {error}; repair or remove it") from error
-        yield Row(fields, where)
+        yield RawRow(fields, where)
 
 
 READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _table, ".arrow": _table, ".xml": _xml}

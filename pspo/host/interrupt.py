@@ -17,7 +17,7 @@ from pspo.base.console import log
 from pspo.host import slurm
 
 STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}  # sysexits' EX_TEMPFAIL; what shells call the end by SIGTERM
-MARGIN = 1.5  # a checkpoint is due when the job has less time left than this many times its longest step and save
+STEPS_AND_SAVES_LEFT = 1.5  # longest steps, each with its save: a checkpoint is due when a job has time for no more
 
 _received: signal.Signals | None = None
 _deferred = False
@@ -96,7 +96,7 @@ class TimeLimit:
         """Whether the time may not suffice for another step and its save; to be called once at the end of each step."""
         now = time.time()
         self.step_s, self._begun = max(self.step_s, now - self._begun), now
-        return self.end is not None and self.end - now < MARGIN * (self.step_s + self.save_s)
+        return self.end is not None and self.end - now < STEPS_AND_SAVES_LEFT * (self.step_s + self.save_s)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from pspo.base.command import answering
 from pspo.base.console import Phase, log, log_to_console
 from pspo.base.files import JsonLines, write_json, write_text
 from pspo.base.schema import ConfigError, dotted
-from pspo.compare.arms import Group, group
+from pspo.compare.arms import ComparedRuns, group
 from pspo.compare.comparison import DEFAULT_REFERENCE, choose
 from pspo.judge.questions import ABOUT, METRICS, questions_about, sample, summarize, verdict
 from pspo.results import load
@@ -188,7 +188,7 @@ def read_labels(path: Path | None) -> pd.DataFrame:
         ) from None
 
 
-def one_family(compared: Group, judge: str) -> list[str]:
+def one_family(compared: ComparedRuns, judge: str) -> list[str]:
     """A warning where the judge and a policy are of one family of models, by their names."""
     names = " ".join(
         Path(str(name)).name for key in ("name", "hub_id", "path") for name in compared.runs[f"model.{key}"]

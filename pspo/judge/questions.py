@@ -21,10 +21,10 @@ from pydantic import BaseModel, Field, ValidationError
 from scipy import stats
 
 from pspo.base.files import read_json
-from pspo.compare.arms import Group, Selection
+from pspo.compare.arms import ComparedRuns, Selection
 from pspo.evaluate.answers import SETTINGS
 
-Row = dict[str, Any]
+Json = dict[str, Any]
 NUM_REPEATED_QUESTIONS = 50  # for a score, asked a second time, for the judge's agreement with itself
 POINTS = {"first": {"1": 1.0, "2": 0.0, "tie": 0.5}, "second": {"1": 0.0, "2": 1.0, "tie": 0.5}}
 """What a verdict on two answers is worth to the arm, where the arm's answer comes first and where it is second."""
@@ -51,21 +51,21 @@ CONTROL_TOKEN = re.compile(r"<(?=[|/｜]|[^\W\d])|\[(?=/?[A-Z]{3})")
 """First character of what a server's tokenizer may take for a role: ``<|im_end|>``, ``<start_of_turn>``, ``[INST]``."""
 
 
-class Score(BaseModel, extra="forbid"):
+class ScoreReply(BaseModel, extra="forbid", title="Score"):  # the title is part of a request, and so of the cache
     """Reply about `answer`."""
 
     reason: str = Field(description="one sentence")
     verdict: int = Field(ge=1, le=5, strict=True, description="1 fails, 2 weak, 3 mixed, 4 small flaws, 5 flawless")
 
 
-class Pair(BaseModel, extra="forbid"):
+class PairReply(BaseModel, extra="forbid", title="Pair"):
     """Reply about `answer_1` and `answer_2`."""
 
     reason: str = Field(description="one sentence")
     verdict: Literal["1", "2", "tie"] = Field(description="the better answer; a tie where you see no difference")
 
 
-def sample(compared: Group, selected: Sequence[Selection], limit: int) -> list[Row]:
+def sample(compared: ComparedRuns, selected: Sequence[Selection], limit: int) -> list[Json]:
     """At most ``limit`` first answers of each arm, each with its ``arm``, the ``task`` of its prompt and its ``place``.
 
     Places (set, problem, seed) come in an order by digest: arms share them, and a higher limit only adds answers.
@@ -75,19 +75,19 @@ def sample(compared: Group, selected: Sequence[Selection], limit: int) -> list[R
     answers = answers[answers["sample"] == 0].drop_duplicates(["arm", *place])
     order = [sha256("{} {} {}".format(*key).encode()).digest() for key in answers[place].itertuples(index=False)]
     answers = answers.assign(order=order).sort_values("order", kind="stable").groupby("arm").head(limit)
-    rows: list[Row] = answers.to_dict("records")
+    rows: list[Json] = answers.to_dict("records")
     for row in rows:
         settings = read_json(Path(row["run"], "evaluation", row["when"], row["evaluation"], SETTINGS))
         row |= {"task": settings["system_prompt"], "place": tuple(row[name] for name in place)}
     return rows
 
 
-def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[str], model: str) -> list[Row]:
+def questions_about(answers: Sequence[Json], reference: str, metrics: Sequence[str], model: str) -> list[Json]:
     """Every question: the ``score`` of each answer, some ``again``, other arms with ``reference`` in both orders.
 
     A question says what its verdict is about, and has a request's ``body`` and digest, but for a tie of equal answers.
     """
-    questions, again = list[Row](), list[Row]()
+    questions, again = list[Json](), list[Json]()
     in_reference = {row["place"]: row for row in answers if row["arm"] == reference}
     for row, metric in product(answers, metrics):
         about = {name: row[name] for name in ("arm", "set", "problem", "run")} | {"metric": metric, "against_run": None}
@@ -102,9 +102,9 @@ def questions_about(answers: Sequence[Row], reference: str, metrics: Sequence[st
     return questions + sorted(again, key=lambda question: str(question["request"]))[:NUM_REPEATED_QUESTIONS]
 
 
-def request(model: str, metric: str, *answers: Mapping[str, Any]) -> Row:
+def request(model: str, metric: str, *answers: Mapping[str, Any]) -> Json:
     """The ``body`` of a request about one answer, or two to one problem, blind to arms, and its digest ``request``."""
-    form, ends = (Score, [""]) if len(answers) == 1 else (Pair, ["_1", "_2"])
+    form, ends = (ScoreReply, [""]) if len(answers) == 1 else (PairReply, ["_1", "_2"])
     quoted = {"problem": answers[0]["question"], "reference": answers[0]["answer"]}
     for end, row in zip(ends, answers, strict=True):
         quoted |= {f"task{end}": row["task"], f"answer{end}": str(row["completion"])}
@@ -129,7 +129,7 @@ def quote(texts: Mapping[str, str]) -> str:
     return CONTROL_TOKEN.sub(lambda match: f"\\u{ord(match.group()):04x}", whole)
 
 
-def read(reply: Mapping[str, Any], form: type[Score] | type[Pair]) -> tuple[int | str | None, str | None]:
+def read(reply: Mapping[str, Any], form: type[ScoreReply] | type[PairReply]) -> tuple[int | str | None, str | None]:
     """The verdict in a reply; or None and the failure: its kind, a colon, the detail.
 
     The text must be one JSON object, with at most reasoning up to ``</think>`` before it and a code fence around it.
@@ -143,17 +143,17 @@ def read(reply: Mapping[str, Any], form: type[Score] | type[Pair]) -> tuple[int 
         return None, f"{'truncated' if reply['truncated'] else 'malformed'} reply: {error.errors()[0]['msg']}"
 
 
-def verdict(question: Row, replies: Mapping[str, Row]) -> Row:
+def verdict(question: Json, replies: Mapping[str, Json]) -> Json:
     """A question with its ``verdict``: a score, or the arm's points in a pair; or None and the ``error``."""
     row = question | {"verdict": 0.5, "error": None}
     if row.pop("body"):
         points = POINTS.get(question["kind"])
-        value, row["error"] = read(replies[question["request"]], Pair if points else Score)
+        value, row["error"] = read(replies[question["request"]], PairReply if points else ScoreReply)
         row["verdict"] = points[str(value)] if points and value else value
     return row
 
 
-def summarize(verdicts: Sequence[Row], labels: pd.DataFrame) -> Row:
+def summarize(verdicts: Sequence[Json], labels: pd.DataFrame) -> Json:
     """The numbers of summary.json: scores and pairs by arm and metric, and what the judge itself is worth.
 
     A pair's verdict is 1 where its arm wins in both orders, 0 where it loses in both, else 0.5: a tie. Ties of equal
@@ -183,7 +183,7 @@ def summarize(verdicts: Sequence[Row], labels: pd.DataFrame) -> Row:
     }
 
 
-def _table(rows: pd.DataFrame, least: int, greatest: int) -> list[Row]:
+def _table(rows: pd.DataFrame, least: int, greatest: int) -> list[Json]:
     """Mean verdicts from ``least`` to ``greatest`` by arm and metric; of pairs, also the win rate at equal length."""
     table = []
     for (arm, metric), part in rows.groupby(["arm", "metric"], sort=False):

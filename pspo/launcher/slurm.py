@@ -24,7 +24,7 @@ from pspo.host import slurm
 from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import result
 
-NO_LIMIT = 10**6  # requeues that submitit allows: a job that is preempted often must not use them up
+MAX_REQUEUES = 10**6  # requeues that submitit allows: a job that is preempted often must not use them up
 POLL_S = 10.0  # between two questions to SLURM while waiting
 NAMED_AS_IN_SBATCH = ("partition", "account", "qos", "nodes", "constraint", "exclude", "comment")
 
@@ -127,7 +127,7 @@ class Slurm(Launcher):
         try:  # sbatch would take the variables of a job that this process is part of for wishes
             with outside, contextlib.redirect_stderr(io.StringIO()):  # where submitit repeats what sbatch says
                 os.environ |= cluster
-                executor = submitit.SlurmExecutor(folder, max_num_timeout=NO_LIMIT)
+                executor = submitit.SlurmExecutor(folder, max_num_timeout=MAX_REQUEUES)
                 executor.update_parameters(**parameters)
                 jobs = executor.submit_array([Job(run.overrides, run.command) for run in array])
         except submitit.core.utils.FailedJobError as error:

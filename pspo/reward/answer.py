@@ -65,7 +65,7 @@ _PRECEDED = re.compile(
     r"|august|[a-z]+[ctv]ember|october) )\Z",
     re.IGNORECASE,
 )
-_REACH = 24  # characters before a number that _PRECEDED looks at
+_CHARACTERS_BEFORE = 24  # characters before a number that _PRECEDED looks at
 _LINE = re.compile(r"^[ \t]*####(?!#)[ \t]*(.*)", re.MULTILINE)
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.IGNORECASE | re.DOTALL)
 _OPERATORS = re.compile(r"\\(?:times|cdot|div|frac)(?![A-Za-z])")
@@ -183,7 +183,7 @@ def _stated(text: str) -> str | None:
 def _stands_alone(match: re.Match[str]) -> bool:
     r"""Whether a number is no part of something else, as 5 is of ``5\pi`` and 30 of ``3:30``."""
     start = match.start() + len(match["sign"] or "")
-    before = match.string[max(0, start - _REACH) : start]
+    before = match.string[max(0, start - _CHARACTERS_BEFORE) : start]
     return not _FOLLOWED.match(match.string, match.end()) and not _PRECEDED.search(before)
 
 

@@ -14,7 +14,7 @@ from pspo.base.schema import ConfigError, build, key
 from pspo.dataset import Problem
 from pspo.reward.base import Answered, Reward, RewardError, Score
 
-GOLD_SAMPLE = 16  # gold answers that are graded against themselves by a user's own reward, which may be slow
+MAX_GOLDS_GRADED = 16  # gold answers that are graded against themselves by a user's own reward, which may be slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Custom(Reward):
         assert callable(self._own)
 
     def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
-        return super().ungradable(problems[:GOLD_SAMPLE])
+        return super().ungradable(problems[:MAX_GOLDS_GRADED])
 
     def source_files(self) -> list[Path]:
         return user_code.source_files(self.function)

@@ -22,7 +22,7 @@ from sympy import Derivative, Limit, MatrixBase, Pow, binomial, exp, factorial, 
 from sympy.concrete.expr_with_limits import ExprWithLimits
 
 MAX_FORK_BYTES = 2**31  # of address space; beyond it Linux refuses memory, and the answers count as different
-MAX_COST = 2000  # digits and terms, by ``cost``, up to which an expression is compared: x^{2000} is, 9^{9^9} is not
+MAX_TERMS = 2000  # digits and terms up to which an expression is compared: x^{2000} is, 9^{9^9} is not
 WAITING, BEGUN, DIFFERENT, EQUAL = range(4)  # the states of a pair
 WARM_UP = (  # teach the parser its grammar, once for all forks: the first expression of a kind takes 100 ms
     r"\frac{1}{2}", r"\left( 3, \frac{\pi}{2} \right)", r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}", r"x \in [-2, 7)",
@@ -38,15 +38,15 @@ def parsed(text: str) -> list[Any]:
     By math-verify's LaTeX parser alone, which builds what its grammar knows; its other parser is Python's ``eval``.
     """
     expressions = parse(text, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return [expression for expression in expressions if cost(expression) <= MAX_COST]
+    return [expression for expression in expressions if num_terms(expression) <= MAX_TERMS]
 
 
-def cost(expression: Any) -> float:
+def num_terms(expression: Any) -> float:
     """A coarse upper bound of the digits and terms of an expression once it is evaluated."""
-    inner = 1 + sum(map(cost, expression.flat() if isinstance(expression, MatrixBase) else expression.args))
+    inner = 1 + sum(map(num_terms, expression.flat() if isinstance(expression, MatrixBase) else expression.args))
     if isinstance(expression, ExprWithLimits | Limit | Derivative):  # integrals, sums, products
         return math.inf
-    if inner < MAX_COST and isinstance(expression, Pow | exp | factorial | factorial2 | binomial):
+    if inner < MAX_TERMS and isinstance(expression, Pow | exp | factorial | factorial2 | binomial):
         factor = abs(expression.args[-1].evalf(5))  # such as the exponent
         return inner * max(1.0, float(factor)) if factor.is_number else inner
     return inner

@@ -205,7 +205,9 @@ class Evaluation:
             policy = model.load(config.model, config.seed, device)
             if self.checkpoint is not None:
                 checkpoint.load_weights(policy, self.checkpoint)
-            numbers = Answers(directory, config, policy, partial(lock.check, directory, owner)).numbers(prompts, shots)
+            numbers = Answers(directory, config, policy, partial(lock.check_owner, directory, owner)).numbers(
+                prompts, shots
+            )
             write_json(directory / "summary.json", {"run": str(self.run), **self.settings, "answers": numbers})
             write_text(directory / "DONE", environment.code_digest() + "\n")
         return numbers

@@ -65,7 +65,7 @@ def run(
         prompts, about = evaluation.encoded(config, problems, splits.shots, group)
         Phase("loading the model")
         policy = model.load(config.model, config.seed, device)
-        tracker, check_owner = Tracker(config.tracker, directory), partial(lock.check, directory, owner)
+        tracker, check_owner = Tracker(config.tracker, directory), partial(lock.check_owner, directory, owner)
         try:
             train, validation = prompts["train"], prompts["validation"]
             trainer = kind(config, directory, policy, train, validation, config.reward, tracker, check_owner)

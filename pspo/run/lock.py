@@ -78,7 +78,7 @@ def is_held(directory: Path) -> bool:
     return False
 
 
-def check(directory: Path, mine: Owner) -> None:
+def check_owner(directory: Path, mine: Owner) -> None:
     """Leave this process, writing nothing more, if another one has taken the directory over."""
     other = owner(directory)
     if other not in (None, mine):

@@ -15,7 +15,7 @@ from pspo.reward import RewardError
 from pspo.run import lock
 from pspo.update import NonFiniteError, SamplerGapError
 
-LAST_LINES = 20  # of the traceback, in FAILED
+TRACEBACK_LINES = 20  # the last ones, in FAILED
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 KINDS = {
     NoRoomError: "out of memory",
@@ -63,7 +63,7 @@ def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
             log.exception("the run failed; the same command resumes from its last checkpoint")
         kinds = (kind for error_class, kind in KINDS.items() if isinstance(error, error_class))
         kind = "out of memory" if is_out_of_memory(error) else next(kinds, "error")
-        lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+        lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
         record = {"kind": kind, "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
         with contextlib.suppress(OSError):  # the very disk may be the failure
             write_json(path, record)

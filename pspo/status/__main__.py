@@ -20,12 +20,12 @@ from pspo.base.console import duration
 from pspo.base.files import read_json
 from pspo.base.schema import ConfigError, build
 from pspo.host import slurm
-from pspo.status.state import RETRIED, STATES, Group, collect
+from pspo.status.state import RETRIED, STATES, GroupStatus, collect
 
 WATCH_S = 5.0  # between two refreshes of the table
 
 
-def table(group: Group) -> Text:
+def table(group: GroupStatus) -> Text:
     """The table for a person: the name of each run and, below it, its state with numbers, then notes."""
     states = [row.state for row in group.rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states)
@@ -45,7 +45,7 @@ def table(group: Group) -> Text:
     return text
 
 
-def cancel(group: Group) -> None:
+def cancel(group: GroupStatus) -> None:
     """Cancel every running or waiting job of the group."""
     alive = {job_id: job for job_id, job in sorted(group.jobs.items()) if job.alive}
     for row in group.rows:
@@ -60,7 +60,7 @@ def cancel(group: Group) -> None:
         raise ConfigError(f"scancel says: {complaint}; ask the cluster's administrators, or cancel these jobs yourself")
 
 
-def retry(group: Group) -> None:
+def retry(group: GroupStatus) -> None:
     """Submit the failed runs again, each by the launcher and with the settings of its newest submission."""
     from pspo.launcher import make_plan  # imports torch, which a look at the table does without
     from pspo.launcher.local import Local

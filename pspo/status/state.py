@@ -51,7 +51,7 @@ class Task:
 
 
 @dataclass
-class Row:
+class RunStatus:
     """One run; unknown numbers are None, unknown words ""."""
 
     run: str
@@ -70,13 +70,13 @@ class Row:
 
 
 @dataclass
-class Group:
+class GroupStatus:
     """The runs of ``outputs/<group>``, the submission of each that counts, and the state of their jobs."""
 
     directory: Path
     tasks: dict[str, Task]
     jobs: dict[str, slurm.JobState]
-    rows: list[Row]
+    rows: list[RunStatus]
 
     @property
     def unfinished(self) -> bool:
@@ -84,7 +84,7 @@ class Group:
         return any(row.state in ("running", "waiting", "requeued") for row in self.rows)
 
 
-def collect(directory: Path) -> Group:
+def collect(directory: Path) -> GroupStatus:
     """Look at every run of a group. Raises ConfigError where there is no such group."""
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory; give outputs/<group>")
@@ -103,14 +103,14 @@ def collect(directory: Path) -> Group:
     jobs = slurm.job_states(ids)
     # The last of a run's submissions counts: one whose job is alive, else the newest.
     submitted.sort(key=lambda pair: pair[1].job_id in jobs and jobs[pair[1].job_id].alive)
-    group = Group(directory, dict(submitted), jobs, [])
+    group = GroupStatus(directory, dict(submitted), jobs, [])
     group.rows = [_row(group, run, owners.get(run, {})) for run in sorted(begun | group.tasks.keys())]
     return group
 
 
-def _row(group: Group, run: str, owner: Mapping[str, Any]) -> Row:
+def _row(group: GroupStatus, run: str, owner: Mapping[str, Any]) -> RunStatus:
     directory, task = group.directory / run, group.tasks.get(run)
-    row = Row(run, task.overrides if task else [], job_id=task.job_id if task else owner.get("job_id"))
+    row = RunStatus(run, task.overrides if task else [], job_id=task.job_id if task else owner.get("job_id"))
     if not task and (directory / "overrides.yaml").is_file():
         row.overrides = read_yaml(directory / "overrides.yaml") or []
     job = group.jobs.get(row.job_id or "")
@@ -180,7 +180,7 @@ def _last_lines(log: str) -> str:
     return "\n".join(own[-3:])
 
 
-def _progress(row: Row, directory: Path) -> None:
+def _progress(row: RunStatus, directory: Path) -> None:
     """Fill in how far the run has come, from its configuration and the last whole lines of its metrics."""
     config = directory / "config.yaml"
     budget = (read_yaml(config) or {}).get("budget", {}) if config.is_file() else {}

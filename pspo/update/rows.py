@@ -17,8 +17,8 @@ from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.objective import Objective
 from pspo.rollout import Completion, RolloutConfig
 
-Bundles = list[list[int]]
-"""Rows of one micro-batch, by index; the rows of one bundle share one copy of their prompt."""
+RowIndices = list[list[int]]
+"""The rows of one micro-batch, by index, in bundles: the rows of one bundle share one copy of their prompt."""
 
 OVERHEAD_POSITIONS = {"cpu": 128, "cuda": 4096}
 """Fixed cost of one micro-batch, counted in positions: measured on a CPU, a guess on a GPU."""
@@ -129,7 +129,7 @@ def micro_batches(rows: Sequence[Row], policy: Policy, max_tokens: int) -> Itera
         yield [i for bundle in bundles for i in bundle], batch_of(rows, policy, bundles)
 
 
-def batch_of(rows: Sequence[Row], policy: Policy, bundles: Bundles) -> Batch:
+def batch_of(rows: Sequence[Row], policy: Policy, bundles: RowIndices) -> Batch:
     """The tokens of one micro-batch of rows."""
     texts = [(rows[bundle[0]].prompt_ids, [rows[i].token_ids for i in bundle]) for bundle in bundles]
     return make_batch(texts, policy.pad_id, policy.device)
@@ -142,7 +142,7 @@ def column(rows: Sequence[Row], name: str, like_BT: Tensor) -> Tensor:
     return scatter(torch.arange(like_BT.shape[1], device=like_BT.device) < length_B1, value_N)
 
 
-def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Bundles]:
+def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[RowIndices]:
     """Cut rows into micro-batches.
 
     A micro-batch has at most ``max_tokens`` padded positions, or one bundle. Of all ways to cut the bundles in the
@@ -155,7 +155,7 @@ def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[Bundles]:
     return [[bundles[n] for n in by_length[part]] for part in parts]
 
 
-def _bundles(rows: Sequence[Row], max_tokens: int, policy: Policy) -> Bundles:
+def _bundles(rows: Sequence[Row], max_tokens: int, policy: Policy) -> RowIndices:
     """Rows of one prompt, as many to a bundle as cost least and fit into ``max_tokens`` positions.
 
     k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs a
@@ -165,7 +165,7 @@ def _bundles(rows: Sequence[Row], max_tokens: int, policy: Policy) -> Bundles:
     if not policy.shares_prompts:
         return [[i] for i in range(len(rows))]
     width = 6 * policy.model.config.get_text_config().hidden_size
-    bundles: Bundles = []
+    bundles: RowIndices = []
     last: dict[tuple[int, ...], tuple[list[int], int]] = {}  # of each prompt, its last bundle and that bundle's tokens
     for i, row in enumerate(rows):
         prompt, own = tuple(row.prompt_ids), len(row.token_ids) - 1
