@@ -25,7 +25,7 @@ class Checkpoint(Schema, block="checkpoint"):
     """How often a run can be resumed from."""
 
     every: int = key("steps from one checkpoint to the next; the last step always has one", within="[1, inf)")
-    keep: int = key("how many of the newest are kept", within="[1, inf)")
+    keep: int = key("newest checkpoints on the disk; older ones are deleted", within="[1, inf)")
 
 
 FORMAT = 3  # version of the content of ``state.pt``; a checkpoint of another format is refused

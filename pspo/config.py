@@ -50,7 +50,7 @@ class Config(Schema):
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
     rerun: Literal["never", "changed", "all", "resume"] = key(
         "earlier runs to move aside and make anew: never; changed: where code, data, reward or model has changed; all: "
-        "all finished ones too; resume: none, and unfinished ones go on although data, reward or model has changed"
+        "finished runs too; resume: none, and unfinished runs go on although data, reward or model has changed"
     )
     continue_from: str | None = key(
         "directory of a finished run to continue with a longer budget, all other settings being that run's; or null",
@@ -241,7 +241,7 @@ def _names(overrides: Iterable[str]) -> list[str]:
 
 
 def _replaced(path: Path, values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The settings in ``path``, with those of ``values`` for the keys and blocks ``names``."""
+    """The settings in the file ``path``, in which ``values`` replace the keys and blocks ``names``."""
     source, composed = OmegaConf.create(as_dict(read(path))), OmegaConf.create(dict(values))
     for name in names:
         OmegaConf.update(source, name, OmegaConf.select(composed, name), merge=False, force_add=True)

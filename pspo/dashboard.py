@@ -21,7 +21,7 @@ from pspo.tracker import check_login
 
 
 def renew(directory: Path, by: Sequence[str] = ()) -> str:
-    """Save the workspace of ``outputs/<group>`` at W&B: the one of ``dashboard.json``, or else a new one.
+    """Save the workspace of ``outputs/<group>`` at the address in ``dashboard.json``, or else as a new workspace.
 
     Returns its address, which ``dashboard.json`` keeps. Raises ConfigError for a group without a run at W&B, and where
     W&B cannot be reached.

@@ -1,4 +1,4 @@
-"""Fill the caches on a node with internet, for jobs on nodes without; the overrides are those of the run.
+"""Fill the caches on a node with internet, for jobs on nodes without it; takes the overrides of the runs.
 
 python -m pspo.prefetch model=qwen1_5b dataset=gsm8k seed=0,1,2
 """
@@ -36,7 +36,7 @@ def prefetch(overrides: Sequence[str]) -> list[str]:
 
 
 def load(config: Config) -> str:
-    """Load the data set and the policy of one run, fetched or made where the caches lack them; returns what they are.
+    """Load the data set and the policy of one run, fetched or made where the caches lack them; returns a description.
 
     Weight files are not read whole, for the memory of a login node. Raises ConfigError.
     """

@@ -21,7 +21,7 @@ from pspo.base.files import JsonLines, read_json, read_lines, read_yaml, write_j
 from pspo.base.schema import ConfigError, Schema, key
 
 INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0  # for a server's answer when a mirror opens, and for a run's last uploads
-CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0  # for the end of a mirror, whatever W&B does; for that of a replay
+CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0  # for a mirror to end, whatever W&B does; one with ``replay``
 REACH_TIMEOUT_S = 10.0  # for a server to answer at all, before a command relies on it
 
 COMPLETIONS_PER_STEP, MAX_COMPLETION_CHARACTERS = 2, 4000

@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, GREY = "C0", "C1", "C2", "C3"  # the first colours of the s
 
 
 def png(figure: Figure, dpi: int) -> bytes:
-    """The figure as a PNG file that is the same for the same figure."""
+    """The figure as a PNG file; equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})  # Software holds matplotlib's version
     return buffer.getvalue()

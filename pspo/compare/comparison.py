@@ -103,7 +103,7 @@ def compare(group: ComparedRuns, chosen: Sequence[Selection], against: str | Non
 def choose(group: ComparedRuns, wanted: Mapping[str, Sequence[Any]], score: str = "correct") -> list[Selection]:
     """The selections with the ``wanted`` values of the answers' columns ``WHERE``.
 
-    By default greedy answers to all sets after training; of another evaluation, those at the lowest temperature.
+    By default greedy answers to all sets after training; another evaluation's answers at their lowest temperature.
     Raises ConfigError for a value that no arm's answers have, with the values that they have.
     """
     known = selections(group)
@@ -206,7 +206,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _notes(arms: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What kind of intervals and tests were printed, and what so few seeds cannot decide."""
+    """Sentences about the intervals and tests of the tables, and about what their number of seeds cannot decide."""
     sentences = []
     if single := dict.fromkeys(row["arm"] for row in arms if row["seeds"] == 1):
         sentences.append(f"one seed: the interval tells of one trained model, not of its arm ({', '.join(single)})")

@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 LEVEL, POWER = 0.05, 0.8
 """Level of every test, one minus which every interval covers; power of the smallest detectable difference."""
 TRIMMED_SHARE, MIN_TRIMMED_SEEDS = 0.25, 4
-"""The interquartile mean leaves out this share of the seeds at each end, and needs so many seeds."""
+"""Share of the seeds that the interquartile mean leaves out at each end; fewest seeds that have such a mean."""
 BOOTSTRAP_DRAWS = 2000
 MAX_SEEDS = 100  # an arm, beyond which ``seeds_needed`` does not look
 

@@ -21,7 +21,7 @@ def locate(repo: str, patterns: list[str], test: Callable[[Path], object], words
     """The local snapshot of ``repo``, a "model" or "dataset"; ``test`` raises ConfigError where files are missing.
 
     The cache comes first: all arms of a comparison get one snapshot, and a compute node does not wait for a network
-    that drops its packets. ``words``, which choose it, and ``instead``, where there is no network, are for errors.
+    that drops its packets. Errors quote ``words``, the overrides that choose the repository, and ``instead``, a remedy.
     """
 
     def snapshot(local_files_only: bool) -> Path:

@@ -29,7 +29,7 @@ NUM_REPEATED_QUESTIONS = 50  # for a score, asked a second time, for the judge's
 POINTS = {"first": {"1": 1.0, "2": 0.0, "tie": 0.5}, "second": {"1": 0.0, "2": 1.0, "tie": 0.5}}
 """What a verdict on two answers is worth to the arm, where the arm's answer comes first and where it is second."""
 
-ABOUT = ["metric", "set", "problem", "run", "against_run"]  # which a person's verdict shares with the judge's
+ABOUT = ["metric", "set", "problem", "run", "against_run"]  # by which a person's verdict meets the judge's
 
 METRICS = {
     "overall_quality": "how good the answer is as a whole: right, complete, and no longer than it has to be",
@@ -83,7 +83,7 @@ def sample(compared: ComparedRuns, selected: Sequence[Selection], limit: int) ->
 
 
 def questions_about(answers: Sequence[Json], reference: str, metrics: Sequence[str], model: str) -> list[Json]:
-    """Every question: the ``score`` of each answer, some ``again``, other arms with ``reference`` in both orders.
+    """A ``score`` question for each answer, some ``again``, and pairs with ``reference``'s answers, in both orders.
 
     A question says what its verdict is about, and has a request's ``body`` and digest, but for a tie of equal answers.
     """

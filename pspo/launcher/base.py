@@ -85,7 +85,7 @@ def counted(runs: Sequence[Planned]) -> str:
 
 
 class RunsFailed(RuntimeError):
-    """Some runs of a sweep did not reach their end; the others did."""
+    """One run of a sweep, or more, did not reach its end."""
 
 
 Outcome = float | RunsFailed | None  # the number for the sweeper, its failure, or None for a job not waited for
@@ -96,7 +96,7 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
     """Keys of every launcher."""
 
     dry_run: bool = key("print what would be run, and run nothing")
-    retry_failed: bool = key("run those again whose last attempt raised an error")
+    retry_failed: bool = key("run again every run whose last attempt raised an error")
     hours_per_run: float | None = key("your estimate, for the cost in GPU-hours", within="(0, inf)")
 
     def launch(self, planned: Sequence[Planned]) -> list[Outcome]:

@@ -65,7 +65,7 @@ class Slurm(Launcher):
     nodes: int = key("nodes of one job; a run is one process", within="[1, 1]")
     constraint: str | None = key("features that a node must have")
     exclude: str | None = key("nodes not to use")
-    comment: str | None = key("kept with the job")
+    comment: str | None = key("text that SLURM stores with the job")
     array_parallelism: int = key("jobs at one time, divided among the arrays, at least one each", within="[1, inf)")
     notice_s: int = key("seconds before the time limit or a preemption when a run is told to save", within="[10, inf)")
     setup: list[str] = key("shell lines before the job, such as module load")

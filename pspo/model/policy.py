@@ -108,7 +108,7 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
                     parameter.data, parameter.grad = parameter.data.new_empty(0), None
                 loaded = read_model(new, dtype, attn_implementation=attention).to(device).eval()
                 gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
-                if not gap <= MAX_SAVED_GAP:  # not a number either
+                if not gap <= MAX_SAVED_GAP:  # also where the gap is NaN
                     raise SaveError(
                         f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
                         f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; try model.lora.rank=0"
@@ -149,8 +149,8 @@ def end_of_turn(tokenizer: Any) -> int | None:
 def can_share(model: Any) -> bool:
     """Whether completions may share one copy of their prompt, as its sdpa attention takes any mask of what sees what.
 
-    Not where a layer has a window or a state. It is tried, without autocast: the hidden states of two completions that
-    share one prompt may differ from those in rows of their own by 1e-4 of their norm.
+    A decoder with a sliding window or a state in a layer cannot share. A probe without autocast decides: the hidden
+    states of two completions that share a prompt may differ from the states in separate rows by 1e-4 of their norm.
     """
     config = model.config.get_text_config()
     window = "window" if getattr(config, "sliding_window", None) else "full_attention"

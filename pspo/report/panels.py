@@ -50,7 +50,7 @@ SECTIONS = {
 """Section -> its panels, in the order in which a reader asks."""
 
 FIGURE = tuple(panel for name in ("Learning", "Trust region", "Stability") for panel in SECTIONS[name])
-"""The panels of a single run's figure, which is the same for the same run: none depends on the clock."""
+"""The panels of a single run's figure; none depends on the clock, so that equal runs have equal figures."""
 
 INNER_STEPS = (
     Panel("KL(old‖new), k3, before each inner step", {"kl/before_k3": ""}),

@@ -70,7 +70,7 @@ class History:
     """What earlier processes left in a run directory."""
 
     state: str  # new, resume, failed (by an error), done, changed (done, from other inputs), again (moved aside)
-    changed: list[str]  # names of the inputs that are others today
+    changed: list[str]  # names of the inputs that differ today
 
 
 def inputs(config: Config) -> dict[str, str]:

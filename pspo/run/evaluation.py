@@ -113,7 +113,7 @@ class Answers:
         return numbers
 
     def rows(self, name: str, prompts: Sequence[Prompt], reward: Reward, temperature: float) -> list[dict[str, Any]]:
-        """The answers to one test set at one temperature, the lines of its file; gives those that the file lacks.
+        """The answers to one test set at one temperature; answers that the set's file lacks are sampled and appended.
 
         A later process's batches and its states of the global generators, from which a user's reward may draw, are
         those of an unbroken process, and so are the file's bytes.

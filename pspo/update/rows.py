@@ -156,11 +156,11 @@ def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[RowIndice
 
 
 def _bundles(rows: Sequence[Row], max_tokens: int, policy: Policy) -> RowIndices:
-    """Rows of one prompt, as many to a bundle as cost least and fit into ``max_tokens`` positions.
+    """Bundle the rows of each prompt, so that a completion costs least, within ``max_tokens`` positions a bundle.
 
     k completions of C tokens behind a prompt of P are S = P + kC positions. With a hidden size d, a position costs a
-    layer about 6 d + S units: its products, and its attention to all S. Per completion that is least,
-    (P + kC)(6 d + P + kC) / k, where kC = √(P (6 d + P)).
+    layer about 6 d + S units: its products, and its attention to all S. The cost of a completion,
+    (P + kC)(6 d + P + kC) / k, is least where kC = √(P (6 d + P)).
     """
     if not policy.shares_prompts:
         return [[i] for i in range(len(rows))]

@@ -96,7 +96,7 @@ def update(
 
 def check_gap(gap: float, autocast: bool) -> None:
     """Refuse a mean |log π_trainer − log π_sampler|, in nats, beyond rounding. Raises SamplerGapError."""
-    if not gap <= MAX_GAP_NATS[autocast]:  # a gap that is no number is none that is small
+    if not gap <= MAX_GAP_NATS[autocast]:  # also where the gap is NaN
         raise SamplerGapError(
             f"the trainer's log-probabilities of fresh completions differ from the sampler's by {gap:.2g} nats on "
             f"average, more than the {MAX_GAP_NATS[autocast]:g} of rounding in {'bfloat16' if autocast else 'float32'}:"

@@ -82,7 +82,7 @@ def decode(
     stop_ids, uniform_RT = torch.tensor(policy.stop_ids, device=device), uniform_RT.to(device)
     token_RT = torch.full((num_rows, length_T), policy.pad_id, device=device)
     logprob_RT = torch.zeros(num_rows, length_T, dtype=torch.float64, device=device)
-    row_B = torch.arange(num_rows, device=device)  # which row each of the batch is
+    row_B = torch.arange(num_rows, device=device)  # index in R of each row of the batch
     alive_B = torch.ones(num_rows, dtype=torch.bool, device=device)
     ids, attention, prompt_of_B = _left_padded(policy, prompts)
     cache = DynamicCache(config=policy.model.config)
@@ -167,7 +167,7 @@ def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _nucleus(probability_BV: Tensor, top_p: float) -> Tensor:
-    """The probabilities, 0 outside of the nucleus; of equally probable tokens at its edge it takes the first."""
+    """The probabilities, 0 outside of the nucleus; of equally probable tokens at its edge the first are inside."""
     ranked_BK = probability_BV.topk(min(RANKED_TOKENS, probability_BV.shape[-1]), dim=-1).values.double()
     if bool((ranked_BK.sum(-1) < top_p).any()):
         ranked_BK = probability_BV.sort(dim=-1, descending=True).values.double()
