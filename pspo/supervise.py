@@ -18,6 +18,7 @@ from typing import Any
 from pspo import config, dataset, model
 from pspo.base.console import Phase, log
 from pspo.base.schema import ConfigError, Schema, key
+from pspo.config import Config
 from pspo.dataset import Prompt
 from pspo.model.batch import Batch
 from pspo.model.warm_start import mean_loss, train
@@ -36,7 +37,7 @@ class Supervise(Schema, block="supervise"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperviseConfig(config.Config):
+class SuperviseConfig(Config):
     """The settings of a run whose steps are epochs; ``selection=best`` is by the validation loss."""
 
     supervise: Supervise
@@ -44,14 +45,6 @@ class SuperviseConfig(config.Config):
 
 def supervise(settings: SuperviseConfig, overrides: Sequence[str] = ()) -> Path:
     """Make, resume or, where it is DONE, only name the run directory; ConfigError before any work."""
-    config.check(settings)
-    splits = dataset.load(settings.dataset, settings.seed)
-    needed = [splits.train, *([splits.validation] if settings.selection == "best" else [])]
-    if not all(any(problem.solution for problem in split) for split in needed):
-        raise ConfigError(
-            f"dataset={settings.dataset.name} has no solutions to learn from; choose gsm8k, math or embedded, or "
-            "dataset=jsonl with a solution in each line"
-        )
     name = f"supervised_{settings.model.name}_{settings.dataset.name}_seed{settings.seed}_{config.identity(settings)}"
     return run(settings, overrides, Path(settings.output_dir, settings.group, name), SupervisedTrainer)
 
@@ -60,6 +53,15 @@ class SupervisedTrainer(Trainer):
     """A trainer whose step is one epoch of supervised learning."""
 
     config: SuperviseConfig
+
+    @classmethod
+    def check(cls, config: Config, splits: dataset.Splits) -> None:
+        needed = [splits.train, *([splits.validation] if config.selection == "best" else [])]
+        if not all(any(problem.solution for problem in split) for split in needed):
+            raise ConfigError(
+                f"dataset={config.dataset.name} has no solutions to learn from; choose gsm8k, math or embedded, or "
+                "dataset=jsonl with a solution in each line"
+            )
 
     def __post_init__(self) -> None:
         super().__post_init__()

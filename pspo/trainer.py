@@ -16,7 +16,7 @@ from pspo.base.statistics import Statistics
 from pspo.base.stream import Stream, generator
 from pspo.budget import Progress
 from pspo.config import Config, identity
-from pspo.dataset import Prompt
+from pspo.dataset import Prompt, Splits
 from pspo.diagnostics import Record
 from pspo.evaluate import completion_row, validate
 from pspo.host import interrupt
@@ -57,6 +57,10 @@ class Trainer:
     tracker: Tracker
     check_owner: Callable[[], None] = lambda: None  # leaves the process if another one has taken the directory over
     state: State = field(default_factory=State)
+
+    @classmethod
+    def check(cls, config: Config, splits: Splits) -> None:
+        """Refuse problems that cannot be learned from. Raises ConfigError."""
 
     def __post_init__(self) -> None:
         config, rollout = self.config, self.config.rollout

@@ -13,6 +13,10 @@ from unittest import mock
 
 import yaml
 
+from pspo import tracker
+
+tracker.INIT_TIMEOUT_S = tracker.CLOSE_TIMEOUT_S = 600.0  # a busy machine is no failure; tests of bounds set their own
+
 CONFIG = {
     "tracker": {"name": "wandb", "project": "pspo-test", "entity": None},
     "group": "smoke",

@@ -24,13 +24,14 @@ from pspo.tracker import Tracker
 from pspo.trainer import Trainer
 
 
-def prepare(config: Config, directory: Path) -> tuple[earlier.History, Splits]:
+def prepare(config: Config, directory: Path, kind: type[Trainer]) -> tuple[earlier.History, Splits]:
     """Every check of a run that is to be made or resumed, before anything is written. Raises ConfigError."""
     check(config)
-    model.check(config.model)  # downloads it where need be, after which its commit can be compared
-    history = earlier.look(config, directory)
     splits = dataset.load(config.dataset, config.seed)
     splits = replace(splits, test=evaluation.problems(config, splits))
+    kind.check(config, splits)
+    model.check(config.model)  # downloads it where need be, after which its commit can be compared
+    history = earlier.look(config, directory)
     one = next(split for split in (splits.train, *splits.test.values()) if split)[:1]
     dataset.encode(model.tokenizer(config.model), config.dataset, one)  # refuses a chat template that fails
     return history, splits
@@ -45,7 +46,7 @@ def run(
     directory = directory or earlier.run_directory(config, overrides)
     if earlier.is_finished(config, directory):
         return directory
-    history, splits = prepare(config, directory)
+    history, splits = prepare(config, directory, kind)
     if history.state == "again":
         earlier.set_aside(directory)
     with at_work(directory) as owner:
