@@ -26,7 +26,7 @@ from pspo.report.qualities import MEASURES, measure
 
 MAX_ARMS_SHOWN = 8
 """Arms whose curves are shown at first, the reference among them; the boxes of the legend show the others."""
-MAX_COMPLETIONS = 6
+MAX_COMPLETIONS_SHOWN = 6
 MAX_MEASURED_ANSWERS = 600
 """Answers of an arm, about as many of each run, whose texts are read for the cheap measures."""
 LENGTHS = {0.05: "low", 0.5: "value", 0.95: "high"}  # quantile -> column of a figure's rows
@@ -168,7 +168,7 @@ def _completions(comparison: Comparison) -> Iterator[Section]:
         row = next(row for row in of_run if row["problem"] == problem and row["sample"] == 0)
         cards.setdefault(row["completion"], row | {"arms": []})["arms"].append(first[run])
     text = f"The problem with the most different answers; {comparison.arms['selection'].iloc[0]}: first seeds."
-    yield Section("Completions of one problem", [text], completions=[*cards.values()][:MAX_COMPLETIONS])
+    yield Section("Completions of one problem", [text], completions=[*cards.values()][:MAX_COMPLETIONS_SHOWN])
 
 
 def _qualities(comparison: Comparison) -> Section:

@@ -20,7 +20,7 @@ from pspo.model.config import LoraConfig, ModelConfig
 from pspo.model.logprob import predicting_states, raised
 from pspo.model.source import read_model, read_tokenizer
 
-MAX_SAVED_GAP = 1e-3
+MAX_SAVED_GAP_NATS = 1e-3
 """Nats by which a log-probability of the saved model may differ from the trained policy's; both without autocast."""
 
 
@@ -90,7 +90,7 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     """Write a plain Hugging Face directory, adapters merged. Raises SaveError, and then leaves the earlier directory.
 
     With ``probe``, two token ids or more, the policy is spent: its weights are freed, the directory is loaded again,
-    and the log-probabilities of the probe's tokens must be the same to ``MAX_SAVED_GAP`` nats.
+    and the log-probabilities of the probe's tokens must be the same to ``MAX_SAVED_GAP_NATS`` nats.
     """
     model = policy.model.eval()
     expected: Any = _probe_logprobs(model, probe) if probe else None
@@ -108,10 +108,10 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
                     parameter.data, parameter.grad = parameter.data.new_empty(0), None
                 loaded = read_model(new, dtype, attn_implementation=attention).to(device).eval()
                 gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
-                if not gap <= MAX_SAVED_GAP:  # also where the gap is NaN
+                if not gap <= MAX_SAVED_GAP_NATS:  # also where the gap is NaN
                     raise SaveError(
                         f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
-                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP}; try model.lora.rank=0"
+                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP_NATS}; try model.lora.rank=0"
                     )
     except (OSError, SafetensorError) as error:
         raise SaveError(
