@@ -175,7 +175,7 @@ def cli() -> None:
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
         about = {name: (SWEEPS / f"{name}.yaml").read_text().partition("\n")[0].lstrip("# ") for name in names()}
         lines = ["python -m pspo.sweep <name or file.yaml> [key=value ...] [hydra/launcher=basic|local|slurm]", ""]
-        lines += [f"  {name:<10} {line}" for name, line in about.items()]
+        lines += [f"  {name:<{max(map(len, about))}}  {line}" for name, line in about.items()]
         lines += ["", "hydra.launcher.dry_run=true prints the runs, what became of them, and the cost.", ""]
         sys.stdout.write("\n".join(lines))
         return
