@@ -20,7 +20,7 @@ from pspo.update.rows import Learner, Row, column, micro_batches, score
 
 MEMORY_ADVICE = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
-GAP_METRIC, MAX_GAP_NATS = "policy/sampler_gap_mean", {False: 1e-3, True: 0.15}
+GAP, MAX_GAP_NATS = "policy/sampler_gap_mean", {False: 1e-3, True: 0.15}
 """Mean |log π_trainer − log π_sampler| of fresh rows, and its bound without and with ``autocast`` to bfloat16."""
 
 
@@ -68,7 +68,7 @@ def update(
             reason = f"loss {loss.item()}, gradient norm {norms[0].item()}: the optimizer step was not taken"
             raise _non_finite(reason, minibatch, failure)
         if taken == 0:
-            check_gap(statistics.result().get(GAP_METRIC, 0.0), learner.policy.autocast)
+            check_gap(statistics.result().get(GAP, 0.0), learner.policy.autocast)
         statistics.mean("optimizer/grad_norm_mean", norms[0], torch.ones_like(norms[0], dtype=torch.bool))
         for group in optimizer.param_groups:
             group["lr"] = learning_rates[number] * group.get("lr_factor", 1.0)
@@ -151,7 +151,7 @@ def accumulate(
             if record is not None:
                 record.add(x, gradient_BT, entropy_BT)
             if fresh:
-                seen.mean(GAP_METRIC, (logprob_BT - old_logprob_BT).abs(), mask_BT)
+                seen.mean(GAP, (logprob_BT - old_logprob_BT).abs(), mask_BT)
             finite = (logprob_BT.isfinite() & old_logprob_BT.isfinite()).all()
             total += torch.where(finite, loss.detach().double(), torch.nan)
     statistics.add(seen)
