@@ -97,7 +97,8 @@ class SupervisedTrainer(Trainer):
 
     def _validation(self) -> tuple[dict[str, float], float]:
         rows = solution_rows(self.policy.tokenizer, self.validation, self.config.dataset)
-        loss = mean_loss(self.policy.model, self._batches(rows), self.policy.autocast)
+        with Phase("validation"):
+            loss = mean_loss(self.policy.model, self._batches(rows), self.policy.autocast)
         return {"supervise/validation_loss": loss}, -loss
 
     def _batches(self, rows: list[Row]) -> list[Batch]:

@@ -189,7 +189,7 @@ class Trainer:
     def _validation(self) -> tuple[dict[str, float], float]:
         """Metrics of held-out training problems, and the number that ``selection=best`` maximises."""
         seed = [self.config.seed, Stream.VALIDATION, self.state.progress.steps]
-        metrics = validate(self.sampler, self.validation, self.reward, seed)
+        metrics = validate(self.sampler, self.validation, self.reward, seed, self.config.rollout.max_rows)
         return metrics, metrics["validation/sampled_reward_mean"]
 
     def _validate(self) -> dict[str, float]:

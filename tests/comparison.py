@@ -26,7 +26,7 @@ def write_run(
     answers.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (directory / "inputs.json").write_text(json.dumps({"code": code}))
-    step = {"step": 1, "completion/truncated_rate": truncated, "time/step_s": 2.0}
+    step = {"step": 1, "completion/truncated_rate": truncated, "time/step_s": 2.0, "time/rollout_s": 0.64}
     step |= {"budget/steps": 1, "budget/prompts": spent[0], "budget/completion_tokens": spent[1]}
     (directory / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     correct = np.asarray(correct).reshape(len(correct), -1)

@@ -142,6 +142,15 @@ def test_untrained_models_are_arms(outputs):
     assert (row["paired"], row["seeds"]) == ("problems", 1)
 
 
+def test_untrained_models_are_named_by_their_shots(outputs):
+    for shots in (0, 5):
+        overrides = ["budget.steps=0", "dataset=gsm8k", f"dataset.shots={shots}", f"dataset.max_prompt_tokens={512 + shots}"]
+        write_run(outputs.parent / "evaluate", overrides, 0, answers(5))
+    found = group(load([outputs, outputs.parent / "evaluate"]))
+    assert list(found.arms)[-2:] == ["untrained 0-shot", "untrained 5-shot"]
+    assert compare(found, [GREEDY], "untrained 5-shot").against == "untrained 5-shot"
+
+
 def test_files_of_one_name_are_two_arms(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -271,9 +280,10 @@ def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path, monkeyp
     assert ours.loc["pspo", "published"] == "39.7"
     assert ours.loc["pspo", "differs"] == "optimizer.lr 1e-06 (5e-07)"
     hours = cost(found).set_index("experiment")["gpu_hours"]
-    assert hours["paper_qwen0_5b_clip"] == pytest.approx(5 * 1311 * 2.0 / 3600)  # two seconds a step, five seeds
+    answers_s = 66 * (1319 + 1000 + 2305 + 500) * 0.01  # one before; one and 4 x 16 after; 0.64 s a rollout of 16 x 4
+    assert hours["paper_qwen0_5b_clip"] == pytest.approx(5 * (1311 * 2.0 + answers_s) / 3600)  # two seconds a step
     assert np.isnan(hours["paper_qwen1_5b_clip"])
-    assert cost(found, step_s=3.6)["gpu_hours"].tolist() == pytest.approx([5 * 1311 / 1000] * 6)
+    assert cost(found, step_s=3.6)["gpu_hours"].tolist() == pytest.approx([5 * (1311 + 66 * 5124 / 64) / 1000] * 6)
     run(monkeypatch, tmp_path / "pap*", "--published")
     shown = " ".join(capsys.readouterr().out.split())
     assert "published 17.6 %" in shown

@@ -7,6 +7,7 @@ import pytest
 import torch
 from training import batched, problems, rollout_config
 
+from pspo.base.console import Phase
 from pspo.base.stream import Stream
 from pspo.evaluate import answer, summarize, validate
 from pspo.evaluate.answers import majority
@@ -18,11 +19,12 @@ class Recording:
     """A sampler that says which prompts, seed and greediness it was asked for; problem i has i + 1 tokens."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.phases = [], []
 
     def sample(self, prompts, group_size, seed, *, greedy=False):
         assert group_size == 1
         self.calls.append(([p.problem.id for p in prompts], list(seed), greedy))
+        self.phases.append(str(Phase.current))
         return [Completion(p, 0, [1] * (int(p.problem.id) + 1), [], greedy, f"{greedy}") for p in prompts]
 
 
@@ -35,7 +37,7 @@ def graded(text, problem):
 def test_validation_by_hand():
     """Five problems: greedy 0, 2 and 4 are right, sampled 0 alone; mean length of 1 to 5 tokens is 3."""
     sampler = Recording()
-    metrics = validate(sampler, problems(5), batched(graded), [7, Stream.VALIDATION, 3])
+    metrics = validate(sampler, problems(5), batched(graded), [7, Stream.VALIDATION, 3], max_rows=2)
     assert metrics.pop("time/validation_s") >= 0
     assert metrics == {
         "validation/greedy_accuracy": 0.6,
@@ -45,7 +47,9 @@ def test_validation_by_hand():
         "validation/sampled_length_mean": 3.0,
     }
     key = [7, Stream.VALIDATION, 3]
-    assert sampler.calls == [(list("01234"), key, greedy) for greedy in (True, False)]
+    assert sampler.calls == [(list(part), key, greedy) for greedy in (True, False) for part in ("01", "23", "4")]
+    assert sampler.phases[0] == "validation, greedy: 0 of 5 problems, 0 %"
+    assert sampler.phases[4].startswith("validation, sampled: 2 of 5 problems, 40 %, 0:00:0")  # and how long is left
 
 
 def test_rows_and_their_summary():
@@ -128,5 +132,5 @@ def test_validation_leaves_the_global_generators_as_they_were(tiny_policy):
 
     config = rollout_config()
     before = state()
-    validate(OwnSampler(tiny_policy(), config), problems(3), batched(drawing), [7, Stream.VALIDATION, 1])
+    validate(OwnSampler(tiny_policy(), config), problems(3), batched(drawing), [7, Stream.VALIDATION, 1], 2)
     assert state() == before

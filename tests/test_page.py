@@ -286,6 +286,14 @@ def test_in_a_browser_the_legend_hides_an_arm_in_all_figures(browser, directory)
     tab.wait_for_function(f"{lines} < {before}")
     tab.locator(".legend input").first.check()
     tab.wait_for_function(f"{lines} == {before}")
+    boxes, curves = tab.locator(".legend input").all(), tab.locator('figure:has([aria-label="Reward"])')
+    for box in boxes:
+        assert curves.is_visible()
+        box.uncheck()
+    assert curves.is_hidden()  # as it has no line
+    assert tab.locator("figure").first.is_visible()
+    boxes[0].check()
+    assert curves.is_visible()
     assert messages == []
     tab.close()
 

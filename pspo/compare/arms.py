@@ -152,7 +152,8 @@ def _labels(settings: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:
         values = file_names if file_names.nunique() == values.nunique() else values
         name = key.removeprefix("objective.")
         for run, value in values.items():
-            words[run].append(value if name.endswith("name") else f"{short.get(name, name)}={value}")
+            text = value if name.endswith("name") else f"{short.get(name, name)}={value}"
+            words[run].append(f"{value}-shot" if key == "dataset.shots" else text)
     return {run: " ".join(of_run) for run, of_run in words.items()}
 
 

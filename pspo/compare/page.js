@@ -1,5 +1,6 @@
 "use strict";
-// Draws a figure when it comes near the screen; the boxes of the legend show and hide an arm in all figures.
+// Draws a figure when it comes near the screen; the boxes of the legend show and hide an arm in all figures, and a figure
+// in which no shown arm has a line.
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const boxes = [...document.querySelectorAll(".legend input")];
 const hidden = new Set(boxes.filter((box) => !box.checked).map((box) => box.value));
@@ -27,13 +28,18 @@ const near = new IntersectionObserver((entries) => {
   }
 }, {rootMargin: "800px"});
 const plots = [...document.querySelectorAll(".plot")];
+const hideEmpty = () => plots.forEach((plot) => {
+  plot.parentElement.hidden = !figures[plot.dataset.figure].traces.some(visible);
+});
+hideEmpty();
 plots.forEach((plot) => near.observe(plot));
-addEventListener("beforeprint", () => plots.filter((plot) => !plot.data).forEach(draw));
+addEventListener("beforeprint", () => plots.filter((plot) => !plot.data && !plot.parentElement.hidden).forEach(draw));
 
 if (innerWidth < 700) document.querySelector(".legend").open = false;
 for (const box of boxes) {
   box.addEventListener("change", () => {
     if (box.checked) hidden.delete(box.value); else hidden.add(box.value);
+    hideEmpty();
     for (const plot of plots.filter((plot) => plot.data?.some((trace) => trace.meta))) {
       Plotly.restyle(plot, {visible: plot.data.map(visible)});
     }

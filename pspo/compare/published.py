@@ -10,6 +10,7 @@ from pspo.compare.comparison import Comparison
 from pspo.config import compose, groups, read
 
 PAPER_SEEDS = 5
+NUM_TEST_PROBLEMS = {"gsm8k": 1319, "svamp": 1000, "asdiv": 2305, "math500": 500}
 PAPER, VERSION_2 = "arXiv 2509.21282", "arXiv 2509.21282 version 2, temperature 0"
 CLIP = f"{PAPER}; the authors' code gives this arm eps 0 and pspo's learning rate, unlike the text"
 HARNESS = "public harness, 5-shot"
@@ -35,11 +36,12 @@ def sentences(comparison: Comparison, step_s: float | None = None) -> Iterator[s
         text = "{model} {published_arm}, {set}: published {published} % ({source}); "
         ours = "ours {mean:.1%} [{low:.1%}, {high:.1%}], {arm}, {selection}, seeds: {seeds:.0f}; differs in {differs}"
         yield (text + ("no arm here" if pd.isna(row["arm"]) else ours)).format(**row)
-    yield f"Training the published table, {PAPER_SEEDS} seeds, evaluation aside"
+    yield f"Training and evaluating the published table, {PAPER_SEEDS} seeds"
     costs = cost(comparison.group, step_s)
     for row in costs.dropna().to_dict("records"):
-        yield "{experiment}: {steps} steps of {step_s:.2f} s, {gpu_hours:.1f} GPU-hours".format(**row)
-    if missing := costs.loc[costs["step_s"].isna(), "experiment"].to_list():
+        run = "{steps} steps of {step_s:.2f} s, {answers:,} answers of {answer_s:.3f} s".format(**row)
+        yield "{experiment}: {gpu_hours:.1f} GPU-hours; a run has ".format(**row) + run
+    if missing := costs.loc[costs["gpu_hours"].isna(), "experiment"].to_list():
         yield f"no run here has measured a step of {', '.join(missing)}; give --step-s"
     if len(missing) < len(costs):
         yield f"together {costs['gpu_hours'].sum():.0f} GPU-hours"
@@ -69,17 +71,23 @@ def _differs(run: str, experiment: str) -> str:
 
 
 def cost(group: ComparedRuns, step_s: float | None = None) -> pd.DataFrame:
-    """GPU-hours to train every recipe ``experiment=paper_*`` with the paper's five seeds; evaluation comes on top.
+    """GPU-hours to train and to evaluate every recipe ``experiment=paper_*`` with the paper's five seeds.
 
     Seconds a step are ``step_s``, else the median of the group's steps by the same model, NaN where there is no step.
+    A test answer takes as long as a completion of its rollouts, or, of a given ``step_s``, of a step, which is too long.
     """
-    steps = group.results.steps.reindex(columns=["run", "time/step_s"]).join(group.runs["model.name"], on="run")
+    times = ["time/step_s", "time/rollout_s"]
+    steps = group.results.steps.reindex(columns=["run", *times]).join(group.runs["model.name"], on="run")
     rows = []
     for name in groups()["experiment"]:
         if name.startswith("paper_"):
             recipe = compose([f"experiment={name}"])
-            measured = steps.loc[steps["model.name"] == recipe.model.name, "time/step_s"]
-            seconds = measured.median() if step_s is None else step_s
-            hours = PAPER_SEEDS * (recipe.budget.steps or 0) * seconds / 3600
-            rows.append({"experiment": name, "steps": recipe.budget.steps, "step_s": seconds, "gpu_hours": hours})
+            measured, evaluate = steps.loc[steps["model.name"] == recipe.model.name, times], recipe.evaluate
+            seconds, rollout_s = measured.median() if step_s is None else (step_s, step_s)
+            of_problem = 1 + sum(evaluate.samples if t else 1 for t in evaluate.temperatures)  # one before training
+            answers = of_problem * sum(NUM_TEST_PROBLEMS[each] for each in evaluate.sets or ())
+            row = {"experiment": name, "steps": recipe.budget.steps or 0, "step_s": seconds, "answers": answers}
+            row |= {"answer_s": rollout_s / (recipe.rollout.prompts * recipe.rollout.group_size)}
+            hours = PAPER_SEEDS * (row["steps"] * row["step_s"] + answers * row["answer_s"]) / 3600
+            rows.append(row | {"gpu_hours": hours})
     return pd.DataFrame(rows)

@@ -8,7 +8,7 @@ from itertools import chain
 from statistics import fmean
 from typing import Any
 
-from pspo.base.console import Phase, log
+from pspo.base.console import log, track
 from pspo.base.schema import Schema, key
 from pspo.base.statistics import pass_at_k, wilson_interval
 from pspo.checkpoint import random_state_kept
@@ -75,12 +75,21 @@ def described(problem: Problem) -> dict[str, str]:
     return {"problem": problem.id, "question": problem.question, "answer": problem.answer}
 
 
-def validate(sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, seed: Sequence[int]) -> dict[str, float]:
-    """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were."""
+def validate(
+    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, seed: Sequence[int], max_rows: int
+) -> dict[str, float]:
+    """Greedy and sampled answers to held-out training problems as metrics; the global generators stay as they were.
+
+    At most ``max_rows`` prompts, of like length, are answered at a time, so that the phase counts them.
+    """
     begun, metrics = time.perf_counter(), dict[str, float]()
-    with random_state_kept(), Phase("validation"):
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+    parts = [by_length[start : start + max_rows] for start in range(0, len(prompts), max_rows)]
+    with random_state_kept():
         for how, names in (("greedy", ["accuracy"]), ("sampled", ["accuracy", "reward_mean"])):
-            numbers = summarize(answer(sampler, prompts, reward, samples=1, seed=seed, greedy=how == "greedy"))
+            chunks = track(parts, f"validation, {how}", len(prompts), "problems")
+            rows = [answer(sampler, part, reward, samples=1, seed=seed, greedy=how == "greedy") for part in chunks]
+            numbers = summarize(chain.from_iterable(rows))
             metrics |= {f"validation/{how}_{name}": numbers[name] for name in (*names, "length_mean")}
     accuracies = [100 * metrics[f"validation/{how}_accuracy"] for how in ("greedy", "sampled")]
     text = "step %d: validation accuracy %.1f %% greedy, %.1f %% sampled, %.1f tokens"
