@@ -88,8 +88,8 @@ def test_samples_are_averaged_and_seeds_count_once(tmp_path):
     [
         (["optimizer.lr=1e-3"], {}, "what is compared: optimizer.lr is 0.001 (clip), 5e-05 (noclip)"),
         ([], {"code": "other"}, "runs were made by different code: its digest is other (clip), c0de (noclip)"),
-        ([], {"spent": (200, 5000)}, "arms have spent unequal budgets: mean prompts clip 200, noclip 100"),
-        ([], {"spent": (100, 9000)}, "mean completion tokens clip 9,000, noclip 5,000"),
+        ([], {"spent": (200, 5000)}, "arms have spent unequal budgets: mean prompts from 100 (noclip) to 200 (clip)"),
+        ([], {"spent": (100, 9000)}, "mean completion tokens from 5,000 (noclip) to 9,000 (clip)"),
         ([], {"state": "FAILED"}, "clip: lacks seed 0 (failed)"),
         ([], {"state": ""}, "clip: lacks seed 0 (unfinished)"),
         ([], {"truncated": 0.25}, "more than 20 % truncated completions in training: clip 25 %"),
@@ -107,6 +107,21 @@ def test_what_is_not_matched_is_named_first(tmp_path, monkeypatch, capsys, overr
     run(monkeypatch, tmp_path / "demo", "--set", "gsm8k")
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.index(sentence) < shown.index("gsm8k, greedy")
+
+
+def test_an_objectives_own_knob_is_a_part_of_it(tmp_path):
+    """Objectives at settings of their own are what is compared; a knob at two values in one arm, or a rate, is not."""
+
+    def confounds():
+        warned = group(load(tmp_path / "demo"), ["objective.name"]).warnings
+        return [warning.split(": ")[1].split()[0] for warning in warned if "more than what is compared" in warning]
+
+    arms = [*NOCLIP], [*CLIP, "objective.eps_low=0.1"], ["objective=pspo", "optimizer.lr=1e-3"]
+    for overrides in arms:
+        write_run(tmp_path / "demo", overrides, 0, answers(0))
+    assert confounds() == ["optimizer.lr"]
+    write_run(tmp_path / "demo", CLIP, 1, answers(0))
+    assert confounds() == ["objective.eps_low", "optimizer.lr"]
 
 
 def test_vacuous_trust_regions_are_named(tmp_path):
@@ -144,7 +159,12 @@ def test_untrained_models_are_arms(outputs):
 
 def test_untrained_models_are_named_by_their_shots(outputs):
     for shots in (0, 5):
-        overrides = ["budget.steps=0", "dataset=gsm8k", f"dataset.shots={shots}", f"dataset.max_prompt_tokens={512 + shots}"]
+        overrides = [
+            "budget.steps=0",
+            "dataset=gsm8k",
+            f"dataset.shots={shots}",
+            f"dataset.max_prompt_tokens={512 + shots}",
+        ]
         write_run(outputs.parent / "evaluate", overrides, 0, answers(5))
     found = group(load([outputs, outputs.parent / "evaluate"]))
     assert list(found.arms)[-2:] == ["untrained 0-shot", "untrained 5-shot"]

@@ -81,6 +81,24 @@ def test_page_needs_no_network_and_runs_nothing_but_its_own_scripts(text):
     ]
 
 
+def test_knobs_that_are_swept_together_are_one_axis_and_its_lines_have_names(tmp_path):
+    both = "objective=clip", "objective.eps_low={0}", "objective.eps_high={0}"
+    swept = [[word.format(eps) for word in both] for eps in (0.1, 0.2, 0.4)]
+    swept += [["objective=dppo", "loss.importance=token", f"objective.delta={delta}"] for delta in (0.1, 0.2)]
+    swept += [["objective=pspo_proportional", f"objective.delta={delta}"] for delta in (0.1, 0.2)]
+    made = make_group(tmp_path / "made", swept, seeds=2, steps=1, problems=4, samples=0)
+    figures = drawn(page_of(made).read_text(encoding="utf-8").replace(get_plotlyjs(), ""))
+    over = {title: figure for title, figure in figures.items() if title.startswith("Accuracy over")}
+    assert [title.partition(":")[0] for title in over] == [
+        "Accuracy over objective.eps_low, objective.eps_high", "Accuracy over objective.delta"
+    ]  # fmt: skip
+    clip, delta = over.values()
+    assert [(trace["name"], trace["x"]) for trace in clip["traces"]] == [("clip", ["0.1", "0.2", "0.4"])]
+    assert [trace["name"] for trace in delta["traces"]] == ["dppo", "pspo_proportional"]
+    assert delta["layout"]["showlegend"]
+    assert not clip["layout"]["showlegend"]
+
+
 def test_page_escapes_what_a_model_wrote(tmp_path):
     made = make_group(tmp_path / "made", [["objective=noclip"]], seeds=1, steps=1, problems=1, samples=0)
     (answers,) = made.glob("*/evaluation/after/greedy/*.jsonl")

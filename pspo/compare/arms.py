@@ -95,12 +95,15 @@ def group(results: Results, by: Sequence[str] = ()) -> ComparedRuns:
     chosen = [key for key in keys if key in by] if by else keys
     if "objective.name" in keys and any(key.startswith("objective.") for key in by):
         chosen = list(dict.fromkeys(["objective.name", *chosen]))  # one objective's alpha is not another's
-    labels = {run: label or trained.loc[run, "objective.name"] for run, label in _labels(trained, chosen).items()}
+    labels = {run: label or trained.loc[run, "objective.name"] for run, label in labels_of(trained, chosen).items()}
     of_models = [key for key in differing(untrained) if key.partition(".")[0] in ("model", "dataset")]
-    labels |= {run: f"{UNTRAINED} {label}".strip() for run, label in _labels(untrained, of_models).items()}
+    labels |= {run: f"{UNTRAINED} {label}".strip() for run, label in labels_of(untrained, of_models).items()}
     runs = runs.assign(**settings, arm=labels)
     done = sorted(runs.index[is_done], key=lambda run: (is_untrained[run], _order(settings.loc[run, chosen])))
     subject = chosen if by else [key for key in chosen if key.startswith("objective.")] or chosen[:1]
+    if "objective.name" in subject:  # then a knob that has one value in each arm is a part of the objective
+        knobs = trained.filter(like="objective.")
+        subject = [*subject, *knobs.columns[knobs.groupby(trained.index.map(labels)).nunique(dropna=False).max() == 1]]
     confounds = trained[[key for key in keys if key not in subject]]
     return ComparedRuns(results, runs.loc[done], chosen, [*caveats(results, runs, runs.loc[done], confounds)], left_out)
 
@@ -134,7 +137,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
-def _labels(settings: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:
+def labels_of(settings: pd.DataFrame, by: Sequence[str]) -> dict[str, str]:
     """A label for each run from its options and the fewest keys in ``by`` that tell arms apart: ``pspo alpha=0.1``.
 
     Options stand alone, other values after the short names of their keys; "" where nothing sets arms apart.

@@ -39,8 +39,8 @@ def caveats(results: Results, runs: pd.DataFrame, finished: pd.DataFrame, confou
     for unit, ratio in MAX_SPENT_RATIO.items():
         spent = trained.groupby("arm", sort=False)[f"spent.{unit}"].mean()
         if spent.max() > ratio * spent.min():
-            means = ", ".join(f"{arm} {mean:,.0f}" for arm, mean in spent.items())
-            yield f"arms have spent unequal budgets: mean {unit.replace('_', ' ')} {means}"
+            ends = f"{spent.min():,.0f} ({spent.idxmin()}) to {spent.max():,.0f} ({spent.idxmax()})"
+            yield f"arms have spent unequal budgets: mean {unit.replace('_', ' ')} from {ends}"
     for sentence, of_arms in _arms_of([*_seeds(trained, runs), *_inert(trained)]).items():
         yield f"{of_arms}: {sentence}"
     for arm in sorted({*runs["arm"]} - {*finished["arm"]}):

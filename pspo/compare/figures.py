@@ -73,12 +73,16 @@ def curves(rows: pd.DataFrame, arms: Sequence[str], x: str, panel: Panel) -> Ite
         yield Figure(title, traces, {"xaxis": {"title": {"text": x}}, "yaxis": y_axis})
 
 
-def intervals(rows: pd.DataFrame, arms: Iterable[str], x: str, title: str) -> Figure:
-    """An accuracy over the few values of ``x``, at equal distances, with its interval at every value."""
+def intervals(rows: pd.DataFrame, arms: Iterable[str], x: str, title: str, *, legend: bool = False) -> Figure:
+    """An accuracy over the few values of ``x``, at equal distances, with its interval at every value.
+
+    Lines that are not the page's arms need a ``legend`` of their own.
+    """
     rows = rows.sort_values(x, kind="stable").assign(name=rows[x].map("{:g}".format))
     traces = [line | {"x": [*own["name"]], "error_y": _error(own)} for _, own, line in _lines(rows, arms)]
     x_axis = {"title": {"text": html.escape(x)}, "type": "category", "categoryarray": [*rows["name"].unique()]}
-    layout: dict[str, Any] = {"scattermode": "group", "scattergap": 0.8}
+    layout: dict[str, Any] = {"scattermode": "group", "scattergap": 0.8, "showlegend": legend and len(traces) > 1}
+    layout |= {"legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}}
     return Figure(title, traces, layout | {"xaxis": x_axis, "yaxis": {"tickformat": "~%"}})
 
 

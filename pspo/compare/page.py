@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from pspo.base.files import read_lines, write_text
 from pspo.compare import figures
-from pspo.compare.arms import WHERE, ComparedRuns, selections
+from pspo.compare.arms import WHERE, ComparedRuns, labels_of, selections
 from pspo.compare.comparison import Comparison, Table, compare, tables
 from pspo.compare.figures import Figure
 from pspo.report.page import MAX_COMPLETION_CHARACTERS, templates
@@ -109,7 +109,7 @@ def _training(comparison: Comparison) -> Iterator[Section]:
         printed = []
         if title == "Speed" and TIMES.keys() & set(steps):
             seconds = steps[steps["step"] > 0].reindex(columns=["arm", *TIMES]).fillna(0).groupby("arm").mean()
-            numbers = seconds.rename(columns=TIMES).reset_index()
+            numbers = seconds.loc[[arm for arm in arms if arm in seconds.index]].rename(columns=TIMES).reset_index()
             printed.append(Table("Where the time goes: seconds per step", numbers.map(_text), numbers))
         if drawn:
             text = (
@@ -123,9 +123,9 @@ def _evaluation(comparison: Comparison) -> Iterator[Figure]:
     group, arms = comparison.group, list(comparison.group.arms)
     answers = _with_arms(group.results.answers, group)
     for selection, rows in comparison.arms.groupby("selection", sort=False):
-        for key in group.by:
-            if len(swept := _swept(group, key, rows)):
-                yield figures.intervals(swept, swept["arm"].unique(), key, f"Accuracy over {key}: {selection}")
+        for keys, swept in _sweeps(group, rows):
+            title = f"Accuracy over {keys}: {selection}"
+            yield figures.intervals(swept, swept["arm"].unique(), keys, title, legend=True)
     after = [selection for selection in selections(group) if selection.when == "after"]
     everything = compare(group, after, comparison.against) if after else comparison
     for (name, evaluation), rows in everything.arms.groupby(["set", "evaluation"], sort=False):
@@ -139,31 +139,42 @@ def _evaluation(comparison: Comparison) -> Iterator[Figure]:
         own = answers[(answers[WHERE] == where).all(axis=1)]
         for is_correct, rows in own.groupby("correct"):
             lengths = rows.groupby("arm")["tokens"].quantile([*LENGTHS]).unstack().rename(columns=LENGTHS)
+            lengths = lengths.loc[[arm for arm in arms if arm in lengths.index]]
             title = f"Length of {'correct' if is_correct else 'wrong'} answers, 5, 50 and 95 %: {selection}"
             yield figures.forest(lengths.reset_index(), arms, title, "tokens")
 
 
-def _swept(group: ComparedRuns, key: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of arms that share all keys but ``key``, which has several numbers; ``arm`` is what the arms share."""
+def _sweeps(group: ComparedRuns, rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each key with several numbers, and the rows of arms that share all other keys; ``arm`` is what the arms share.
+
+    Keys that take new values together, as eps_low and eps_high of a symmetric clip, count as one, by all their names.
+    """
     settings = group.runs.drop_duplicates("arm").set_index("arm").loc[rows["arm"], group.by]
-    numbers = pd.to_numeric(settings[key].map(str), errors="coerce").to_numpy()
-    others = settings.drop(columns=key).to_numpy()
-    shared = [" ".join(str(value) for value in values if value is not None) for values in others]
-    swept = rows.rename(columns={"mean": "value"}).assign(arm=shared, **{key: numbers}).dropna(subset=[key])
-    return swept[swept.groupby("arm")[key].transform("nunique") > 1]
+    for key in group.by:
+        own = settings[pd.to_numeric(settings[key].map(str), errors="coerce").notna()]
+        values = {other: own[other].factorize()[0] for other in group.by}  # numbered in the order of the arms
+        together = [other for other in group.by if (values[other] == values[key]).all()]
+        if together[0] == key and len(own):
+            shared, name = labels_of(own, [other for other in group.by if other not in together]), ", ".join(together)
+            swept = rows[rows["arm"].isin(own.index)].rename(columns={"mean": "value"})
+            numbers = swept["arm"].map(own[key]).astype(float)
+            swept = swept.assign(arm=swept["arm"].map(shared), **{name: numbers})
+            if (is_swept := swept.groupby("arm")[name].transform("nunique") > 1).any():
+                yield name, swept[is_swept]
 
 
 def _completions(comparison: Comparison) -> Iterator[Section]:
     """Side by side what the arms answered to the problem on which they differ most; equal completions stand once."""
     answers, where = comparison.group.results.answers, comparison.arms.iloc[0][WHERE].to_list()
-    first = {runs[0]: arm for arm, runs in comparison.group.arms.items()}
+    arms = sorted(comparison.group.arms.items(), key=lambda own: own[0] != comparison.against)  # the reference first
+    first = {runs[0]: arm for arm, runs in arms}
     rows = answers[(answers[WHERE] == where).all(axis=1) & (answers["sample"] == 0) & answers["run"].isin(first)]
     kinds = rows.groupby("problem", sort=False)[["correct", "tokens"]].nunique()
     if kinds.empty:
         return
     problem = kinds.sort_values(["correct", "tokens"], ascending=False, kind="stable").index[0]
-    cards: dict[str, dict[str, Any]] = {}
-    for run in rows.loc[rows["problem"] == problem, "run"].unique():
+    cards, answered = dict[str, dict[str, Any]](), rows.loc[rows["problem"] == problem, "run"].unique()
+    for run in (run for run in first if run in answered):
         of_run = read_lines(_file(run, *where))
         row = next(row for row in of_run if row["problem"] == problem and row["sample"] == 0)
         cards.setdefault(row["completion"], row | {"arms": []})["arms"].append(first[run])
@@ -172,7 +183,7 @@ def _completions(comparison: Comparison) -> Iterator[Section]:
 
 
 def _qualities(comparison: Comparison) -> Section:
-    """What can be counted in the answers' texts, a row for each measure: means over the runs of each arm."""
+    """What can be counted in the answers' texts: means over the runs of each arm."""
     group, where, rows = comparison.group, comparison.arms.iloc[0][WHERE].to_list(), []
     for arm, runs in group.arms.items():
         for run in (run for run in runs if _file(run, *where).is_file()):
@@ -183,10 +194,11 @@ def _qualities(comparison: Comparison) -> Section:
                 for line in lines
             ]
     means = pd.DataFrame(rows).groupby(["arm", "run"], sort=False).mean().groupby("arm", sort=False).mean()
-    numbers = means.T.rename_axis("measure").reset_index()
-    shown = numbers.map(_text).assign(**{"what is counted": numbers["measure"].map(MEASURES)})
-    text = f"Means over {MAX_MEASURED_ANSWERS} answers of an arm, or all: {comparison.arms['selection'].iloc[0]}."
-    return Section("Counted in the answers", [text], tables=[Table("Measures without a judge", shown, numbers)])
+    numbers = means.reset_index()
+    text = [f"Means over {MAX_MEASURED_ANSWERS} answers of an arm, or all: {comparison.arms['selection'].iloc[0]}."]
+    text += ["; ".join(f"{name}: {meaning}" for name, meaning in MEASURES.items()) + "."]
+    table = Table("Measures without a judge", numbers.map(_text), numbers)
+    return Section("Counted in the answers", text, tables=[table])
 
 
 def _with_arms(rows: pd.DataFrame, group: ComparedRuns) -> pd.DataFrame:

@@ -201,10 +201,10 @@ class Evaluation:
             (directory / "DONE").unlink(missing_ok=True)
             torch.set_num_threads(environment.choose_threads(config.threads))
             checkpoint.seed_global_generators(config.seed)
-            Phase("loading the model")
-            policy = model.load(config.model, config.seed, device)
-            if self.checkpoint is not None:
-                checkpoint.load_weights(policy, self.checkpoint)
+            with Phase("loading the model"):
+                policy = model.load(config.model, config.seed, device)
+                if self.checkpoint is not None:
+                    checkpoint.load_weights(policy, self.checkpoint)
             numbers = Answers(directory, config, policy, partial(lock.check_owner, directory, owner)).numbers(
                 prompts, shots
             )
