@@ -171,6 +171,17 @@ def test_untrained_models_are_named_by_their_shots(outputs):
     assert compare(found, [GREEDY], "untrained 5-shot").against == "untrained 5-shot"
 
 
+def test_untrained_models_alone_are_compared(tmp_path, monkeypatch, capsys):
+    for shots in (0, 5):
+        run_directory = write_run(
+            tmp_path / "evaluate", ["budget.steps=0", f"dataset.shots={shots}"], 0, answers(shots)
+        )
+        (run_directory / "metrics.jsonl").unlink()
+    run(monkeypatch, tmp_path / "evaluate")
+    assert "minus untrained 0-shot" in capsys.readouterr().out
+    assert (tmp_path / "evaluate" / "comparison.html").is_file()
+
+
 def test_files_of_one_name_are_two_arms(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

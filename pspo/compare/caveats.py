@@ -37,7 +37,7 @@ def caveats(results: Results, runs: pd.DataFrame, finished: pd.DataFrame, confou
     if finished["code"].nunique(dropna=False) > 1:
         yield f"runs were made by different code: its digest is {_listed(finished, finished['code'])}"
     for unit, ratio in MAX_SPENT_RATIO.items():
-        spent = trained.groupby("arm", sort=False)[f"spent.{unit}"].mean()
+        spent = trained.reindex(columns=["arm", key := f"spent.{unit}"]).groupby("arm", sort=False)[key].mean()
         if spent.max() > ratio * spent.min():
             ends = f"{spent.min():,.0f} ({spent.idxmin()}) to {spent.max():,.0f} ({spent.idxmax()})"
             yield f"arms have spent unequal budgets: mean {unit.replace('_', ' ')} from {ends}"

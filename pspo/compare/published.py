@@ -74,7 +74,7 @@ def cost(group: ComparedRuns, step_s: float | None = None) -> pd.DataFrame:
     """GPU-hours to train and to evaluate every recipe ``experiment=paper_*`` with the paper's five seeds.
 
     Seconds a step are ``step_s``, else the median of the group's steps by the same model, NaN where there is no step.
-    A test answer takes as long as a completion of its rollouts, or, of a given ``step_s``, of a step, which is too long.
+    A test answer takes as long as a completion of its rollouts; of a given ``step_s``, of the whole step: too long.
     """
     times = ["time/step_s", "time/rollout_s"]
     steps = group.results.steps.reindex(columns=["run", *times]).join(group.runs["model.name"], on="run")
