@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -86,7 +87,12 @@ def cost(group: ComparedRuns, step_s: float | None = None) -> pd.DataFrame:
             seconds, rollout_s = measured.median() if step_s is None else (step_s, step_s)
             of_problem = 1 + sum(evaluate.samples if t else 1 for t in evaluate.temperatures)  # one before training
             answers = of_problem * sum(NUM_TEST_PROBLEMS[each] for each in evaluate.sets or ())
-            row = {"experiment": name, "steps": recipe.budget.steps or 0, "step_s": seconds, "answers": answers}
+            row: dict[str, Any] = {
+                "experiment": name,
+                "steps": recipe.budget.steps or 0,
+                "step_s": seconds,
+                "answers": answers,
+            }
             row |= {"answer_s": rollout_s / (recipe.rollout.prompts * recipe.rollout.group_size)}
             hours = PAPER_SEEDS * (row["steps"] * row["step_s"] + answers * row["answer_s"]) / 3600
             rows.append(row | {"gpu_hours": hours})
