@@ -47,6 +47,7 @@ def configured(path=None, **changes):
         "autocast": False,
         "attention": "sdpa",
         "gradient_checkpointing": False,
+        "chat_template_kwargs": {},
         "lora": LoraConfig(rank=0, alpha=16, target_modules="all-linear"),
         "architecture": None if path or "hub_id" in changes else ARCHITECTURE,
         "warm_start": None if path or "hub_id" in changes else WARM_START,
@@ -69,7 +70,7 @@ def prompts(tiny_tokenizer):
 
 
 def sample(policy, prompts, seed=(1,), group_size=2, max_new_tokens=8, top_p=1.0):
-    limits = {"overlong_share": 0.0, "max_redraws": 0, "temperature": 1.0, "top_p": top_p, "max_rows": 100}
+    limits = {"overlong_share": 0.0, "max_redraws": 0, "temperature": 1.0, "top_p": top_p, "max_rows": 100, "stop": []}
     config = RolloutConfig(prompts=len(prompts), group_size=group_size, max_new_tokens=max_new_tokens, **limits)
     return OwnSampler(policy, config).sample(prompts, group_size, seed)
 

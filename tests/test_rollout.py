@@ -20,9 +20,12 @@ from pspo.model import Policy
 from pspo.model.policy import can_share
 from pspo.rollout import OwnSampler
 from pspo.rollout.samplers import own
+from pspo.rollout.stop import StopStrings
 from pspo.update.rows import Row, score
 
 QUESTIONS = ["1+1=", "How many apples?", "Tom has 3 apples and buys 4 more.", "12*5", "?", "Tom buys 60 apples 4 times"]
+
+NO_STOP = StopStrings([], None)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +214,8 @@ def test_equal_prompts_apart_from_each_other_are_written_as_side_by_side(policy,
     uniform_RT = torch.from_numpy(np.stack([numbers(16, sample=sample) for sample in range(12)]))
     ids = [prompts[n % 3].token_ids for n in range(12)]
     together = sorted(range(12), key=lambda n: n % 3)
-    apart = own.decode(policy, ids, uniform_RT, 1.0, 1.0)
-    beside = own.decode(policy, [ids[n] for n in together], uniform_RT[together], 1.0, 1.0)
+    apart = own.decode(policy, ids, uniform_RT, 1.0, 1.0, NO_STOP)
+    beside = own.decode(policy, [ids[n] for n in together], uniform_RT[together], 1.0, 1.0, NO_STOP)
     for n, row in zip(together, beside, strict=True):
         assert row == (apart[n][0], pytest.approx(apart[n][1], abs=1e-10), apart[n][2])
 

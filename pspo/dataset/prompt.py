@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pspo.dataset import DatasetConfig
 
 PLAIN = "Question: {question}\nAnswer:"  # the prompt of a model without a chat template, such as many a base model
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError)  # of a chat template
 CLOCK = "strftime_now"  # the one function by which transformers lets a chat template see the clock
 
 
@@ -67,14 +68,15 @@ def render(
         ids = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+    except TEMPLATE_ERRORS as error:
         remedy = "mend chat_template.jinja in the model's folder, or choose another model"
         if system_prompt:
             with contextlib.suppress(ConfigError):
-                render(tokenizer, "", questions[:1], today)
+                render(tokenizer, "", questions[:1], today, shots=shots)
                 remedy = 'it writes prompts without a system message alone; set dataset.system_prompt=""'
         name = tokenizer.name_or_path or "this model"
-        raise ConfigError(f"the chat template of {name} refuses: {error}; {remedy}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"the chat template of {name} refuses: {reason}; {remedy}") from error
     return cast(list[list[int]], ids)
 
 

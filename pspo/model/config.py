@@ -2,7 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pspo.base.schema import Schema, key
 
@@ -65,6 +65,7 @@ class ModelConfig(Schema, block="model"):
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
     attention: Literal["eager", "sdpa"] = key("implementation of attention, as transformers names it")
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
+    chat_template_kwargs: dict[str, Any] = key("variables of the chat template by name, such as enable_thinking")
     lora: LoraConfig
     architecture: Architecture | None
     warm_start: WarmStart | None

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,15 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pspo.base.files import SaveError, new_directory
 from pspo.base.schema import ConfigError
+from pspo.dataset.prompt import TEMPLATE_ERRORS
 from pspo.model import source, warm_start
 from pspo.model.batch import make_batch
-from pspo.model.config import LoraConfig, ModelConfig
+from pspo.model.config import ModelConfig
 from pspo.model.logprob import predicting_states, raised
 from pspo.model.source import read_model, read_tokenizer
 
@@ -34,6 +37,7 @@ class Policy:
     autocast: bool
     gradient_checkpointing: bool
     shares_prompts: bool = False  # whether completions may share one copy of their prompt (``can_share``)
+    adapters_off: bool = False  # whether ``scoring`` is without the adapters
 
     @property
     def device(self) -> torch.device:
@@ -62,13 +66,34 @@ class Policy:
         self.model.eval()
 
     def frozen(self) -> "Policy":
-        """A copy that nothing trains: the reference of a KL penalty."""
+        """The policy before training, which nothing trains: the reference of a KL penalty.
+
+        A copy; but of a policy with adapters, which begin as nothing, the same weights with the adapters off.
+        """
+        if any(_adapters(self.model)):
+            return replace(self, adapters_off=True)
         return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval())
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """The mode of a pass without gradient."""
+        layers = [layer for _, layer in _adapters(self.model)] if self.adapters_off else []
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the policy, without weights; a model of the hub or in GGUF is fetched or converted for it."""
-    return warm_start.tokenizer(config) if config.made_here else read_tokenizer(source.locate(config))
+    """The tokenizer of the policy, without weights; a model of the hub or in GGUF is fetched or converted for it.
+
+    Its chat template is given ``model.chat_template_kwargs``. Raises ConfigError.
+    """
+    encoder = warm_start.tokenizer(config) if config.made_here else read_tokenizer(source.locate(config))
+    return _with_variables(encoder, config)
 
 
 def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
@@ -79,10 +104,10 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.16
         enable({"use_reentrant": False})
     if config.lora.rank:
-        model = _adapted(model, config.lora, seed)
+        model = _adapted(model, config, seed, base=str(directory.absolute()))
     model.to(device).eval()
     _check_head(config, model)
-    encoder, shares = read_tokenizer(directory), can_share(model)
+    encoder, shares = _with_variables(read_tokenizer(directory), config), can_share(model)
     return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
 
 
@@ -94,25 +119,48 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
     """
     model = policy.model.eval()
     expected: Any = _probe_logprobs(model, probe) if probe else None
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "lora_A"):  # adapters are added to the weights, in place
-            module.merge()
-            model.set_submodule(name, module.get_base_layer())
+    for name, layer in list(_adapters(model)):  # added to the weights, in place
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    with _saving(directory) as new:
+        model.save_pretrained(new)
+        policy.tokenizer.save_pretrained(new)
+        if probe:
+            device, dtype, attention = model.device, model.dtype, model.config._attn_implementation
+            for parameter in model.parameters():  # freed, whoever else holds the parameter
+                parameter.data, parameter.grad = parameter.data.new_empty(0), None
+            loaded = read_model(new, dtype, attn_implementation=attention).to(device).eval()
+            gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
+            if not gap <= MAX_SAVED_GAP_NATS:  # also where the gap is NaN
+                raise SaveError(
+                    f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
+                    f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP_NATS}; try model.lora.rank=0"
+                )
+
+
+def save_adapters(policy: Policy, directory: Path) -> None:
+    """Write the adapters alone: a folder for ``peft.PeftModel.from_pretrained(<base model>, directory)``.
+
+    Raises SaveError, and then leaves the earlier directory.
+    """
+    import peft
+
+    config = copy.copy(policy.model.peft_config["default"])
+    if isinstance(config.target_modules, set):  # whose order changes from process to process
+        config.target_modules = sorted(config.target_modules)
+    weights = peft.get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    with _saving(directory) as new:
+        config.save_pretrained(new)
+        named = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}  # as in PeftModel
+        save_file(named, new / "adapter_model.safetensors")
+
+
+@contextlib.contextmanager
+def _saving(directory: Path) -> Iterator[Path]:
+    """``new_directory`` with its errors as a SaveError."""
     try:
         with new_directory(directory) as new:
-            model.save_pretrained(new)
-            policy.tokenizer.save_pretrained(new)
-            if probe:
-                device, dtype, attention = model.device, model.dtype, model.config._attn_implementation
-                for parameter in model.parameters():  # freed, whoever else holds the parameter
-                    parameter.data, parameter.grad = parameter.data.new_empty(0), None
-                loaded = read_model(new, dtype, attn_implementation=attention).to(device).eval()
-                gap = float((_probe_logprobs(loaded, probe) - expected).abs().max())
-                if not gap <= MAX_SAVED_GAP_NATS:  # also where the gap is NaN
-                    raise SaveError(
-                        f"cannot save {directory}: loaded again, the model's log-probabilities differ from the trained "
-                        f"policy's by {gap:.3g} nats, more than {MAX_SAVED_GAP_NATS}; try model.lora.rank=0"
-                    )
+            yield new
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"cannot save {directory} ({error}); make room or mend the permissions, then run the same command again"
@@ -140,7 +188,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if tokenizer.chat_template is None:
         return None
     turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "7"}]
-    after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("7")[2]
+    try:
+        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("7")[2]
+    except TEMPLATE_ERRORS:  # it writes no answers, or nothing: ``render`` says so where it is to write a prompt
+        return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
 
@@ -178,12 +229,33 @@ def _check_head(config: ModelConfig, model: Any) -> None:
         raise config.refuse("path" if config.path else "hub_id", why)
 
 
-def _adapted(model: Any, config: LoraConfig, seed: int) -> Any:
-    """The model with adapters drawn from ``seed``. Raises ConfigError."""
+def _with_variables(encoder: Any, config: ModelConfig) -> Any:
+    """The tokenizer, whose chat template is given ``model.chat_template_kwargs``. Raises ConfigError."""
+    given, template = config.chat_template_kwargs, str(encoder.chat_template)
+    for name in given:
+        if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", template):
+            why = f"{name} is no variable that the model's chat template leaves open; take a name from its text"
+            raise config.refuse("chat_template_kwargs", f"{why}, or set model.chat_template_kwargs={{}}")
+    if given:
+        encoder.apply_chat_template = functools.partial(encoder.apply_chat_template, **given)
+    return encoder
+
+
+def _adapters(model: Any) -> Iterator[tuple[str, Any]]:
+    """The layers with adapters, by name."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, "lora_A"))
+
+
+def _adapted(model: Any, settings: ModelConfig, seed: int, base: str) -> Any:
+    """The model, read from the folder ``base``, with adapters drawn from ``seed``. Raises ConfigError."""
     import peft
 
+    config, name = settings.lora, base if settings.path else settings.hub_id or base
     ends, targets = (model.get_input_embeddings(), model.get_output_embeddings()), config.target_modules
-    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    adapters = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM",
+        base_model_name_or_path=name,
+    )  # fmt: skip
     try:
         for name, module in model.named_modules():
             if module in ends and re.fullmatch(targets, name):  # the two may be one weight, and the head is a matrix

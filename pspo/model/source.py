@@ -81,9 +81,11 @@ def check_directory(directory: Path, setting: str) -> None:
     has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     settings = read_json(directory / "config.json")
     kind, is_quantized = settings.get("model_type"), "quantization_config" in settings
+    is_adapter = not settings and (directory / "adapter_config.json").is_file()
     need = "give a Hugging Face directory with config.json, *.safetensors and a tokenizer"
     for wrong, sentence in (
         (not directory.is_dir(), f"does not exist; {need}"),
+        (is_adapter, "holds adapters alone; give the folder of the merged model, model/ in its run's directory"),
         (not settings, f"has no readable config.json; {need}"),
         (not any(directory.glob("*.safetensors")), f"has no *.safetensors weights (pickles are not loaded); {need}"),
         (absent, f"has no {absent}, which {index.name} names; copy or download it again"),

@@ -18,6 +18,7 @@ class RolloutConfig(Schema, block="rollout"):
     prompts: int = key("prompts of one step", within="[1, inf)")
     group_size: int = key("completions of one prompt, compared with each other", within="[2, inf)")
     max_new_tokens: int = key("tokens after which a completion is truncated", within="[1, inf)")
+    stop: list[str] = key("stop strings: a completion is finished, and its text ends, before the first of them")
     overlong_share: float = key("the reward falls by up to 1 over this last share of max_new_tokens", within="[0, 1)")
     max_redraws: int = key(
         "redraws in place of prompts whose rewards are all equal; 0 trains on all", within="[0, inf)"
@@ -25,6 +26,11 @@ class RolloutConfig(Schema, block="rollout"):
     temperature: float = key("logits are divided by it, in sampling and in training alike", within="(0, inf)")
     top_p: float = key("sample from the smallest set of tokens that holds this much probability", within="(0, 1]")
     max_rows: int = key("completions decoded at one time; bounds memory", within="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise self.refuse("stop", "every text holds the empty string; leave it out, [] is for no stop strings")
 
     def overlong_penalty(self, length: int) -> float:
         """((L_max − b) − length) / b, at most 0, with b = share · L_max tokens (DAPO, arXiv 2503.14476, eq. 13)."""
@@ -41,10 +47,10 @@ class Completion:
 
     prompt: Prompt
     sample: int  # index of the completion in its group
-    token_ids: list[int]  # the stop token included
+    token_ids: list[int]  # with the stop token, or the token that completes a stop string
     logprobs: list[float]  # log π of each token under the temperature-scaled, untruncated policy, in nats
-    finished: bool  # ended with a stop token, else truncated at ``max_new_tokens``
-    text: str  # the decoded tokens, without special tokens
+    finished: bool  # ended with a stop token or a stop string, else truncated at ``max_new_tokens``
+    text: str  # the decoded tokens, without special tokens, up to a stop string
     score: Score = UNGRADED
 
     @property

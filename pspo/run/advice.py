@@ -1,12 +1,16 @@
-"""Warnings at a run's start, and in its report, about settings under which the objective has no effect of its own."""
+"""Warnings at a run's start, and in its report: an objective without an effect of its own, a rate too low for LoRA."""
 
 from pspo.advantage import GAE
-from pspo.config import Config
+from pspo.config import Config, compose, groups
 from pspo.optimizer import AdamW
+
+LORA_RATE_FACTOR = 10
+"""Best learning rate of adapters over that of all weights, with AdamW, at nearly any rank, in supervised and in
+reinforcement learning (Schulman et al. 2025, LoRA Without Regret, https://thinkingmachines.ai/blog/lora)."""
 
 
 def advice(config: Config) -> list[str]:
-    """One sentence for each setting that takes an effect away which the objective's name promises."""
+    """One sentence for each setting that takes an effect away which the objective's name, or LoRA, promises."""
     factor = "linear smoothing multiplies the gradient by 1 - alpha"
     alpha, smoothing = getattr(config.objective, "alpha", None), config.smoothing
     shares_trunk = isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"
@@ -34,4 +38,19 @@ def advice(config: Config) -> list[str]:
         "one optimizer step per rollout: every ratio is 1 and the trust region is inert, whatever the objective; "
         "update.num_epochs or update.num_minibatches above 1 gives it something to do"
     )
-    return [inert] * (config.update.steps == 1) + [rescaling] * bool(rescaling)
+    return [inert] * (config.update.steps == 1) + [rescaling] * bool(rescaling) + _about_lora(config)
+
+
+def _about_lora(config: Config) -> list[str]:
+    """A sentence where adapters learn at less than half of the rate that is expected to be best for them."""
+    model, optimizer = config.model, config.optimizer
+    if not (model.lora.rank and isinstance(optimizer, AdamW) and model.name in groups()["model"]):
+        return []
+    full = compose([f"model={model.name}"]).optimizer.lr
+    if optimizer.lr >= LORA_RATE_FACTOR / 2 * full:
+        return []
+    return [
+        f"optimizer.lr={optimizer.lr:g} is low for adapters, whose best learning rate is about {LORA_RATE_FACTOR} "
+        f"times that of all weights (Schulman et al. 2025, LoRA Without Regret): model={model.name} has {full:g} for "
+        f"all weights, so try optimizer.lr={LORA_RATE_FACTOR * full:g}"
+    ]

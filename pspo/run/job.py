@@ -73,6 +73,8 @@ def run(
             tests = {name: prompts[name] for name in splits.test}
             summary = _train_and_evaluate(trainer, tests, splits.shots, owner) | {"notes": notes + about}
             Phase("saving the model")
+            if config.model.lora.rank:
+                model.save_adapters(policy, directory / "adapter")
             probe = next(prompt for split in prompts.values() for prompt in split)
             model.save(policy, directory / "model", probe=probe.token_ids)
             write_json(directory / "summary.json", summary)

@@ -113,8 +113,9 @@ def score(
     logprobs: list[list[float]] = [[] for _ in rows]
     values: list[list[float]] = [[] for _ in rows]
     for places, batch in micro_batches(rows, policy, max_tokens):
-        hidden_NH = predicting_states(policy.model.get_decoder(), batch, policy.autocast)
-        columns = [(logprobs, token_logprobs(policy.model, batch, hidden_NH, temperature, policy.autocast)[0])]
+        with policy.scoring():
+            hidden_NH = predicting_states(policy.model.get_decoder(), batch, policy.autocast)
+            columns = [(logprobs, token_logprobs(policy.model, batch, hidden_NH, temperature, policy.autocast)[0])]
         if critic is not None:
             columns.append((values, critic(batch, hidden_NH, policy.autocast)))
         for numbers, number_BT in columns:

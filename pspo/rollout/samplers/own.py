@@ -21,6 +21,7 @@ from pspo.host.memory import halving
 from pspo.model import Policy
 from pspo.model.logprob import autocast_to_bfloat16, raised
 from pspo.rollout.sample import Completion, RolloutConfig
+from pspo.rollout.stop import StopStrings
 
 COMPACT_BELOW_SHARE = 0.75
 """Finished rows leave the batch once fewer than this share of its rows is still being written."""
@@ -48,18 +49,18 @@ class OwnSampler:
         ids, length = [prompts[i].token_ids for i, _ in rows], self.config.max_new_tokens
         uniform_RT = torch.tensor(np.array([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
+        stop = StopStrings(self.config.stop, self.policy.tokenizer)
 
         def decoded(max_rows: int) -> list[tuple[list[int], list[float], bool]]:
             parts = [slice(start, start + max_rows) for start in range(0, len(rows), max_rows)]
-            batches = (decode(self.policy, ids[part], uniform_RT[part], temperature, top_p) for part in parts)
+            batches = (decode(self.policy, ids[part], uniform_RT[part], temperature, top_p, stop) for part in parts)
             return [row for batch in batches for row in batch]
 
         advice = "or set model.autocast=true, or a smaller model"
         written, _ = halving("rollout.max_rows", self.config.max_rows, advice, decoded)
         completions = {}
         for (i, g), (token_ids, logprobs, finished) in zip(rows, written, strict=True):
-            text = self.policy.tokenizer.decode(token_ids, skip_special_tokens=True)
-            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, text)
+            completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, stop.text(token_ids))
         return [completions[place] for place in sorted(completions)]
 
 
@@ -72,7 +73,12 @@ def _uniforms(seed: Sequence[int], prompt: Prompt, sample: int, count: int) -> n
 
 @torch.inference_mode()
 def decode(
-    policy: Policy, prompts: Sequence[list[int]], uniform_RT: Tensor, temperature: float, top_p: float
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    uniform_RT: Tensor,
+    temperature: float,
+    top_p: float,
+    stop: StopStrings,
 ) -> list[tuple[list[int], list[float], bool]]:
     """Write one row for each prompt, one token per step: token ids, log-probabilities in nats, whether it is finished.
 
@@ -97,6 +103,8 @@ def decode(
             if t + 1 == length_T:
                 break
             alive_B &= torch.isin(token_B, stop_ids, invert=True)
+            if stop.strings:
+                alive_B &= ~torch.tensor(stop.completed(token_RT[row_B, : t + 1]), device=device)
             num_alive = int(alive_B.sum())
             if num_alive == 0:
                 break
@@ -105,7 +113,8 @@ def decode(
                 row_B, token_B, alive_B, attention = (x[keep_B] for x in (row_B, token_B, alive_B, attention))
             attention = F.pad(attention, (0, 1), value=1)
             logits_BV = _logits(policy, cache, token_B[:, None], attention)
-    return _until_stop(token_RT, logprob_RT, stop_ids)
+    rows = _until_stop(token_RT, logprob_RT, stop_ids)
+    return [stop.cut(*row) for row in rows] if stop.strings else rows
 
 
 def _left_padded(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
