@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ MISTRAL = (
 class Family:
     """A family: the library's configuration, the template with its special tokens, and what they come to."""
 
-    config: type
+    config: Callable
     template: str
     bos: str | None
     eos: str
@@ -78,6 +79,16 @@ class Family:
     prompt: str  # of ``QUESTION`` behind ``SYSTEM``, or alone where the template refuses a system message
     sizes: dict = dataclasses.field(default_factory=dict)
     kwargs: dict = dataclasses.field(default_factory=dict)
+
+
+def with_vision(vocab_size, **settings):
+    """The larger Gemma 3: the same text model beside a tower for images, which no text reaches."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {name: settings.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    images = {"image_token_index": 0, "boi_token_index": 0, "eoi_token_index": 0}
+    text = transformers.Gemma3TextConfig(vocab_size=vocab_size, **settings, **ends)
+    tower = {"vision_config": vision | {"image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4}
+    return transformers.Gemma3Config(text_config=text, **tower, **images, **ends)
 
 
 CHATML = ["<|im_start|>", "<|im_end|>"]
@@ -112,6 +123,7 @@ FAMILIES = {
         {"sliding_window": 6},
     ),
 }  # fmt: skip
+FAMILIES["gemma3, vision"] = dataclasses.replace(FAMILIES["gemma3"], config=with_vision)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -198,7 +210,7 @@ def test_it_is_sampled_trained_saved_and_loaded_as_one_policy(folder, family, tm
 @pytest.mark.parametrize("family", [FAMILIES["mistral"]], ids=["mistral"])
 def test_a_template_that_refuses_roles_is_one_sentence(folder, family):
     encoder = model.tokenizer(configured(folder))
-    with pytest.raises(ConfigError, match="refuses: Conversation roles must alternate user/.*; it writes") as caught:
+    with pytest.raises(ConfigError, match=r"refuses: Conversation roles must alternate user/.*; it writes") as caught:
         dataset.render(encoder, SYSTEM, [QUESTION])
     assert str(caught.value).endswith('set dataset.system_prompt=""')
     assert_one_sentence(str(caught.value))
