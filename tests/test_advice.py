@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 from training import configured
 
+from pspo.config import compose
 from pspo.objective import OBJECTIVES, default_objective
 from pspo.run.advice import advice
 
@@ -93,3 +94,30 @@ def test_one_step_per_rollout_is_told_with_the_keys_that_change_it():
     (sentence, _) = advice(configured(*SINGLE))
     assert "update.num_epochs" in sentence
     assert "update.num_minibatches" in sentence
+
+
+def about_lora(*overrides):
+    pytest.importorskip("peft")
+    return [told for told in advice(compose(overrides)) if "adapters" in told]
+
+
+TENFOLD = [("hf model.path=/any", "1e-06", "1e-05"), ("qwen0_5b", "5e-07", "5e-06"), ("tiny", "5e-05", "0.0005")]
+
+
+@pytest.mark.parametrize(("name", "lr", "tenfold"), TENFOLD)
+def test_a_rate_that_is_low_for_adapters_is_told_with_tenfold_the_rate_for_all_weights(name, lr, tenfold):
+    given = [*f"model={name}".split(), "model.lora.rank=8"]
+    (sentence,) = about_lora(*given)
+    assert sentence.startswith(f"optimizer.lr={lr} is low for adapters")
+    assert "Schulman et al. 2025, LoRA Without Regret" in sentence
+    assert sentence.endswith(f"model={name.split()[0]} has {lr} for all weights, so try optimizer.lr={tenfold}")
+    assert about_lora(*given, f"optimizer.lr={tenfold}") == []
+    assert about_lora(*given, f"optimizer.lr={0.6 * float(tenfold)}") == []
+    assert len(about_lora(*given, f"optimizer.lr={0.4 * float(tenfold)}")) == 1
+
+
+def test_nothing_is_said_of_other_rates():
+    """Of all weights, of an optimizer whose rate is of another kind, of a model without a rate of its own here."""
+    assert about_lora("model=hf", "model.hub_id=a/b") == []
+    assert about_lora("model=hf", "model.hub_id=a/b", "model.lora.rank=8", "optimizer=sgd") == []
+    assert about_lora("model=hf", "model.hub_id=a/b", "model.lora.rank=8", "model.name=mine") == []

@@ -13,6 +13,7 @@ from training import configured as composed
 
 from pspo import dataset, model
 from pspo.base.schema import ConfigError
+from pspo.config import compose
 from pspo.dataset import Problem
 from pspo.model import tiny
 from pspo.objective import default_objective
@@ -233,3 +234,26 @@ def test_a_template_that_is_not_used_refuses_nothing(folder, family, template):
     (ids,) = dataset.render(policy.tokenizer, "", [QUESTION], prompt="Q: {question}")
     assert policy.tokenizer.decode(ids) == f"{'<|begin_of_text|>' * (ids[0] == policy.tokenizer.bos_token_id)}Q: 12*5"
     assert learner_of(policy, default_objective("noclip"))  # trains like any other
+
+
+@pytest.mark.parametrize("family", [FAMILIES["qwen3"]], ids=["qwen3"])
+def test_the_chat_template_reads_what_is_given_to_it(folder, family):
+    """Also one that is read from the command line, and with every prompt alike, worked examples included."""
+    given = compose(["model=hf", f"model.path={folder}", "model.chat_template_kwargs.enable_thinking=false"]).model
+    assert given.chat_template_kwargs == {"enable_thinking": False}
+    (thinking,), (not_thinking,) = (
+        dataset.render(model.tokenizer(config), "", [QUESTION], shots=[Problem("s", "1+1=", "2", "2")])
+        for config in (configured(folder), given)
+    )
+    encoder = model.tokenizer(given)
+    assert not_thinking == thinking + encoder.encode("<think>\n\n</think>\n\n", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("family", [FAMILIES["qwen3"]], ids=["qwen3"])
+@pytest.mark.parametrize("name", ["enable_thinkin", "padding", "messages", "add_generation_prompt"])
+def test_a_variable_that_the_chat_template_does_not_read_is_refused(folder, family, name):
+    config = configured(folder, chat_template_kwargs={name: True})
+    told = rf"model\.chat_template_kwargs=.*: {name} is no variable that the model's chat template leaves open"
+    with pytest.raises(ConfigError, match=told) as caught:
+        model.tokenizer(config)
+    assert_one_sentence(str(caught.value))

@@ -46,7 +46,7 @@ def _about_lora(config: Config) -> list[str]:
     model, optimizer = config.model, config.optimizer
     if not (model.lora.rank and isinstance(optimizer, AdamW) and model.name in groups()["model"]):
         return []
-    full = compose([f"model={model.name}"]).optimizer.lr
+    full = compose([f"model={model.name}", *([] if model.made_here else ["model.hub_id=any/model"])]).optimizer.lr
     if optimizer.lr >= LORA_RATE_FACTOR / 2 * full:
         return []
     return [
