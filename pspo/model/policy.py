@@ -66,11 +66,8 @@ class Policy:
         self.model.eval()
 
     def frozen(self) -> "Policy":
-        """The policy before training, which nothing trains: the reference of a KL penalty.
-
-        A copy; but of a policy with adapters, which begin as nothing, the same weights with the adapters off.
-        """
-        if any(_adapters(self.model)):
+        """The policy before training, the reference of a KL penalty: a copy, or the same weights without adapters."""
+        if any(_adapters(self.model)):  # which begin as nothing
             return replace(self, adapters_off=True)
         return replace(self, model=copy.deepcopy(self.model).requires_grad_(False).eval())
 
@@ -88,10 +85,7 @@ class Policy:
 
 
 def tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the policy, without weights; a model of the hub or in GGUF is fetched or converted for it.
-
-    Its chat template is given ``model.chat_template_kwargs``. Raises ConfigError.
-    """
+    """The tokenizer of the policy, without weights; a model of the hub or in GGUF is fetched or converted for it."""
     encoder = warm_start.tokenizer(config) if config.made_here else read_tokenizer(source.locate(config))
     return _with_variables(encoder, config)
 
@@ -139,10 +133,7 @@ def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
 
 
 def save_adapters(policy: Policy, directory: Path) -> None:
-    """Write the adapters alone: a folder for ``peft.PeftModel.from_pretrained(<base model>, directory)``.
-
-    Raises SaveError, and then leaves the earlier directory.
-    """
+    """Write the adapters alone, for ``peft.PeftModel.from_pretrained(<base model>, directory)``. Raises SaveError."""
     import peft
 
     config = copy.copy(policy.model.peft_config["default"])
@@ -157,7 +148,7 @@ def save_adapters(policy: Policy, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _saving(directory: Path) -> Iterator[Path]:
-    """``new_directory`` with its errors as a SaveError."""
+    """``new_directory``. Raises SaveError, and then leaves the earlier directory."""
     try:
         with new_directory(directory) as new:
             yield new
@@ -233,7 +224,7 @@ def _with_variables(encoder: Any, config: ModelConfig) -> Any:
     """The tokenizer, whose chat template is given ``model.chat_template_kwargs``. Raises ConfigError."""
     given, template = config.chat_template_kwargs, str(encoder.chat_template)
     for name in given:
-        if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", template):
+        if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(str(name))}\b", template):
             why = f"{name} is no variable that the model's chat template leaves open; take a name from its text"
             raise config.refuse("chat_template_kwargs", f"{why}, or set model.chat_template_kwargs={{}}")
     if given:
@@ -252,10 +243,8 @@ def _adapted(model: Any, settings: ModelConfig, seed: int, base: str) -> Any:
 
     config, name = settings.lora, base if settings.path else settings.hub_id or base
     ends, targets = (model.get_input_embeddings(), model.get_output_embeddings()), config.target_modules
-    adapters = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM",
-        base_model_name_or_path=name,
-    )  # fmt: skip
+    about: dict[str, Any] = {"task_type": "CAUSAL_LM", "base_model_name_or_path": name}
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, **about)
     try:
         for name, module in model.named_modules():
             if module in ends and re.fullmatch(targets, name):  # the two may be one weight, and the head is a matrix

@@ -47,10 +47,9 @@ def _about_lora(config: Config) -> list[str]:
     if not (model.lora.rank and isinstance(optimizer, AdamW) and model.name in groups()["model"]):
         return []
     full = compose([f"model={model.name}", *([] if model.made_here else ["model.hub_id=any/model"])]).optimizer.lr
-    if optimizer.lr >= LORA_RATE_FACTOR / 2 * full:
-        return []
-    return [
+    sentence = (
         f"optimizer.lr={optimizer.lr:g} is low for adapters, whose best learning rate is about {LORA_RATE_FACTOR} "
         f"times that of all weights (Schulman et al. 2025, LoRA Without Regret): model={model.name} has {full:g} for "
         f"all weights, so try optimizer.lr={LORA_RATE_FACTOR * full:g}"
-    ]
+    )
+    return [sentence] * (optimizer.lr < LORA_RATE_FACTOR / 2 * full)
