@@ -109,6 +109,12 @@ def test_a_template_that_leaves_the_system_message_out_is_refused():
     assert refused(silent).startswith("dataset.system_prompt='Be brief .': the model's chat template leaves it out")
 
 
+def test_a_template_that_refuses_examples_does_not_blame_the_system_message():
+    alone = "{% if messages | length > 2 %}{{ raise_exception('One question only') }}{% endif %}{{ messages }}"
+    with pytest.raises(ConfigError, match="One question only; mend chat_template"):
+        dataset.render(tokenizer(alone), "Be brief .", ["How many ?"], shots=SHOTS)
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
