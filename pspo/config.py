@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.base.files import CONF, read_yaml
-from pspo.base.schema import ConfigError, S, Schema, as_dict, build, fields_of, key, unknown
+from pspo.base.schema import MISSING, ConfigError, S, Schema, as_dict, build, fields_of, key, keys_of, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
 from pspo.dataset import DatasetConfig
@@ -101,19 +101,23 @@ ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("g
 def read(path: Path) -> Config:
     """The configuration of an earlier run, from its ``config.yaml``. Raises ConfigError, also for another version's."""
     try:
-        return build(Config, read_yaml(path))
+        return build(Config, read_yaml(path), earlier=True)
     except ConfigError as error:
         raise ConfigError(f"{path} was written by another version of pspo, with other keys: {error}") from error
 
 
 def science(config: Config) -> dict[str, Any]:
-    """The settings that name a run: the configuration without ``NOT_SCIENCE`` and ``ONLY_MEMORY``."""
+    """The settings that name a run: not ``NOT_SCIENCE``, ``ONLY_MEMORY``, nor later keys at their value ``before``."""
     values = {name: value for name, value in as_dict(config).items() if name not in NOT_SCIENCE}
     if config.smoothing.constant:  # its alpha stands in the objective
         del values["smoothing"]
     values["evaluate"] = {"every": config.evaluate.every}  # selection=best goes by it; answers change no weights
     for block, names in ONLY_MEMORY.items():
         values[block] = {name: value for name, value in values[block].items() if name not in names}
+    for dotted, field, value in keys_of(Config, values):
+        if value == field.metadata.get("before", MISSING):  # a run keeps its name when keys are added
+            *blocks, name = dotted.split(".")
+            del functools.reduce(dict.__getitem__, blocks, values)[name]
     return values
 
 

@@ -11,11 +11,12 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from training import composed
 
 from pspo.base.files import CONF
 from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of
-from pspo.config import Config, compose, groups, identity, open_keys, quoted, resolve
+from pspo.config import Config, compose, groups, identity, open_keys, quoted, read, resolve, science
 from pspo.run.__main__ import help_text
 from pspo.run.earlier import run_directory, short_names
 from pspo.sweep import expand
@@ -415,3 +416,15 @@ def test_intervals_are_open_and_closed_as_written():
             build(Block, good | bad)
     with pytest.raises(ConfigError, match="maybe has no value"):
         build(Block, {"half": 0, "items": []})
+
+
+def test_a_run_of_an_earlier_version_is_read_and_keeps_its_name_when_keys_are_added(tmp_path):
+    config = compose(["objective=clip"])
+    values = as_dict(config)
+    del values["rollout"]["stop"], values["model"]["chat_template_kwargs"]
+    OmegaConf.save(OmegaConf.create(values), tmp_path / "config.yaml")
+    assert read(tmp_path / "config.yaml") == config
+    assert not {"stop", "chat_template_kwargs"} & {*science(config)["rollout"], *science(config)["model"]}
+    assert identity(compose(["objective=clip", "rollout.stop=[x]"])) != identity(config)
+    with pytest.raises(ConfigError, match="chat_template_kwargs has no value"):
+        build(Config, values)

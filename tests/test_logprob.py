@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,22 @@ def test_equal_to_log_softmax_of_the_librarys_logits(tiny_policy, temperature):
         expected_T, expected_entropy_T = by_the_library(model, prompt, completion, temperature)
         torch.testing.assert_close(logprob_BT[b, : len(completion)], expected_T, atol=1e-10, rtol=0)
         torch.testing.assert_close(entropy_BT[b, : len(completion)], expected_entropy_T, atol=1e-10, rtol=0)
+
+
+def test_the_gradient_of_shared_prompts_has_the_same_bits_every_time_with_two_threads():
+    batch = make_batch([([5, 6], [[7, 8]] * 2048)], 0, CPU)
+    states_RSH = torch.randn(
+        *batch.input_ids_RS.shape, 128, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        hidden_NH = predicting_states(lambda **_: SimpleNamespace(last_hidden_state=states_RSH), batch)
+        weight_NH = torch.randn(hidden_NH.shape, generator=torch.Generator().manual_seed(1))
+        repeated = [torch.autograd.grad(hidden_NH, states_RSH, weight_NH, retain_graph=True)[0] for _ in range(200)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(gradient_RSH, repeated[0]) for gradient_RSH in repeated)
 
 
 def test_gradient_is_that_of_the_librarys_logits(tiny_policy):

@@ -18,9 +18,19 @@ class ConfigError(ValueError):
     """A user's mistake in one sentence: the key, the value got, the values allowed, the remedy."""
 
 
-def key(meaning: str, *, within: str | None = None, why: str | None = None, path: bool = False) -> Any:
-    """Declare one key: its meaning, for numbers an interval such as ``[0, 1)`` and why, whether ``~`` is expanded."""
-    return dataclasses.field(metadata={"meaning": meaning, "within": within, "why": why, "path": path})
+MISSING = "???"
+"""OmegaConf's mark of a key without a value."""
+
+
+def key(
+    meaning: str, *, within: str | None = None, why: str | None = None, path: bool = False, before: Any = MISSING
+) -> Any:
+    """Declare one key: its meaning, for numbers an interval such as ``[0, 1)`` and why, whether ``~`` is expanded.
+
+    ``before`` is what a key that was added later had been all along: the value in runs of earlier versions.
+    """
+    about = {"meaning": meaning, "within": within, "why": why, "path": path, "before": before}
+    return dataclasses.field(metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +77,11 @@ def fields_of(cls: type[Schema]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def build(cls: type[S], values: Mapping[str, Any]) -> S:
-    """Construct ``cls`` from a plain mapping. Raises ConfigError on unknown, missing, mistyped or out-of-range keys."""
+def build(cls: type[S], values: Mapping[str, Any], *, earlier: bool = False) -> S:
+    """Construct ``cls`` from a plain mapping. Raises ConfigError on unknown, missing, mistyped or out-of-range keys.
+
+    The mapping of a run of an ``earlier`` version may lack the keys that were added since, with ``before``.
+    """
     cls = cls.select(values)
     hints = fields_of(cls)
     for name, value in values.items():
@@ -78,14 +91,15 @@ def build(cls: type[S], values: Mapping[str, Any]) -> S:
             raise unknown(cls.dotted(name) + inner, [cls.dotted(known) for known in hints], tree=tree)
     built = {}
     for name, hint in hints.items():
-        value = values.get(name, "???")
-        if isinstance(value, str) and value == "???":  # OmegaConf's mark
+        metadata = cls.__dataclass_fields__[name].metadata
+        value = values.get(name, metadata.get("before", MISSING) if earlier else MISSING)
+        if isinstance(value, str) and value == MISSING:
             raise ConfigError(f"{cls.dotted(name)} has no value; set it with {cls.dotted(name)}=<value>")
         if isinstance(value, Mapping) and (block := _block(hint)):
-            value = build(block, value)
+            value = build(block, value, earlier=earlier)
         elif type(value) is int and float in _options(hint):
             value = float(value)
-        elif isinstance(value, str) and cls.__dataclass_fields__[name].metadata.get("path"):
+        elif isinstance(value, str) and metadata.get("path"):
             value = os.path.expanduser(value)
         built[name] = value
     return cls(**built)

@@ -65,7 +65,9 @@ class ModelConfig(Schema, block="model"):
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
     attention: Literal["eager", "sdpa"] = key("implementation of attention, as transformers names it")
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
-    chat_template_kwargs: dict[str, Any] = key("variables of the chat template by name, such as enable_thinking")
+    chat_template_kwargs: dict[str, Any] = key(
+        "variables of the chat template by name, such as enable_thinking", before={}
+    )
     lora: LoraConfig
     architecture: Architecture | None
     warm_start: WarmStart | None

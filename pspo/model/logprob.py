@@ -41,7 +41,8 @@ def predicting_states(decoder: Any, batch: Batch, autocast: bool = False) -> Ten
     with autocast_to_bfloat16(batch.mask_BT.device, autocast):
         inputs = {"input_ids": batch.input_ids_RS, "position_ids": batch.position_RS}
         states_RSH: Tensor = decoder(**inputs, attention_mask=batch.attention, use_cache=False).last_hidden_state
-    return states_RSH.flatten(0, 1)[batch.source_BT[batch.mask_BT]]
+    # Completions that share a prompt share a state; the backward pass of [...] adds theirs up in any order of threads.
+    return states_RSH.flatten(0, 1).index_select(0, batch.source_BT[batch.mask_BT])
 
 
 def autocast_to_bfloat16(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager[Any]:

@@ -18,7 +18,9 @@ class RolloutConfig(Schema, block="rollout"):
     prompts: int = key("prompts of one step", within="[1, inf)")
     group_size: int = key("completions of one prompt, compared with each other", within="[2, inf)")
     max_new_tokens: int = key("tokens after which a completion is truncated", within="[1, inf)")
-    stop: list[str] = key("stop strings: a completion is finished, and its text ends, before the first of them")
+    stop: list[str] = key(
+        "stop strings: a completion is finished, and its text ends, before the first of them", before=[]
+    )
     overlong_share: float = key("the reward falls by up to 1 over this last share of max_new_tokens", within="[0, 1)")
     max_redraws: int = key(
         "redraws in place of prompts whose rewards are all equal; 0 trains on all", within="[0, inf)"
