@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -209,11 +209,15 @@ def explained(error: Exception) -> ConfigError:
         group, option = missing.groups()
         if group in REMEDIES and re.search(r"[/.:]", option):
             return ConfigError(f"{group}={option} is no option; write {REMEDIES[group].format(option)}")
+        if option[:1] == "[":
+            return ConfigError(f"{group} takes one option; -m {group}={option.strip('[]')} makes a run with each")
         return unknown(option, options, group)
     if several := re.match(r"Ambiguous value for argument '\+*(.*?)=(.*)'", str(error)):
         name, value = several.groups()
         remedy = f"add -m to make a run with each, or quote a value that has a comma in it twice: {name}='\"{value}\"'"
         return ConfigError(f"{name}={value} gives one run several values; {remedy}")
+    if word := re.match(r"(?:Error parsing override '|LexerNoViableAltException: )([^'=\s]+)['\s]", str(error)):
+        return ConfigError(f"{word[1]} is no key=value; python -m pspo.run --help lists the keys")
     return ConfigError(str(error))
 
 
@@ -267,7 +271,9 @@ def open_keys(arguments: Sequence[str]) -> list[str]:
 
     def opened(argument: str) -> str:
         name, equals, value = argument.lstrip("+").partition("=")
-        is_key = equals and re.fullmatch(r"(?!hydra\.(?!launcher\.))[\w.]+", name) and name not in groups()
+        if name in groups() or name.startswith("hydra/"):  # an option is one name: not 0.1, not [pspo,clip]
+            return f"{name}={in_quotes(value)}" if equals and not _is_name(value) else argument
+        is_key = equals and re.fullmatch(r"(?!hydra\.(?!launcher\.))[\w.]*", name)
         return f"++{name}={value}" if is_key else argument
 
     return [opened(quoted(argument)) for argument in arguments]
@@ -290,9 +296,18 @@ def in_quotes(value: str) -> str:
     return QuotedString(value, Quote.single).with_quotes()
 
 
-@functools.cache
 def _is_grammatical(value: str) -> bool:
+    return _parsed(value) is not None
+
+
+def _is_name(value: str) -> bool:
+    """Whether Hydra reads a value as text or, for a multirun, as several values."""
+    override = _parsed(value)
+    return override is not None and (override.is_sweep_override() or isinstance(override.value(), str))
+
+
+@functools.cache
+def _parsed(value: str) -> Override | None:
     with contextlib.suppress(HydraException, ValueError, RecursionError):  # ValueError: more digits than Python reads
-        OverridesParser.create().parse_override(f"key={value}")
-        return True
-    return False
+        return OverridesParser.create().parse_override(f"key={value}")
+    return None

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.files import read_json, write_json
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
@@ -81,7 +81,7 @@ def _sections(sets: Sequence[str]) -> list[Any]:
 def main() -> None:
     """``python -m pspo.dashboard``: exit status 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.dashboard", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("group", type=Path, help="outputs/<group>")
+    parser.add_argument("group", type=expanded, help="outputs/<group>")
     parser.add_argument("--by", action="append", default=[], help="key that sets arms apart; default: all that differ")
     arguments = parser.parse_args()
     with answering(ConfigError, stopped="stopped; the same command begins again"):

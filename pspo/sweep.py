@@ -15,7 +15,7 @@ import filelock
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.files import CONF, read_keys, write_json
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
 from pspo.config import in_quotes, quoted
@@ -162,7 +162,7 @@ def names() -> list[str]:
 
 def find(name: str) -> Path:
     """The file of a sweep, by its name or its path. Raises ConfigError."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else SWEEPS / f"{name}.yaml"
+    path = expanded(name) if name.endswith((".yaml", ".yml")) else SWEEPS / f"{name}.yaml"
     if not path.is_file():
         raise unknown(name, names(), "sweep")
     return path.absolute()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.files import read_json, read_lines, write_json
 from pspo.base.schema import ConfigError
 from pspo.tracker import Mirror, check_login
@@ -55,7 +55,7 @@ def _send(run: Path, last_step: int, done: bool) -> Mirror:
 def main() -> None:
     """``python -m pspo.sync``: exit status 1 where W&B still lacks rows, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m pspo.sync", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("group", type=Path, help="outputs/<group>")
+    parser.add_argument("group", type=expanded, help="outputs/<group>")
     group, errors = parser.parse_args().group, list[str]()
     with answering(ConfigError, stopped="stopped; the same command sends what W&B lacks"):
         for run, num_sent, error in sync(group):

@@ -10,7 +10,8 @@ INERT = "one optimizer step per rollout: every ratio is 1 and the trust region i
 RESCALING = "is a mere rescaling here: linear smoothing multiplies the gradient by 1 - alpha"
 SGD = "linear smoothing multiplies the gradient by 1 - alpha: under optimizer=sgd this is noclip at a learning rate of"
 MOVING = "an alpha that changes only weighs steps against each other"
-ALL = (INERT, RESCALING, SGD, MOVING)
+WATCHED = "loss.kl=k3 with loss.kl_weight=0 does nothing in training"
+ALL = (INERT, RESCALING, SGD, MOVING, WATCHED)
 SINGLE = ["update.num_epochs=1", "update.num_minibatches=1"]
 KL = ["loss.kl=k3", "loss.kl_weight=0.04"]
 ENTROPY = ["loss.entropy_weight=0.01"]
@@ -28,7 +29,8 @@ TABLE = [
     ("diagnostics.every=0", [RESCALING]),
     # What gives alpha an effect.
     ("loss.kl=k3 loss.kl_weight=0.04", []),
-    ("loss.kl=k3", [RESCALING]),  # a KL that is watched, with a weight of 0
+    ("loss.kl=k3", [RESCALING, WATCHED]),
+    ("objective=clip loss.kl=k3 loss.entropy_weight=0.01", [WATCHED]),
     ("loss.entropy_weight=0.01", []),
     ("advantage=gae", []),  # the value loss shares the trunk
     ("advantage=gae advantage.critic=separate", [RESCALING]),  # and here it does not

@@ -116,3 +116,47 @@ def test_slots_of_this_machine_evaluate_runs(run, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(__file__).rpartition("/tests/")[0])
     main([f"run={run}", "evaluate.name=slots", "hydra/launcher=local", "hydra.launcher.slots=1"])
     assert (run / "evaluation" / "after" / "slots" / "DONE").is_file()
+
+
+def test_edited_data_rewards_and_models_are_noticed(run, tmp_path):
+    file, reward, folder = tmp_path / "mine.jsonl", tmp_path / "own.py", tmp_path / "base"
+    file.write_text('{"question": "1+1?", "answer": 2}\n{"question": "2+2?", "answer": 4}\n')
+    reward.write_text("def reward(text, problem): return 0")
+    shutil.copytree(run / "model", folder)
+
+    def answered(*words):
+        main([*words, f"evaluate.sets=[{file}]", "reward=custom", f"reward.function={reward}:reward"])
+
+    bare = ["model=hf", f"model.path={folder}", "model.autocast=false", "rollout.max_new_tokens=8", "threads=1"]
+    bare += [f"output_dir={tmp_path / 'outputs'}"]
+    trained = [f"run={run}", "evaluate.name=noticed"]
+    for words in (trained, bare):
+        answered(*words)
+        answered(*words)  # already answered
+    reward.write_text("def reward(text, problem): return 1")
+    for words in (trained, bare):
+        with pytest.raises(ConfigError, match="holds answers with another reward; give evaluate.name="):
+            answered(*words)
+    reward.write_text("def reward(text, problem): return 0")
+    file.write_text(file.read_text().replace("2+2?", "3+1?"))
+    with pytest.raises(ConfigError, match="holds answers with another data; give evaluate.name="):
+        answered(*trained)
+    file.write_text(file.read_text().replace("3+1?", "2+2?"))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"config.json changed since .* began, whose answers are the earlier model's"):
+        answered(*bare)
+    answered(*trained)
+
+
+def test_edited_problems_of_the_data_set_are_answered_again(run, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "2+2?", "answer": 4}\n')
+    test = tmp_path / "test.jsonl"
+    test.write_text('{"question": "5+1?", "answer": 6}\n{"question": "5+2?", "answer": 7}\n')
+    words = [f"run={run}", "evaluate.name=own", "dataset=jsonl", f"dataset.path={tmp_path}", "dataset.num_validation=1"]
+    main(words)
+    file = run / "evaluation" / "after" / "own" / "jsonl_t0.jsonl"
+    before = read_lines(file)
+    test.write_text(test.read_text().replace("5+2?", "6+1?"))
+    main(words)
+    assert [row["question"] for row in read_lines(file)] == ["5+1?", "6+1?"]
+    assert read_lines(file)[0] == before[0]

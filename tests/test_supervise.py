@@ -203,3 +203,12 @@ def test_what_cannot_be_learned_is_one_sentence(place, monkeypatch, capsys):
     with pytest.raises(ConfigError, match="dataset=asdiv is a test set"):
         supervise(settings(place, "dataset=asdiv", "dataset.path=null", "selection=last", "dataset.num_validation=0"))
     assert not (place / "outputs").exists()
+
+
+def test_a_learning_rate_that_breaks_the_weights_at_the_last_step_stops_the_run(place):
+    """No further loss would show it, and the broken weights would be the last checkpoint."""
+    one_step = ["supervise.epochs=1", "supervise.batch_size=9", "optimizer.warmup_steps=0", "optimizer.decay=constant"]
+    with pytest.raises(FloatingPointError, match=r"learning rate 1e\+39 made weights that are not finite; lower it"):
+        supervise(settings(place, *one_step, "optimizer.lr=1e39"))
+    (directory,) = (place / "outputs" / "supervised").glob("supervised_*")
+    assert not list(directory.glob("checkpoints/step_000001"))

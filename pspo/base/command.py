@@ -1,8 +1,10 @@
 """Shared by all commands: their list, the refusal of other modules, errors and Ctrl-C as one sentence."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from pspo.base.files import PACKAGE
@@ -24,6 +26,11 @@ def refuse_other_modules(name: str) -> None:
     if name.startswith("pspo.") and f" {name} " not in overview():
         sys.stderr.write(f"pspo: {name} is no command; the commands, each of which has --help:\n{overview()}")
         sys.exit(2)
+
+
+def expanded(text: str) -> Path:
+    """A path of a command line; a shell leaves ``~`` to us inside of quotes and behind ``=``."""
+    return Path(os.path.expanduser(text))
 
 
 @contextlib.contextmanager

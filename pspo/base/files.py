@@ -104,8 +104,8 @@ def read_keys(path: Path, which: str, loader: Any = yaml.SafeLoader) -> dict[str
     """The keys in a YAML file, {} where it is empty. Raises ConfigError, which says ``which`` keys belong there."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no YAML in UTF-8: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys{which}")
     return values

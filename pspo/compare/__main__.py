@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.schema import ConfigError
 from pspo.compare.arms import group
 from pspo.compare.comparison import Comparison, choose, compare, tables
@@ -48,12 +48,15 @@ def main() -> None:
     parser.add_argument(
         "--score", default="correct", choices=["correct", "strict"], help="strict: in the prompt's format"
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="default: comparison.html in the first run's group")
+    parser.add_argument(
+        "--page", type=expanded, metavar="FILE", help="default: comparison.html in the first run's group"
+    )
     parser.add_argument("--published", action="store_true", help="published numbers beside ours, and the table's cost")
     parser.add_argument("--step-s", type=float, help="seconds a step for the cost; default: measured by these runs")
     arguments = parser.parse_args()
     with answering(ConfigError, OSError):
-        paths = [path for pattern in arguments.paths for path in sorted(glob.glob(pattern)) or [pattern]]
+        patterns = [str(expanded(pattern)) for pattern in arguments.paths]
+        paths = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
         compared = group(load(paths, texts=False), arguments.by)
         comparison = compare(compared, choose(compared, vars(arguments), arguments.score), arguments.against)
         console = Console()

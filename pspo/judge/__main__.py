@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.console import Phase, log, log_to_console
 from pspo.base.files import JsonLines, write_json, write_text
 from pspo.base.schema import ConfigError, dotted
@@ -38,14 +38,19 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments. Raises ConfigError for a value out of range, and without the package openai."""
     parser = argparse.ArgumentParser(prog="python -m pspo.judge", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="outputs/<group>, or run directories; verdicts go into the first's group")
+    add(
+        "paths",
+        nargs="+",
+        type=expanded,
+        help="outputs/<group>, or run directories; verdicts go into the first's group",
+    )
     add("--base-url", required=True, help="address of the OpenAI protocol; OPENAI_API_KEY holds the key, if any")
     add("--model", required=True, metavar="NAME", help="the judge's name at that address")
     add("--against", metavar="ARM", help="compare every arm with this one; default: noclip, else the first arm")
     add("--set", action="append", default=[], dest="sets", help="test set; default: all")
     add("--metrics", nargs="+", default=list(METRICS), choices=METRICS, help="default: all")
     add("--limit", type=int, default=100, help="answers of each arm to judge, over problems and seeds (default 100)")
-    add("--human", type=Path, help="lines of verdicts.jsonl with a person's verdict in each, for Cohen's κ")
+    add("--human", type=expanded, help="lines of verdicts.jsonl with a person's verdict in each, for Cohen's κ")
     add("--concurrency", type=int, default=8, help="requests at a time (default 8)")
     add("--prices", nargs=2, type=float, default=(0.0, 0.0), metavar=("IN", "OUT"), help="of a million tokens")
     arguments = parser.parse_args(words)

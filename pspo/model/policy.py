@@ -175,16 +175,14 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind an answer, or None."""
-    if tokenizer.chat_template is None:
-        return None
+    """The special token that the chat template writes behind an answer; None without one, or where it refuses."""
     turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "7"}]
-    try:
-        after = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("7")[2]
-    except TEMPLATE_ERRORS:  # it writes no answers, or nothing: ``render`` says so where it is to write a prompt
-        return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
-    return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
+    for talk in (turn, [{"role": "system", "content": "1"}, *turn]) if tokenizer.chat_template else ():
+        with contextlib.suppress(*TEMPLATE_ERRORS):  # a template that dataset.prompt replaces may refuse everything
+            after = tokenizer.apply_chat_template(talk, tokenize=False).rpartition("7")[2]
+            return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
+    return None
 
 
 @torch.inference_mode()

@@ -35,7 +35,8 @@ def train(
 ) -> Iterator[float]:
     """Minimise −Σ log π(token) / tokens over the completions of all micro-batches of a step; yields it for each step.
 
-    Stops at a signal, between steps. Raises FloatingPointError before a step whose loss or gradient is not finite.
+    Stops at a signal, between steps. Raises FloatingPointError before a step whose loss or gradient is not finite, and
+    after a step that left weights that are not finite.
     """
     for batches, lr in steps:
         interrupt.check()
@@ -52,6 +53,8 @@ def train(
             reason = f"loss {total}, gradient norm {norm.item()}: the optimizer step was not taken"
             raise FloatingPointError(f"{reason}; lower the learning rate or max_grad_norm")
         optimizer.step()
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+            raise FloatingPointError(f"learning rate {lr:g} made weights that are not finite; lower it")
         yield total
 
 

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.figure import BLUE, GREY, ORANGE, name_curves, styled, write_png
 from pspo.base.files import write_text
 from pspo.objective import OBJECTIVES, Objective, ObjectiveInput, default_objective
@@ -152,7 +152,7 @@ def draw_alpha(path: Path) -> None:
 def main() -> None:
     """Write ``objectives.png``, ``objectives.md`` and ``alpha.png``."""
     parser = argparse.ArgumentParser(prog="python -m pspo.objective", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("directory", type=Path, nargs="?", default=Path("outputs/objective"), help="where to write")
+    parser.add_argument("directory", type=expanded, nargs="?", default=Path("outputs/objective"), help="where to write")
     with answering():
         directory: Path = parser.parse_args().directory
         directory.mkdir(parents=True, exist_ok=True)

@@ -90,10 +90,12 @@ def cli() -> None:
         sys.stdout.write(help_text())
         return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors, which become one sentence here
-    sys.argv[1:] = open_keys(arguments)
+    sys.argv[1:], flags = open_keys(arguments), {argument.partition("=")[0] for argument in arguments}
     with reporting("resumes from the last checkpoint"):
+        if {"-m", "--multirun"} & flags and {"-c", "--cfg", "-i", "--info"} & flags:
+            raise ConfigError("--cfg and --info show one run; hydra.launcher.dry_run=true lists those of -m or a sweep")
         main()
-        if {"-c", "--cfg"} & {argument.partition("=")[0] for argument in arguments}:  # Hydra shows it unchecked
+        if {"-c", "--cfg"} & flags:  # Hydra shows it unchecked
             make_plan([[argument for argument in arguments if re.match(r"[^-].*=|~", argument)]])
 
 

@@ -38,7 +38,17 @@ def advice(config: Config) -> list[str]:
         "one optimizer step per rollout: every ratio is 1 and the trust region is inert, whatever the objective; "
         "update.num_epochs or update.num_minibatches above 1 gives it something to do"
     )
-    return [inert] * (config.update.steps == 1) + [rescaling] * bool(rescaling) + _about_lora(config)
+    watched = (
+        f"loss.kl={config.loss.kl} with loss.kl_weight=0 does nothing in training: it logs policy/kl_reference, at the "
+        "cost of a second model; set loss.kl_weight above 0, or leave loss.kl out"
+    )
+    is_watched = config.loss.kl != "none" and config.loss.kl_weight == 0
+    return (
+        [inert] * (config.update.steps == 1)
+        + [rescaling] * bool(rescaling)
+        + [watched] * is_watched
+        + _about_lora(config)
+    )
 
 
 def _about_lora(config: Config) -> list[str]:

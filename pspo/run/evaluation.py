@@ -1,5 +1,6 @@
 """Answers to held-out problems in files, by the weights of a run or of a model that no run has trained."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from pspo import checkpoint, dataset, model
 from pspo.base.console import Phase, log, log_to_console, track
-from pspo.base.files import JsonLines, read_json, write_json, write_text
+from pspo.base.files import JsonLines, digest, read_json, write_json, write_text
 from pspo.base.schema import ConfigError, as_dict
 from pspo.base.stream import Stream, generator
 from pspo.config import Config, check, compose, for_answers, identity, read
@@ -45,6 +46,13 @@ def _sets_of_their_own(config: Config) -> list[str]:
     """The test sets that are read for the evaluation alone, not with ``dataset``."""
     own = {config.dataset.name} if config.evaluate.path is None or config.dataset.name == "embedded" else set()
     return [name for name in config.evaluate.sets or [] if name not in {"validation", *own}]
+
+
+def _sources(config: Config) -> dict[str, Any]:
+    """The reward, and the digests of its own files and of the test sets that are read for the evaluation alone."""
+    files = {str(path): digest(path) for path in config.reward.source_files()}
+    data = {name: dataset.set_digests(name, config.evaluate.path) for name in _sets_of_their_own(config)}
+    return {"reward": as_dict(config.reward) | files, "data": data}
 
 
 def encoded(
@@ -93,11 +101,11 @@ class Answers:
             "system_prompt": config.dataset.system_prompt,
             "prompt": config.dataset.prompt,
             "shots": [shot.id for shot in shots],
-            "reward": as_dict(config.reward),
-            "data": {name: dataset.set_digests(name, evaluate.path) for name in _sets_of_their_own(config)},
+            **_sources(config),
         }
         record = read_json(self.directory / SETTINGS)
-        if changed := [name for name in settings if record and record.get(name) != settings[name]]:
+        changed = [name for name in settings if record and record.get(name) != settings[name]]
+        if changed and config.rerun != "resume":
             reason = f"{self.directory} holds answers with another {', '.join(changed)}"
             raise evaluate.refuse("name", f"{reason}; give evaluate.name=<another name>")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -165,16 +173,33 @@ class Evaluation:
         return {block: as_dict(getattr(self.config, block)) for block in ("evaluate", "dataset", "reward")}
 
     @property
+    def changed(self) -> list[str]:
+        """Files of the model, or its hub repository, that changed since ``run`` began. Raises ConfigError."""
+        if self.config.model.path == str(self.run / "model"):  # the run's own
+            return []
+        before = read_json(self.run / earlier.INPUTS)
+        return [name for name, now in model.digests(self.config.model).items() if before.get(name, now) != now]
+
+    @property
     def state(self) -> str:
-        """Whether the folder is done, with the same settings, or new."""
-        done = (self.directory / "DONE").is_file()
-        return "done" if done and self.settings.items() <= read_json(self.directory / "summary.json").items() else "new"
+        """Whether the folder is done, with the same settings from the same files, or new."""
+        if not (self.directory / "DONE").is_file():
+            return "new"
+        record, sources = (read_json(self.directory / name) for name in ("summary.json", SETTINGS))
+        same = self.settings.items() <= record.items()
+        with contextlib.suppress(ConfigError):  # a node that does not see the files
+            same &= not self.changed and _sources(self.config).items() <= sources.items()
+            same &= dataset.digests(self.config.dataset) == record.get("data")
+        return "done" if same else "new"
 
     def prompts(self) -> tuple[dict[str, list[Prompt]], list[Problem]]:
         """The prompts of every test set, and the problems shown in them. Raises ConfigError."""
         config = self.config
         check(config)
         model.check(config.model)
+        if self.changed:
+            reason = f"{', '.join(self.changed)} changed since {self.run} began, whose answers are the earlier model's"
+            raise ConfigError(f"{reason}; restore what changed, or give group=<another group>")
         names = {config.dataset.name, "validation"}
         needs_dataset = config.evaluate.sets is None or config.dataset.shots or names & set(config.evaluate.sets)
         splits = dataset.load(config.dataset, config.seed) if needs_dataset else Splits([], [], {})
@@ -192,6 +217,9 @@ class Evaluation:
             return list(read_json(directory / "summary.json")["answers"])
         device = environment.choose_device(config.device)
         prompts, shots = self.prompts()
+        data = None
+        with contextlib.suppress(ConfigError):  # test sets of their own do not need the data set
+            data = dataset.digests(config.dataset)
         if not (self.run / "config.yaml").is_file():  # of a model that no run has trained: a run of no step, done
             self.run.mkdir(parents=True, exist_ok=True)
             write_json(self.run / earlier.INPUTS, {"code": environment.code_digest()} | model.digests(config.model))
@@ -205,10 +233,10 @@ class Evaluation:
                 policy = model.load(config.model, config.seed, device)
                 if self.checkpoint is not None:
                     checkpoint.load_weights(policy, self.checkpoint)
-            numbers = Answers(directory, config, policy, partial(lock.check_owner, directory, owner)).numbers(
-                prompts, shots
-            )
-            write_json(directory / "summary.json", {"run": str(self.run), **self.settings, "answers": numbers})
+            guard = partial(lock.check_owner, directory, owner)
+            numbers = Answers(directory, config, policy, guard).numbers(prompts, shots)
+            about = {"run": str(self.run), **self.settings, "data": data}
+            write_json(directory / "summary.json", about | {"answers": numbers})
             write_text(directory / "DONE", environment.code_digest() + "\n")
         return numbers
 

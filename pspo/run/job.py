@@ -53,6 +53,7 @@ def run(
         is_new = history.state == "new" and config.continue_from is None
         if is_new and (source := earlier.shorter(config, directory)):
             log.info("%s is the same but for its budget: continue_from=%s goes on from there", source, source)
+        Phase("preparing the problems")
         problems = {"train": splits.train, "validation": splits.validation} | splits.test
         config.reward.check_gold(list(chain(*problems.values())))  # a user's code: may raise
         earlier.carry_over(config, directory)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.live import Live
 from rich.text import Text
 
-from pspo.base.command import answering
+from pspo.base.command import answering, expanded
 from pspo.base.console import duration
 from pspo.base.files import read_json
 from pspo.base.schema import ConfigError, build
@@ -85,7 +85,7 @@ def retry(group: GroupStatus) -> None:
 def main() -> None:
     """``python -m pspo.status``."""
     parser = argparse.ArgumentParser(prog="python -m pspo.status", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("group", type=Path, help="outputs/<group>")
+    parser.add_argument("group", type=expanded, help="outputs/<group>")
     parser.add_argument("--watch", action="store_true", help="refresh until no run is running or waiting")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--cancel", action="store_true", help="scancel the group's running and waiting jobs")

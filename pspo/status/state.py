@@ -137,7 +137,8 @@ def _row(group: GroupStatus, run: str, owner: Mapping[str, Any]) -> RunStatus:
     elif task and task.cluster == "local" and not owner:
         row.state, row.why = _in_slot(task)
     else:
-        row.why = "no process holds the run's lock; the same command resumes it"
+        killed = ", and the last was killed: kill -9, out of memory, or a lost node" * (owner.get("ended") is False)
+        row.why = f"no process holds the run's lock{killed}; the same command resumes it"
     return row
 
 
