@@ -126,3 +126,29 @@ def test_near_misses_are_told_by_the_command(words, cache, tmp_path):
     (line,) = output_of(tmp_path).splitlines()
     assert line.startswith("pspo: ")
     assert NOT_THERE[words] in line
+
+
+OPTIONS_THAT_ARE_NO_NAME = {
+    "objective=[pspo,noclip]": "pspo: objective takes one option; -m objective=pspo,noclip makes a run with each",
+    "smoothing=0.1": "pspo: unknown smoothing 0.1; known: adaptive",
+    "hydra/launcher=3": "pspo: unknown hydra/launcher 3; known: basic",
+    "=3": "pspo: force-add of config groups is not supported",
+    "clip": "pspo: clip is no key=value; python -m pspo.run --help lists the keys",
+    "-m --cfg job seed=0,1": "pspo: --cfg and --info show one run; hydra.launcher.dry_run=true lists those of -m",
+}
+
+
+@pytest.mark.parametrize("words", OPTIONS_THAT_ARE_NO_NAME)
+def test_what_is_no_option_is_told_in_one_sentence(words, cache, tmp_path):
+    assert make(tmp_path, cache, work=command(*words.split())) == 2
+    (line,) = output_of(tmp_path).splitlines()
+    assert line.startswith(OPTIONS_THAT_ARE_NO_NAME[words])
+
+
+def test_the_home_directory_may_be_written_short_behind_every_option(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/nowhere/me")
+    for name in ("pspo.status", "pspo.sync", "pspo.compare", "pspo.dashboard"):
+        monkeypatch.setattr(sys, "argv", [name, "~/outputs"])
+        with pytest.raises(SystemExit):
+            MAINS[name][0]()
+        assert "pspo: /nowhere/me/outputs is " in capsys.readouterr().err

@@ -1025,3 +1025,17 @@ def test_a_seed_gives_the_same_random_weights_and_leaves_the_generator_alone(tin
 def test_a_shape_that_cannot_be_is_refused(changes, reason):
     with pytest.raises(ConfigError, match=re.escape(reason)):
         dataclasses.replace(ARCHITECTURE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ({"a": "x", "b": "y"}, None),  # several without a default, which dataset.prompt replaces
+        ("{{ messages[", None),
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}", True),
+    ],
+)
+def test_a_template_that_refuses_has_no_end_of_a_turn_or_has_it_behind_a_system_message(tiny_tokenizer, template, end):
+    encoder = copy.deepcopy(tiny_tokenizer)
+    encoder.chat_template = template + encoder.eos_token if end else template
+    assert model.end_of_turn(encoder) == (encoder.eos_token_id if end else None)

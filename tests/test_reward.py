@@ -504,7 +504,7 @@ UNITS = [
     "€",
     "¢",
 ]
-MARKS = ["", "$", "\\$", "€", "US$", "USD ", "\\pounds"]
+MARKS = ["", "$", "\\$", "€", "US$", "US$ ", "US $", "€ ", "$ ", "USD ", "\\pounds"]
 CONTEXTS = [
     *["#### {}", "**#### {}**", "#### \\boxed{{{}}}", "#### <answer>{}</answer>", "#### x = {}"],
     *["so it is \\boxed{{{}}} of 7", "7 and \\fbox{{{}}}", "<answer>{}</answer> after 7", "<answer>it is {}</answer>"],
@@ -625,6 +625,7 @@ PARTS = [
         "{}_8",
         "({})^2",
     ],
+    *["-+{}", "+-{}", "-({})", "-\\$ {}", "-~{}", "minus {}", "negative {}", "-US $ {}"],
     *["February {}", "≥ {}", "{}e", "{}k", "3^{{{}}}", "{} \\cdot y"],
 ]
 

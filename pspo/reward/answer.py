@@ -36,7 +36,7 @@ _NUMBER = re.compile(
     rf"(?: {{0,2}}(?:\\times|\\cdot|[×·⋅*xX]) {{0,2}}10 ?\^ ?(?P<power>{_EXPONENT}))?)"
 )
 _LETTER = r"[A-Za-z\u00c0-\u024f\u0370-\u052f]"  # of alphabets: in other scripts words touch the numbers between them
-_ABBREVIATED = r"(?:[cmk]m|[mk]g|ml|min|hrs?|lbs?|oz|ft|in|[gl]|mph|deg|st|[nr]d|th|[ap]\.?m)(?![^\W_])"
+_ABBREVIATED = r"(?:[cmk]m|[mk]g|ml|min|hrs?|lbs?|oz|ft|in|[ghl]|mph|deg|st|[nr]d|th|[ap]\.?m)(?![^\W_])"
 _SCALE = r"(?:(?:hundred|thousand|[mbtr]+illion|dozen)s?|lakh|crore|mil|[mbt]n|squared|cubed|(?:third|halve)s)\b"
 _JOINED = r"(?:and|or|to|times|plus|minus|over|by|through)"
 _UNIT = re.compile(  # what may follow a number without changing it: "%", " apples", " (apples)", "cm^2", "th"
@@ -61,7 +61,7 @@ _FOLLOWED = re.compile(
 _PRECEDED = re.compile(
     rf"(?:{_LETTER}[(/-]?|[0-9][:,./(]?|[0-9] : ?|[)\]}}|]|[\w}}]_\{{?(?:\w\}}? )?|[\^√∛±∓≥≤≠°][ {{(]?"
     rf"|(?<!\\boxed)(?<!\\fbox)\{{ ?|(?:[0-9)\]}}%]|\b{_LETTER})(?: ?[-+*/×·⋅÷~]| x) ?-?|[=:(] ?- | [<>]=? |[0-9][,;] "
-    rf"|{_COMMAND} ?[({{]?-?|[0-9] (?:of|{_JOINED}) |\b(?:log|ln|sin|cos|tan|sqrt|[a-z]+uary|march|april|june|july"
+    rf"|\+ ?-|- ?\+|-[(~#]|{_COMMAND} ?[({{]?-?|[0-9] (?:of|{_JOINED}) |\b(?:minus|negative|log|ln|sin|cos|tan|sqrt|[a-z]+uary|march|april|june|july"
     r"|august|[a-z]+[ctv]ember|october) )\Z",
     re.IGNORECASE,
 )
@@ -74,14 +74,14 @@ _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox) ?\{([^{
 _GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\,|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])")
 _RAISED = re.compile("([⁰¹²³⁴-⁹⁺⁻]+)|[₀-₉]+")
 _CODE = re.compile(
-    r"\b(?:(?:US|AU?|CA?|NZ|HK|S)\\?(?=\$(?:[0-9.]|\\frac))|(?:USD|EUR|GBP|INR|Rs\.?) ?(?=-?(?:\\?[$0-9.]|\\frac)))"
+    r"\b(?:(?:US|AU?|CA?|NZ|HK|S) ?\\?(?=\$ ?(?:[0-9.]|\\frac))|(?:USD|EUR|GBP|INR|Rs\.?) ?(?=-?(?:\\?[$0-9.]|\\frac)))"
 )
 _GAPS = re.compile(  # between 5 and 6 these must not leave 56
     r"\*\*|\\[,;:]|~(?! ?[0-9])|(?<=[\w.)}\]])(?:[$¢£¥\u20a0-\u20cf]|\\[()\[\]$])+(?=\.?[\w(\\])|</?answer>",
     re.IGNORECASE,
 )
 _NOISE = re.compile(
-    r"\\(?:left|right|displaystyle|text(?:dollar|euro)|pounds|euro)(?![A-Za-z])|\\! ?|\\[()\[\]$]|[$¢£¥\u20a0-\u20cf]"
+    r"(?<=-)(?:\\\$|[$¢£¥\u20a0-\u20cf]) |\\(?:left|right|displaystyle|text(?:dollar|euro)|pounds|euro)(?![A-Za-z])|\\! ?|\\[()\[\]$]|[$¢£¥\u20a0-\u20cf]"
     r"|(?:\^ ?\{ ?\\(?:circ|degree) ?\}|\{ ?\^ ?\\circ ?\}|(?:\^ ?\\(?:circ|degree)|\\(?:text)?degree)(?![A-Za-z])"
     r"|°)(?: {0,2}[CFK](?![A-Za-z]))?(?! ?[0-9])|\\circ(?![A-Za-z])(?! ?[0-9])"  # 30°15 is not 3015
 )
