@@ -135,11 +135,11 @@ def test_edited_data_rewards_and_models_are_noticed(run, tmp_path):
         answered(*words)  # already answered
     reward.write_text("def reward(text, problem): return 1")
     for words in (trained, bare):
-        with pytest.raises(ConfigError, match="holds answers with another reward; give evaluate.name="):
+        with pytest.raises(ConfigError, match=r"holds answers with another reward; give evaluate.name="):
             answered(*words)
     reward.write_text("def reward(text, problem): return 0")
     file.write_text(file.read_text().replace("2+2?", "3+1?"))
-    with pytest.raises(ConfigError, match="holds answers with another data; give evaluate.name="):
+    with pytest.raises(ConfigError, match=r"holds answers with another data; give evaluate.name="):
         answered(*trained)
     file.write_text(file.read_text().replace("3+1?", "2+2?"))
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")

@@ -61,7 +61,9 @@ _FOLLOWED = re.compile(
 _PRECEDED = re.compile(
     rf"(?:{_LETTER}[(/-]?|[0-9][:,./(]?|[0-9] : ?|[)\]}}|]|[\w}}]_\{{?(?:\w\}}? )?|[\^√∛±∓≥≤≠°][ {{(]?"
     rf"|(?<!\\boxed)(?<!\\fbox)\{{ ?|(?:[0-9)\]}}%]|\b{_LETTER})(?: ?[-+*/×·⋅÷~]| x) ?-?|[=:(] ?- | [<>]=? |[0-9][,;] "
-    rf"|\+ ?-|- ?\+|-[(~#]|{_COMMAND} ?[({{]?-?|[0-9] (?:of|{_JOINED}) |\b(?:minus|negative|log|ln|sin|cos|tan|sqrt|[a-z]+uary|march|april|june|july"
+    rf"|\+ ?-|- ?\+|-[(~#]"
+    rf"|{_COMMAND} ?[({{]?-?|[0-9] (?:of|{_JOINED}) "
+    r"|\b(?:minus|negative|log|ln|sin|cos|tan|sqrt|[a-z]+uary|march|april|june|july"
     r"|august|[a-z]+[ctv]ember|october) )\Z",
     re.IGNORECASE,
 )
@@ -81,7 +83,8 @@ _GAPS = re.compile(  # between 5 and 6 these must not leave 56
     re.IGNORECASE,
 )
 _NOISE = re.compile(
-    r"(?<=-)(?:\\\$|[$¢£¥\u20a0-\u20cf]) |\\(?:left|right|displaystyle|text(?:dollar|euro)|pounds|euro)(?![A-Za-z])|\\! ?|\\[()\[\]$]|[$¢£¥\u20a0-\u20cf]"
+    r"(?<=-)(?:\\\$|[$¢£¥\u20a0-\u20cf]) "
+    r"|\\(?:left|right|displaystyle|text(?:dollar|euro)|pounds|euro)(?![A-Za-z])|\\! ?|\\[()\[\]$]|[$¢£¥\u20a0-\u20cf]"
     r"|(?:\^ ?\{ ?\\(?:circ|degree) ?\}|\{ ?\^ ?\\circ ?\}|(?:\^ ?\\(?:circ|degree)|\\(?:text)?degree)(?![A-Za-z])"
     r"|°)(?: {0,2}[CFK](?![A-Za-z]))?(?! ?[0-9])|\\circ(?![A-Za-z])(?! ?[0-9])"  # 30°15 is not 3015
 )
