@@ -560,6 +560,12 @@ def test_no_spelling_of_a_number_changes_the_verdict(numbers, context):
     assert not plain(context.format(another), problem(gold)).correct
 
 
+def test_a_fraction_in_latex_stands_alone_behind_a_word():
+    for text in ("it is \\frac{3}{4}", "it is 1\\frac{3}{4} cups", "<answer>it is \\frac{3}{4}</answer>"):
+        assert plain(text, problem("1.75" if "cups" in text else "0.75")).correct
+    assert not plain("x \\frac{3}{4}x", problem("0.75")).correct
+
+
 @pytest.mark.parametrize("fraction", "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞")
 def test_unicode_fractions_are_read(fraction):
     top, bottom = map(int, unicodedata.normalize("NFKC", fraction).split("⁄"))
