@@ -272,9 +272,10 @@ def open_keys(arguments: Sequence[str]) -> list[str]:
     def opened(argument: str) -> str:
         name, equals, value = argument.lstrip("+").partition("=")
         if name in groups() or name.startswith("hydra/"):  # an option is one name: not 0.1, not [pspo,clip]
-            return f"{name}={in_quotes(value)}" if equals and not _is_name(value) else argument
-        is_key = equals and re.fullmatch(r"(?!hydra\.(?!launcher\.))[\w.]*", name)
-        return f"++{name}={value}" if is_key else argument
+            read = _parsed(value)
+            is_name = read and (read.is_sweep_override() or isinstance(read.value(), str))
+            return argument if is_name or not equals else f"{name}={in_quotes(value)}"
+        return f"++{name}={value}" if equals and re.fullmatch(r"(?!hydra\.(?!launcher\.))[\w.]*", name) else argument
 
     return [opened(quoted(argument)) for argument in arguments]
 
@@ -282,28 +283,18 @@ def open_keys(arguments: Sequence[str]) -> list[str]:
 def quoted(argument: str) -> str:
     """``key=value`` with quotes about a value, or about the items of a list, that Hydra's grammar has no place for."""
     name, equals, value = argument.partition("=")
-    if not equals or name.startswith(("-", "~")) or _is_grammatical(value):
+    if not equals or name.startswith(("-", "~")) or _parsed(value):
         return argument
     if value[0] + value[-1] == "[]":
         return f"{name}=[{quoted(f'{name}={value[1:-1]}').removeprefix(f'{name}=')}]"
     items = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value)
     items = items if ",".join(items) == value else [value]  # two commas in a row, or one at an end: not a list
-    return f"{name}=" + ",".join(item if _is_grammatical(item) else in_quotes(item.strip()) for item in items)
+    return f"{name}=" + ",".join(item if _parsed(item) else in_quotes(item.strip()) for item in items)
 
 
 def in_quotes(value: str) -> str:
     """A value in quotes, as Hydra's grammar has them."""
     return QuotedString(value, Quote.single).with_quotes()
-
-
-def _is_grammatical(value: str) -> bool:
-    return _parsed(value) is not None
-
-
-def _is_name(value: str) -> bool:
-    """Whether Hydra reads a value as text or, for a multirun, as several values."""
-    override = _parsed(value)
-    return override is not None and (override.is_sweep_override() or isinstance(override.value(), str))
 
 
 @functools.cache
