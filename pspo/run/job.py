@@ -73,17 +73,8 @@ def run(
             trainer = kind(config, directory, policy, train, validation, config.reward, tracker, check_owner)
             tests = {name: prompts[name] for name in splits.test}
             summary = _train_and_evaluate(trainer, tests, splits.shots, owner) | {"notes": notes + about}
-            Phase("saving the model")
-            if config.model.lora.rank:
-                model.save_adapters(policy, directory / "adapter")
             probe = next(prompt for split in prompts.values() for prompt in split)
-            model.save(policy, directory / "model", probe=probe.token_ids)
-            write_json(directory / "summary.json", summary)
-            Phase("writing the report")
-            from pspo import report  # matplotlib, which the first step need not wait for
-
-            report.write_curves(directory)
-            report.write_report(directory)
+            _save_and_report(trainer, probe, summary)
         except BaseException as error:
             tracker.close(exit_code=0 if isinstance(error, interrupt.Interrupted) else 1)
             raise
@@ -91,11 +82,28 @@ def run(
         tracker.close()
         check_owner()
         write_text(directory / "DONE", environment.code_digest() + "\n")
+    from pspo import report
+
     console = Console()  # the result is the output; all else goes to standard error
     console.print(report.final_table(summary))
     for label, name in {"run": "", "figure": "curves.png", "report": "report.html"}.items():
         console.print(f"{label:7}{directory / name}", soft_wrap=True, highlight=False)
     return directory
+
+
+def _save_and_report(trainer: Trainer, probe: Prompt, summary: dict[str, Any]) -> None:
+    """The model, with LoRA its adapters as well, ``summary.json``, the figure and the report; spends the policy."""
+    directory = trainer.directory
+    Phase("saving the model")
+    if trainer.config.model.lora.rank:
+        model.save_adapters(trainer.policy, directory / "adapter")
+    model.save(trainer.policy, directory / "model", probe=probe.token_ids)
+    write_json(directory / "summary.json", summary)
+    Phase("writing the report")
+    from pspo import report  # matplotlib, which the first step need not wait for
+
+    report.write_curves(directory)
+    report.write_report(directory)
 
 
 def _train_and_evaluate(
