@@ -13,14 +13,13 @@ from typing import Any, Literal, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from pspo import dataset, model
 from pspo.advantage import Advantage
 from pspo.base.files import CONF, read_yaml
+from pspo.base.grammar import in_quotes, parsed, quoted
 from pspo.base.schema import MISSING, ConfigError, S, Schema, as_dict, build, fields_of, key, keys_of, unknown
 from pspo.budget import Budget
 from pspo.checkpoint import Checkpoint
@@ -272,33 +271,9 @@ def open_keys(arguments: Sequence[str]) -> list[str]:
     def opened(argument: str) -> str:
         name, equals, value = argument.lstrip("+").partition("=")
         if name in groups() or name.startswith("hydra/"):  # an option is one name: not 0.1, not [pspo,clip]
-            read = _parsed(value)
+            read = parsed(value)
             is_name = read and (read.is_sweep_override() or isinstance(read.value(), str))
             return argument if is_name or not equals else f"{name}={in_quotes(value)}"
         return f"++{name}={value}" if equals and re.fullmatch(r"(?!hydra\.(?!launcher\.))[\w.]*", name) else argument
 
     return [opened(quoted(argument)) for argument in arguments]
-
-
-def quoted(argument: str) -> str:
-    """``key=value`` with quotes about a value, or about the items of a list, that Hydra's grammar has no place for."""
-    name, equals, value = argument.partition("=")
-    if not equals or name.startswith(("-", "~")) or _parsed(value):
-        return argument
-    if value[0] + value[-1] == "[]":
-        return f"{name}=[{quoted(f'{name}={value[1:-1]}').removeprefix(f'{name}=')}]"
-    items = re.findall(r"""(?:'[^']*'|"[^"]*"|[^,])+""", value)
-    items = items if ",".join(items) == value else [value]  # two commas in a row, or one at an end: not a list
-    return f"{name}=" + ",".join(item if _parsed(item) else in_quotes(item.strip()) for item in items)
-
-
-def in_quotes(value: str) -> str:
-    """A value in quotes, as Hydra's grammar has them."""
-    return QuotedString(value, Quote.single).with_quotes()
-
-
-@functools.cache
-def _parsed(value: str) -> Override | None:
-    with contextlib.suppress(HydraException, ValueError, RecursionError):  # ValueError: more digits than Python reads
-        return OverridesParser.create().parse_override(f"key={value}")
-    return None

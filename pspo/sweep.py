@@ -17,8 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pspo.base.command import answering, expanded
 from pspo.base.files import CONF, read_keys, write_json
+from pspo.base.grammar import in_quotes, quoted
 from pspo.base.schema import ConfigError, Schema, build, key, unknown
-from pspo.config import in_quotes, quoted
 from pspo.launcher import Planned, make_plan
 
 SWEEPS = CONF.parent / "sweeps"  # the files that come with pspo: beside conf/, in a checkout and in a wheel

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from training import composed
 
 from pspo.base.files import CONF
+from pspo.base.grammar import quoted
 from pspo.base.schema import ConfigError, Schema, as_dict, build, key, keys_of
-from pspo.config import Config, compose, groups, identity, open_keys, quoted, read, resolve, science
+from pspo.config import Config, compose, groups, identity, open_keys, read, resolve, science
 from pspo.run.__main__ import help_text
 from pspo.run.earlier import run_directory, short_names
 from pspo.sweep import expand
