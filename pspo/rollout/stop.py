@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +10,11 @@ MARGIN_TOKENS = 8
 """Tokens read before those that can spell a stop string: halves of a letter, special tokens, which have no text."""
 
 
-@dataclass(frozen=True)
 class StopStrings:
     """The strings of ``rollout.stop``, looked for in the text of token ids without their special tokens."""
 
-    strings: Sequence[str]
-    tokenizer: Any
+    def __init__(self, strings: Sequence[str], tokenizer: Any) -> None:
+        self.strings, self.tokenizer = strings, tokenizer
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The decoded tokens, up to the first stop string."""
