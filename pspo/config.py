@@ -82,6 +82,7 @@ class Config(Schema):
             reason = f"must be at most the {rows} completions of a step (rollout.prompts x rollout.group_size)"
             raise self.update.refuse("num_minibatches", reason)
         self.loss.check(self.objective, self.advantage)
+        self.rollout.check(self.update.old_logprobs, self.model.dtype)
         if self.smoothing.name == "adaptive" and self.diagnostics.every != 1:
             raise self.diagnostics.refuse("every", "smoothing=adaptive is steered by them; set diagnostics.every=1")
         for name in self.diagnostics.counterfactual if self.diagnostics.counterfactual_every else []:
@@ -93,7 +94,7 @@ NOT_SCIENCE = (
 )  # fmt: skip
 """Keys and blocks that do not name a run: where it is made, how it is saved and watched, not what is trained."""
 
-ONLY_MEMORY = {"rollout": ("max_rows",), "update": ("max_tokens",), "model": ("gradient_checkpointing",)}
+ONLY_MEMORY = {"rollout": ("max_rows", "kv_cache_gib"), "update": ("max_tokens",), "model": ("gradient_checkpointing",)}
 """Keys that bound memory and change results by rounding alone, so that a run may be resumed with lower values."""
 
 
@@ -131,6 +132,7 @@ def check(config: Config) -> None:
     nearest = next(path for path in (parent, *parent.parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"output_dir={config.output_dir}: cannot write in {nearest}; set output_dir=<directory>")
+    config.rollout.check_installed()
     dataset.check(config.dataset, training=bool(config.budget.total))
     for name in [name for name in config.evaluate.sets or [] if name != "validation"]:
         dataset.check_set(name, config.evaluate.path)
@@ -181,7 +183,10 @@ def _hydra() -> contextlib.AbstractContextManager[None]:
 
 
 # Keys and blocks that answers to held-out problems may have otherwise than the run whose weights give them.
-FOR_ANSWERS = ("evaluate", "dataset", "reward", "device", "threads", "rollout.max_rows", "seed")
+FOR_ANSWERS = (
+    "evaluate", "dataset", "reward", "device", "threads", "seed", "rollout.max_rows", "rollout.kv_cache_gib",
+    "rollout.sampler",
+)  # fmt: skip
 
 
 def for_answers(run: Path, overrides: Sequence[str]) -> Config:

@@ -52,8 +52,9 @@ def batch_loss(
     reference_BT: Tensor | None,
     coefficient_B1: Tensor,
     statistics: Statistics,
+    correction_BT: Tensor | None = None,
 ) -> tuple[Tensor, ObjectiveInput, Tensor]:
-    """Σ c_i (objective + β KL − weight · entropy) over a micro-batch's tokens, with c_i of ``coefficients``.
+    """Σ c_i (correction · objective + β KL − weight · entropy) over a micro-batch's tokens, c_i of ``coefficients``.
 
     The coefficients count all micro-batches that make one optimizer step, so their gradients add up to that of one
     large batch. Masked positions have a gradient of exactly zero. The objective is differentiated by the
@@ -61,20 +62,25 @@ def batch_loss(
     KL(old‖new) is the k3 estimate on sampled tokens, E_old[r − 1 − log r] (see ``kl``).
 
     Returns the micro-batch's share of the optimizer batch's loss, with gradient; the objective's input; and
-    ∂(Σ objective)/∂logprob (B, T) before aggregation, so that a token's gradient weight is w = −gradient / A.
+    ∂(Σ objective)/∂logprob (B, T) before aggregation and correction, so that a token's gradient weight is
+    w = −gradient / A, whatever the sampler.
     """
     mask_BT, leaf_BT = tokens.mask_BT, tokens.logprob_BT.detach().requires_grad_()
     leaves = replace(tokens, logprob_BT=leaf_BT, log_ratio_BT=log_ratio(leaf_BT, tokens.old_logprob_BT))
     objective_BT = objective(x := at_level(config.importance, leaves))
-    (gradient_BT,) = torch.autograd.grad(torch.where(mask_BT, objective_BT, 0.0).sum(), leaf_BT)
-    total_BT = _with_gradient(objective_BT.detach(), gradient_BT, tokens.logprob_BT)
+    (gradient_BT,) = torch.autograd.grad(_sum(objective_BT, mask_BT), leaf_BT, retain_graph=True)
+    learned_BT, corrected_BT = gradient_BT, objective_BT
+    if correction_BT is not None:
+        corrected_BT = objective_BT * correction_BT
+        (learned_BT,) = torch.autograd.grad(_sum(corrected_BT, mask_BT), leaf_BT)
+    total_BT = _with_gradient(corrected_BT.detach(), learned_BT, tokens.logprob_BT)
     if reference_BT is not None:
         kl_BT = kl(config.kl, tokens.logprob_BT, torch.where(mask_BT, reference_BT, leaf_BT.detach()))
         statistics.mean("policy/kl_reference", kl_BT, mask_BT)
         total_BT = total_BT + config.kl_weight * kl_BT
     if config.entropy_weight:
         total_BT = total_BT - config.entropy_weight * entropy_BT
-    loss = torch.where(mask_BT, coefficient_B1.to(leaf_BT.dtype) * total_BT, 0.0).sum()
+    loss = _sum(coefficient_B1.to(leaf_BT.dtype) * total_BT, mask_BT)
     with torch.no_grad():
         ratio_BT, log_ratio_BT = leaves.ratio_BT, leaves.log_ratio_BT
         statistics.mean("loss/mean", objective_BT, mask_BT)
@@ -118,6 +124,10 @@ def kl(estimator: str, logprob_BT: Tensor, reference_BT: Tensor) -> Tensor:
     """
     d_BT = log_ratio(logprob_BT, reference_BT)
     return {"k1": d_BT, "k2": d_BT.square() / 2, "k3": (-d_BT).exp() + d_BT - 1}[estimator]
+
+
+def _sum(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return torch.where(mask_BT, values_BT, 0.0).sum()
 
 
 def _with_gradient(value_BT: Tensor, gradient_BT: Tensor, by_BT: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class SupervisedTrainer(Trainer):
             for loss in train(policy.model, self.optimizer, steps(), policy.autocast, max_norm):
                 losses.append(loss)
                 advance(len(losses), f"loss {loss:.3f} nats per token")
+        self.sampler.refresh(policy)
         progress.steps, progress.optimizer_steps = epoch + 1, progress.optimizer_steps + num_steps
         progress.prompts = progress.prompts_used = progress.prompts + len(rows)
         metrics = {"supervise/train_loss": sum(losses) / num_steps, "optimizer/lr": learning_rates[-1]}

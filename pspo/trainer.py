@@ -24,7 +24,8 @@ from pspo.host.memory import peak_gib
 from pspo.model import Policy
 from pspo.objective import Objective, default_objective
 from pspo.reward import Reward
-from pspo.rollout import Completion, OwnSampler, Sampler, collect, rewards, rollout_metrics, training
+from pspo.rollout import Completion, collect, rewards, rollout_metrics, training
+from pspo.rollout.samplers import make_sampler
 from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
 
@@ -64,7 +65,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         config, rollout = self.config, self.config.rollout
-        self.sampler: Sampler = OwnSampler(self.policy, rollout)
+        self.sampler = make_sampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
         max_norm, reference = config.optimizer.max_grad_norm, self.policy.frozen() if config.loss.kl != "none" else None
         self.learner = Learner(
@@ -108,6 +109,7 @@ class Trainer:
             raise
         if state.best_score is not None:
             checkpoint.load_weights(self.policy, self.checkpoints / f"best_{state.best_step:06d}")
+            self.sampler.refresh(self.policy)
         return state
 
     def _step(self) -> dict[str, float]:
@@ -115,17 +117,20 @@ class Trainer:
         config, progress, begun = self.config, self.state.progress, time.perf_counter()
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.sampler.refresh(self.policy)
         step, start = progress.steps + 1, progress.prompts
         completions = collect(self.sampler, self.train, self.reward, config.rollout, config.seed, step, start)
         rollout_s = time.perf_counter() - begun
         with interrupt.deferred():
+            self.sampler.sleep()
             metrics = self._learn(completions)
+            learned_s = time.perf_counter() - begun
+            self.sampler.refresh(self.policy)
         step_s, num_tokens = time.perf_counter() - begun, sum(len(c.token_ids) for c in completions)
         return metrics | {
             "time/step_s": step_s,
             "time/rollout_s": rollout_s,
-            "time/update_s": step_s - rollout_s,
+            "time/update_s": learned_s - rollout_s,
+            "time/refresh_s": step_s - learned_s,
             "time/tokens_per_s": num_tokens / step_s,
             "memory/peak_gib": peak_gib(self.policy.device),
         }
@@ -233,6 +238,7 @@ class Trainer:
         if newest is None:
             return
         checkpoint.restore_weights(self.policy, saved["weights"])
+        self.sampler.refresh(self.policy)
         self.optimizer.load_state_dict(saved["optimizer"])
         checkpoint.restore_random_state(saved["random"])
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})

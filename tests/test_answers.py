@@ -11,6 +11,7 @@ from pspo.base.files import read_json, read_lines
 from pspo.base.schema import ConfigError
 from pspo.dataset import Problem, Prompt
 from pspo.evaluate import described
+from pspo.rollout import OwnSampler
 from pspo.run import evaluation
 
 PROMPTS = [Prompt(Problem(str(i), f"question {i}\u2028", str(i), ""), [i]) for i in range(8)]
@@ -44,7 +45,7 @@ def answered(monkeypatch):
 
 def answers_in(directory, *overrides, check_owner=lambda: None):
     config = composed("rollout.max_rows=3", "seed=5", *overrides)
-    return evaluation.Answers(directory, config, "policy", check_owner)
+    return evaluation.Answers(directory, config, OwnSampler("policy", config.rollout), check_owner)
 
 
 def into(directory, prompts=PROMPTS, *, samples=1, check_owner=lambda: None):

@@ -107,6 +107,9 @@ class Shifted:
     def refresh(self, policy):
         self.sampler.refresh(policy)
 
+    def sleep(self):
+        self.sampler.sleep()
+
     def sample(self, *given, **named):
         self.calls += 1
         shift = self.shift_nats if self.calls >= self.first else 0.0

@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from training import rollout_config
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pspo import model
@@ -28,8 +29,8 @@ from pspo.model import source, tiny, warm_start
 from pspo.model.batch import make_batch
 from pspo.model.config import LoraConfig, WarmStart
 from pspo.model.logprob import autocast_to_bfloat16, predicting_states, token_logprobs
-from pspo.model.policy import can_share
-from pspo.rollout import OwnSampler, RolloutConfig
+from pspo.model.policy import can_share, merged_weights
+from pspo.rollout import OwnSampler
 
 CPU = torch.device("cpu")
 ARCHITECTURE = tiny.Architecture(
@@ -70,8 +71,8 @@ def prompts(tiny_tokenizer):
 
 
 def sample(policy, prompts, seed=(1,), group_size=2, max_new_tokens=8, top_p=1.0):
-    limits = {"overlong_share": 0.0, "max_redraws": 0, "temperature": 1.0, "top_p": top_p, "max_rows": 100, "stop": []}
-    config = RolloutConfig(prompts=len(prompts), group_size=group_size, max_new_tokens=max_new_tokens, **limits)
+    limits = {"max_new_tokens": max_new_tokens, "top_p": top_p, "max_rows": 100}
+    config = rollout_config(prompts=len(prompts), group_size=group_size, **limits)
     return OwnSampler(policy, config).sample(prompts, group_size, seed)
 
 
@@ -742,6 +743,28 @@ def test_adapters_are_saved_merged_into_a_plain_model(saved, prompts, dtype, tol
     with torch.no_grad():
         assert (merged(ids).logits - expected).abs().max() < tolerance
     assert (start - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_merged_weights_are_those_that_are_saved_and_the_policy_stays(saved, prompts, dtype, tolerance):
+    """But for the head, which is tied to the embedding."""
+    directory, plain = saved
+    policy = adapted(directory, dtype)
+    train(policy, prompts)
+    before = {name: p.clone() for name, p in policy.model.state_dict().items()}
+    merged = dict(merged_weights(policy))
+    after = policy.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.save(policy, directory.parent / "merged")
+    expected = load_file(directory.parent / "merged" / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance)
+    assert any(
+        not torch.equal(weight, plain.model.state_dict()[name].to(weight.dtype)) for name, weight in merged.items()
+    )
+    assert {n: id(w) for n, w in merged_weights(plain)}.keys() == expected.keys()
 
 
 SHAPES = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}

@@ -13,12 +13,14 @@ import torch
 import transformers
 from training import rollout_config
 
+from pspo.base.stream import generator
 from pspo.dataset import Problem, Prompt, render
 from pspo.host.interrupt import Interrupted
 from pspo.host.memory import NoRoomError
 from pspo.model import Policy
 from pspo.model.policy import can_share
 from pspo.rollout import OwnSampler
+from pspo.rollout.sample import random_key
 from pspo.rollout.samplers import own
 from pspo.rollout.stop import StopStrings
 from pspo.update.rows import Row, score
@@ -112,7 +114,7 @@ KEY = {"seed": 5, "purpose": 0, "step": 1, "problem": "a", "place": 7, "sample":
 def numbers(count, **changes):
     key = KEY | changes
     prompt = Prompt(Problem(key["problem"], "", "", ""), [1], key["place"])
-    return own._uniforms([key["seed"], key["purpose"], key["step"]], prompt, key["sample"], count)
+    return generator(*random_key([key["seed"], key["purpose"], key["step"]], prompt, key["sample"])).random(count)
 
 
 @pytest.mark.parametrize("change", KEY)
@@ -155,7 +157,7 @@ def distance_to_edge(model, completion, position, seed, temperature, top_p):
     ranked, order = probability.sort(descending=True, stable=True)
     before = ranked.cumsum(0) - ranked
     kept = torch.zeros_like(probability).scatter(0, order, torch.where(before < top_p, ranked, 0.0))
-    drawn = own._uniforms(seed, completion.prompt, completion.sample, position + 1)[-1] * kept.sum()
+    drawn = generator(*random_key(seed, completion.prompt, completion.sample)).random(position + 1)[-1] * kept.sum()
     edges = [(kept.cumsum(0) - drawn).abs().min()]
     if top_p < 1:
         size = int((before < top_p).sum())

@@ -200,6 +200,7 @@ def test_loss_gradient_and_statistics_from_the_librarys_logits(tiny_policy, max_
         "policy/ratio_clamped_rate": 0.0,
         "policy/entropy_mean": entropy_N.mean().item(),
         "policy/sampler_gap_mean": log_ratio_N.abs().mean().item(),
+        "policy/sampler_gap_max": log_ratio_N.abs().max().item(),
     }
     assert {name: result[name] for name in told} == pytest.approx(told, rel=1e-10)
 
@@ -361,8 +362,9 @@ def test_statistics_are_over_all_tokens_of_the_step(tiny_policy, max_tokens, num
     got = run(policy, NOCLIP, rows, config=config, lr=0.0, temperature=0.8)
     assert got.pop("optimizer/grad_norm_mean") > 0
     assert 0 <= got.pop("update/padding_rate") < 1
-    gap = got.pop("policy/sampler_gap_mean"), expected.pop("policy/sampler_gap_mean")
-    assert num_minibatches > 1 or gap[0] == pytest.approx(gap[1], rel=1e-12)
+    for name in ("policy/sampler_gap_mean", "policy/sampler_gap_max"):  # of the first minibatch
+        gap = got.pop(name), expected.pop(name)
+        assert num_minibatches > 1 or gap[0] == pytest.approx(gap[1], rel=1e-12)
     assert got == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 

@@ -35,6 +35,13 @@ def configured(*overrides):
 def rollout_config(**changes):
     """Settings of a small rollout: plain sampling, every group trains."""
     values = {"prompts": 3, "group_size": 4, "max_new_tokens": 4, "overlong_share": 0.0, "max_redraws": 0}
+    values |= {
+        "sampler": "own",
+        "kv_cache_gib": 1.0,
+        "correction": "none",
+        "correction_low": 0.5,
+        "correction_high": 2.0,
+    }
     return RolloutConfig(**values | {"temperature": 1.0, "top_p": 1.0, "max_rows": 64, "stop": []} | changes)
 
 

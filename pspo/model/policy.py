@@ -158,6 +158,22 @@ def _saving(directory: Path) -> Iterator[Path]:
         ) from error
 
 
+@torch.no_grad()
+def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The weights by their names on disk, adapters added; nothing of the policy changes.
+
+    A weight of two names, as a head that is tied to the embedding, comes once.
+    """
+    model = policy.model
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in _adapters(model)}
+    distinct = {name for name, _ in model.named_parameters()}
+    copies = {name for name, _ in model.named_parameters(remove_duplicate=False)} - distinct
+    for name, weight in model.state_dict().items():
+        if name not in copies and ".lora_" not in name:
+            deltas = [adapted[name].get_delta_weight("default")] if name in adapted else []
+            yield name.replace(".base_layer.", "."), sum(deltas, weight)
+
+
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Where generation stops: the end of a document and the chat template's end of a turn, which may differ.
 

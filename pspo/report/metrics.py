@@ -25,6 +25,8 @@ METRICS: dict[str, str] = {
     "policy/ratio_max": "largest importance ratio new/old of any token",
     "policy/ratio_clamped_rate": "share of tokens whose log-ratio was clamped to ±20, 0 to 1",
     "policy/sampler_gap_mean": "mean |log-prob of sampler − of trainer| at equal weights, nats: numerical error only",
+    "policy/sampler_gap_max": "the largest such difference of any token, nats",
+    "policy/corrected_rate": "share of tokens whose loss rollout.correction truncates or leaves out, 0 to 1",
     "policy/kl_reference": "loss.kl's estimate of KL(policy‖reference), the policy before training, nats per token",
     "objective/alpha": "alpha of the step, where the objective has one",
     **{
@@ -68,6 +70,7 @@ METRICS: dict[str, str] = {
     "time/step_s": "rollout and updates of a step, seconds",
     "time/rollout_s": "sampling and rewards, seconds",
     "time/update_s": "advantages and updates, seconds",
+    "time/refresh_s": "giving the sampler the new weights, seconds; nothing for rollout.sampler=own",
     "time/validation_s": "one validation, seconds",
     "time/tokens_per_s": "completion tokens per second of the step",
     "memory/peak_gib": "peak memory: of the GPU where there is one, else of the process, GiB",

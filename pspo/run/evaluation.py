@@ -21,9 +21,9 @@ from pspo.dataset import Problem, Prompt, Splits
 from pspo.evaluate import answer, described, summarize
 from pspo.evaluate.answers import SETTINGS
 from pspo.host import environment, interrupt
-from pspo.model import Policy
 from pspo.reward import Paper, Plain, Reward, default_reward
-from pspo.rollout import OwnSampler, RolloutConfig
+from pspo.rollout import RolloutConfig, Sampler
+from pspo.rollout.samplers import make_sampler
 from pspo.run import earlier, lock
 from pspo.run.outcome import at_work
 
@@ -79,11 +79,11 @@ def encoded(
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a policy in the folder ``evaluation/<when>/<evaluate.name>`` of a run."""
+    """The answers of a sampler's policy in the folder ``evaluation/<when>/<evaluate.name>`` of a run."""
 
     directory: Path
     config: Config
-    policy: Policy
+    sampler: Sampler
     check_owner: Callable[[], None]  # leaves the process if another one has taken the directory over
 
     @property
@@ -96,6 +96,7 @@ class Answers:
         """The numbers of every test set and temperature. Raises ConfigError for a folder with other settings."""
         config, evaluate = self.config, self.config.evaluate
         settings = {
+            "sampler": self.rollout.sampler,
             "top_p": self.rollout.top_p,
             "max_new_tokens": self.rollout.max_new_tokens,
             "system_prompt": config.dataset.system_prompt,
@@ -104,7 +105,7 @@ class Answers:
             **_sources(config),
         }
         record = read_json(self.directory / SETTINGS)
-        changed = [name for name in settings if record and record.get(name) != settings[name]]
+        changed = [name for name in settings if record and ({"sampler": "own"} | record).get(name) != settings[name]]
         if changed and config.rerun != "resume":
             reason = f"{self.directory} holds answers with another {', '.join(changed)}"
             raise evaluate.refuse("name", f"{reason}; give evaluate.name=<another name>")
@@ -127,7 +128,7 @@ class Answers:
         those of an unbroken process, and so are the file's bytes.
         """
         seed, samples = self.config.seed, self.config.evaluate.samples if temperature else 1
-        sampler = OwnSampler(self.policy, replace(self.rollout, temperature=temperature or 1.0))
+        sampler = self.sampler.under(replace(self.rollout, temperature=temperature or 1.0))
         lines = JsonLines(self.directory / f"{name}_t{temperature:g}.jsonl")
         questions = {prompt.problem.id: described(prompt.problem) for prompt in prompts}
         # Lines from the first on that answers another question under a known name are of other data, and so go.
@@ -170,7 +171,8 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {block: as_dict(getattr(self.config, block)) for block in ("evaluate", "dataset", "reward")}
+        blocks = {block: as_dict(getattr(self.config, block)) for block in ("evaluate", "dataset", "reward")}
+        return blocks | {"sampler": self.config.rollout.sampler}
 
     @property
     def changed(self) -> list[str]:
@@ -186,7 +188,7 @@ class Evaluation:
         if not (self.directory / "DONE").is_file():
             return "new"
         record, sources = (read_json(self.directory / name) for name in ("summary.json", SETTINGS))
-        same = self.settings.items() <= record.items()
+        same = self.settings.items() <= ({"sampler": "own"} | record).items()  # before vLLM there was no other
         with contextlib.suppress(ConfigError):  # a node that does not see the files
             same &= not self.changed and _sources(self.config).items() <= sources.items()
             same &= dataset.digests(self.config.dataset) == record.get("data")
@@ -233,8 +235,9 @@ class Evaluation:
                 policy = model.load(config.model, config.seed, device)
                 if self.checkpoint is not None:
                     checkpoint.load_weights(policy, self.checkpoint)
+                sampler = make_sampler(policy, config.rollout)
             guard = partial(lock.check_owner, directory, owner)
-            numbers = Answers(directory, config, policy, guard).numbers(prompts, shots)
+            numbers = Answers(directory, config, sampler, guard).numbers(prompts, shots)
             about = {"run": str(self.run), **self.settings, "data": data}
             write_json(directory / "summary.json", about | {"answers": numbers})
             write_text(directory / "DONE", environment.code_digest() + "\n")

@@ -114,7 +114,7 @@ def _train_and_evaluate(
 
     def test(when: str, config: Config) -> list[dict[str, Any]]:
         directory = trainer.directory / "evaluation" / when / config.evaluate.name
-        return evaluation.Answers(directory, config, trainer.policy, trainer.check_owner).numbers(prompts, shots)
+        return evaluation.Answers(directory, config, trainer.sampler, trainer.check_owner).numbers(prompts, shots)
 
     # Before training nothing is resumed yet, so that the weights are the initial ones.
     short = replace(config, evaluate=replace(config.evaluate, temperatures=first))

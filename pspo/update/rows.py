@@ -1,8 +1,9 @@
 """What learns in an update, and from what: rows of tokens, made of a step's completions and packed in micro-batches."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from pspo.model.batch import Batch, make_batch, scatter
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.objective import Objective
 from pspo.rollout import Completion, RolloutConfig
+from pspo.update.correction import corrections
 
 RowIndices = list[list[int]]
 """The rows of one micro-batch, by index, in bundles: the rows of one bundle share one copy of their prompt."""
+
+GAP, GAP_MAX = "policy/sampler_gap_mean", "policy/sampler_gap_max"
+"""Mean and largest |log π_trainer − log π_sampler| of fresh rows, in nats."""
 
 OVERHEAD_POSITIONS = {"cpu": 128, "cuda": 4096}
 """Fixed cost of one micro-batch, counted in positions: measured on a CPU, a guess on a GPU."""
@@ -71,6 +76,7 @@ class Row:
     reference_logprobs: list[float] | None = None  # log π_ref, in nats, where there is a KL penalty
     values: list[float] | None = None  # V at the start of the step, where there is a value model
     returns: list[float] | None = None  # the targets of V
+    corrections: list[float] | None = None  # factors on the losses, where ``rollout.correction`` is not none
 
 
 def make_rows(
@@ -88,8 +94,11 @@ def make_rows(
     if learner.critic is not None or recompute:
         logprobs, values = score(learner.policy, rows, temperature, max_tokens, learner.critic)
     if recompute:
-        gap_N = np.concatenate(logprobs) - np.concatenate([row.old_logprobs for row in rows])
-        metrics["policy/sampler_gap_mean"] = float(np.abs(gap_N).mean())
+        sampled = [row.old_logprobs for row in rows]
+        metrics |= gap_metrics(np.concatenate(logprobs) - np.concatenate(sampled), learner.rollout)
+        if learner.rollout.correction != "none":
+            factors, metrics["policy/corrected_rate"] = corrections(learner.rollout, logprobs, sampled)
+            rows = [replace(row, corrections=c) for row, c in zip(rows, factors, strict=True)]
         rows = [replace(row, old_logprobs=new) for row, new in zip(rows, logprobs, strict=True)]
     advantages, returns = advantage.estimate(reward_PG, [len(row.token_ids) for row in rows], values)
     rows = [replace(row, advantages=a) for row, a in zip(rows, advantages, strict=True)]
@@ -103,6 +112,16 @@ def make_rows(
         logprobs, _ = score(learner.reference, rows, temperature, max_tokens, None)
         rows = [replace(row, reference_logprobs=fixed) for row, fixed in zip(rows, logprobs, strict=True)]
     return rows, metrics
+
+
+def gap_metrics(gap_N: np.ndarray[Any, Any], config: RolloutConfig) -> dict[str, float]:
+    """Mean and largest |log π_trainer − log π_sampler|, in nats, as far as it is an error.
+
+    vLLM's are of the nucleus, which holds top_p of the probability at least: they may be higher by −log top_p.
+    """
+    if config.sampler == "vllm":
+        gap_N = gap_N - gap_N.clip(math.log(config.top_p), 0.0)
+    return {GAP: float(np.abs(gap_N).mean()), GAP_MAX: float(np.abs(gap_N).max())}
 
 
 @torch.no_grad()

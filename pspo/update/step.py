@@ -16,12 +16,12 @@ from pspo.host.memory import halving
 from pspo.loss import batch_loss, coefficients
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.objective import Objective, ObjectiveInput
-from pspo.update.rows import Learner, Row, column, micro_batches, score
+from pspo.update.rows import GAP, GAP_MAX, Learner, Row, column, micro_batches, score
 
 MEMORY_ADVICE = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
-GAP, MAX_GAP_NATS = "policy/sampler_gap_mean", {False: 1e-3, True: 0.15}
-"""Mean |log π_trainer − log π_sampler| of fresh rows, and its bound without and with ``autocast`` to bfloat16."""
+MAX_GAP_NATS = {False: 1e-3, True: 0.15}
+"""Bound of the mean |log π_trainer − log π_sampler| of fresh rows, without and with ``autocast`` to bfloat16."""
 
 
 class UpdateError(RuntimeError):
@@ -138,7 +138,10 @@ def accumulate(
             tokens = ObjectiveInput.at_tokens(logprob_BT, old_logprob_BT, advantage_BT, mask_BT)
             reference_BT = column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None
             coefficient_B1 = logprob_BT.new_tensor([[coefficient_N[i]] for i in places])
-            loss, x, gradient_BT = batch_loss(config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen)
+            correction_BT = column(micro, "corrections", logprob_BT) if rows[0].corrections is not None else None
+            loss, x, gradient_BT = batch_loss(
+                config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen, correction_BT
+            )
             if critic is not None:
                 value_BT = critic(batch, hidden_NH, policy.autocast)
                 old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
@@ -151,7 +154,8 @@ def accumulate(
             if record is not None:
                 record.add(x, gradient_BT, entropy_BT)
             if fresh:
-                seen.mean(GAP, (logprob_BT - old_logprob_BT).abs(), mask_BT)
+                seen.mean(GAP, gap_BT := (logprob_BT - old_logprob_BT).abs(), mask_BT)
+                seen.max(GAP_MAX, gap_BT, mask_BT)
             finite = (logprob_BT.isfinite() & old_logprob_BT.isfinite()).all()
             total += torch.where(finite, loss.detach().double(), torch.nan)
     statistics.add(seen)

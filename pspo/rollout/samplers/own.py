@@ -3,9 +3,7 @@
 Shape suffixes: R completions of T positions, B unfinished ones, P prompts of S positions, V vocabulary, K ranks.
 """
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from pspo.host import interrupt
 from pspo.host.memory import halving
 from pspo.model import Policy
 from pspo.model.logprob import autocast_to_bfloat16, raised
-from pspo.rollout.sample import Completion, RolloutConfig
+from pspo.rollout.sample import Completion, RolloutConfig, random_key
 from pspo.rollout.stop import StopStrings
 
 COMPACT_BELOW_SHARE = 0.75
@@ -40,6 +38,13 @@ class OwnSampler:
         """Sample with this policy's weights, which are not copied."""
         self.policy = policy
 
+    def sleep(self) -> None:
+        """Nothing: the weights are the trainer's, and the KV cache goes with each batch."""
+
+    def under(self, config: RolloutConfig) -> "OwnSampler":
+        """The same policy's sampler under other settings."""
+        return OwnSampler(self.policy, config)
+
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], *, greedy: bool = False
     ) -> list[Completion]:
@@ -47,7 +52,8 @@ class OwnSampler:
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         rows = [(i, g) for i in by_length for g in range(group_size)]
         ids, length = [prompts[i].token_ids for i, _ in rows], self.config.max_new_tokens
-        uniform_RT = torch.tensor(np.array([_uniforms(seed, prompts[i], g, length) for i, g in rows]))
+        keys = [random_key(seed, prompts[i], g) for i, g in rows]
+        uniform_RT = torch.tensor(np.array([generator(*key).random(length) for key in keys]))
         temperature, top_p = (0.0, 1.0) if greedy else (self.config.temperature, self.config.top_p)
         stop = StopStrings(self.config.stop, self.policy.tokenizer)
 
@@ -62,13 +68,6 @@ class OwnSampler:
         for (i, g), (token_ids, logprobs, finished) in zip(rows, written, strict=True):
             completions[i, g] = Completion(prompts[i], g, token_ids, logprobs, finished, stop.text(token_ids))
         return [completions[place] for place in sorted(completions)]
-
-
-def _uniforms(seed: Sequence[int], prompt: Prompt, sample: int, count: int) -> np.ndarray[Any, Any]:
-    """The uniform numbers in [0, 1) of one completion, one for each of its tokens."""
-    digest = hashlib.blake2b(prompt.problem.id.encode(), digest_size=8).digest()
-    words = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
-    return generator(*seed, *words, prompt.place, sample).random(count)
 
 
 @torch.inference_mode()
