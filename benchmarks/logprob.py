@@ -16,7 +16,8 @@ import torch
 from benchmarks import measure
 from benchmarks.preset import PRESETS, random_policy
 from pspo.config import compose
-from pspo.host import environment
+from pspo.host import environment, speed
+from pspo.host.memory import call_peak_gib
 from pspo.model.batch import make_batch
 from pspo.model.logprob import predicting_states, token_logprobs
 
@@ -61,7 +62,7 @@ def main() -> None:
     rows, device = ROWS // 8 if asked.small else ROWS, torch.device("cpu")
     if asked.alone:
         work = make_pass(asked.alone, rows)
-        print(json.dumps([measure.peak_gib(work, device), measure.seconds(work, device)]))
+        print(json.dumps([call_peak_gib(work, device), speed.seconds(work, device)]))
         return
     words = [*(["--small"] if asked.small else []), f"--threads={torch.get_num_threads()}"]
     found: dict[str, list[tuple[float, float]]] = {"plain": [], "ours": [], "trl": []}

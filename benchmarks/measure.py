@@ -1,12 +1,9 @@
-"""What the benchmarks share: medians with their spread, memory, matrix products, and where results go.
+"""What the benchmarks share: medians with their spread, matrix products, and where results go.
 
 A row of the README's table is what was measured, of ours and beside it, their ratio and the target; see ``row``.
 """
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import importlib.metadata
 import json
 import statistics
@@ -22,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pspo.host import environment
+from pspo.host.speed import product_s
 
 RESULTS = Path(__file__).parent / "results"
 FACTORS_AT = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0}
@@ -45,57 +43,6 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Of two things measured in turns: the median of the rounds' ratios, with its spread."""
     return summary([a / b for a, b in zip(above, below, strict=True)])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what the GPU has yet to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call."""
-    synchronize(device)
-    begun = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - begun
-
-
-def rate_s(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a short call, repeated for some milliseconds: the least of five."""
-    once = min(seconds(work, device) for _ in range(2))
-    repeats = max(1, int(0.005 / once))
-
-    def repeated() -> None:
-        for _ in range(repeats):
-            work()
-
-    return min(seconds(repeated, device) for _ in range(5)) / repeats
-
-
-def peak_gib(work: Callable[[], Any], device: torch.device) -> float:
-    """Peak memory of a call: all that the GPU holds, or what the process grows by over what it held before.
-
-    A child's ``ru_maxrss`` begins at what its parent held, so the kernel's own mark of the peak is set back instead;
-    and what is freed but kept is given back first, as far as the C library can.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    gc.collect()
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_gib("VmRSS")
-    work()
-    return _resident_gib("VmHWM") - before
-
-
-def _resident_gib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
 def alone(module: str, *words: str) -> Any:
@@ -147,28 +94,6 @@ def products(work: Callable[[], Any]) -> Counter[Product]:
 def floor_s(count: Counter[Product], device: torch.device) -> float:
     """Seconds of matrix products, each measured alone at its shape on this machine."""
     return sum(times * product_s(*product, device) for product, times in count.items())
-
-
-def product_s(batch: int, rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of one (batch, rows, inner) x (batch, inner, columns) product, the second factor as it is faster."""
-    a = torch.randn(batch, rows, inner, device=device).to(dtype)
-    b = torch.randn(batch, inner, columns, device=device).to(dtype)
-    factors = (b, b.transpose(1, 2).contiguous().transpose(1, 2))
-    if batch == 1:
-        return min(rate_s(lambda: torch.mm(a[0], factor[0]), device) for factor in factors)  # noqa: B023
-    return min(rate_s(lambda: torch.bmm(a, factor), device) for factor in factors)  # noqa: B023
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy of 1 GiB."""
-    source = torch.zeros(2**28, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / rate_s(lambda: target.copy_(source), device)
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 8192) -> float:
-    """Operations per second of a large square matrix product."""
-    return 2 * size**3 / product_s(1, size, size, size, dtype, device)
 
 
 def row(

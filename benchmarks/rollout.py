@@ -22,6 +22,7 @@ from benchmarks import measure
 from benchmarks.preset import NEVER, make_trainer
 from pspo.base.schema import ConfigError
 from pspo.dataset import order
+from pspo.host import speed
 from pspo.rollout import OwnSampler
 from pspo.trainer import Trainer
 
@@ -93,7 +94,7 @@ def main() -> None:
             for number in range(asked.rounds + 1):
                 for side, rollout in sides.items():
                     tokens: list[int] = []
-                    seconds = measure.seconds(lambda: tokens.append(rollout(number)), device)  # noqa: B023
+                    seconds = speed.seconds(lambda: tokens.append(rollout(number)), device)  # noqa: B023
                     rate[side].append(tokens[0] / seconds)
             ours, theirs = rate["ours"][1:], rate["generate"][1:]
             values = measure.summary(ours), "generate", measure.summary(theirs), measure.ratio(ours, theirs)

@@ -29,6 +29,9 @@ from benchmarks.measure import row
 from benchmarks.preset import PRESETS, Steps, make_trainer
 from benchmarks.theirs import Turns, make_theirs
 from pspo.base.schema import ConfigError
+from pspo.doctor.limits import limits
+from pspo.host import speed
+from pspo.host.memory import call_peak_gib
 from pspo.trainer import Trainer
 
 DTYPES = ("float32", "bfloat16")
@@ -69,28 +72,21 @@ def peak_gib(trainer: Trainer, directory: Path, side: str, rows: int | None) -> 
         work = make_theirs(
             trainer, trainer.policy.model, directory, rollouts=1, bf16=side == "bfloat16", rows=rows
         ).train
-    return measure.peak_gib(work, trainer.policy.device)
+    return call_peak_gib(work, trainer.policy.device)
 
 
-def limits(trainer: Trainer, context: float) -> dict[str, float]:
-    """Tokens per second that the GPU's bandwidth allows a rollout, and its matrix products an update.
-
-    A token of every row costs reading the weights and the keys and values of the text before it, and three passes over
-    float32 logits; a token of the update 6 operations for each parameter.
-    """
+def bounds(trainer: Trainer, context: float) -> dict[str, float]:
+    """What the GPU's bandwidth allows a rollout, and its matrix products an update: see ``limits``."""
     policy, rollout, device = trainer.policy, trainer.config.rollout, trainer.policy.device
-    config, parameters = policy.model.config, sum(p.numel() for p in policy.model.parameters())
-    dtype = torch.bfloat16 if policy.autocast else policy.model.dtype
     rows = min(rollout.max_rows, rollout.prompts * rollout.group_size)
-    head = config.hidden_size // config.num_attention_heads
-    text = context * 2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize
-    moved = parameters * dtype.itemsize + rows * text + 3 * rows * config.vocab_size * 4
-    copied, multiplied = measure.copy_rate(device), measure.matmul_rate(dtype, device)
+    dtype = torch.bfloat16 if policy.autocast else policy.model.dtype
+    copied, multiplied = speed.copy_rate(device), speed.matmul_rate(dtype, device)
+    rollout_rate, update_rate = limits(policy, rows, context, copied, multiplied)
     return {
         "bytes_per_s": copied,
         "operations_per_s": multiplied,
-        "rollout_tokens_per_s": rows * copied / moved,
-        "update_tokens_per_s": multiplied / (6 * parameters),
+        "rollout_tokens_per_s": rollout_rate,
+        "update_tokens_per_s": update_rate,
     }
 
 
@@ -172,7 +168,7 @@ def main() -> None:
         floor = measure.floor_s(measure.products(ours.step), device) / trainer.config.update.steps
         count = trainer.config.rollout.prompts * trainer.config.rollout.group_size
         context = (one["prompt_tokens"] + one["completion_tokens"] / 2) / count
-        bound = limits(trainer, context) if device.type == "cuda" else {}
+        bound = bounds(trainer, context) if device.type == "cuda" else {}
     measure.write(
         f"step_{asked.preset}",
         [*beside_trl(asked.preset, faster, found[faster], peaks), *beside_limits(asked.preset, one, floor, bound)],

@@ -18,9 +18,9 @@ try:
 except ImportError:
     sys.exit("this benchmark needs TRL 1.16; run pip install -e '.[bench]'")
 
-from benchmarks import measure
 from benchmarks.preset import NEVER, restore
 from pspo.dataset import order
+from pspo.host import speed
 from pspo.rollout import Completion
 from pspo.trainer import Trainer
 
@@ -37,7 +37,7 @@ class Theirs(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         begun = time.perf_counter()
         found = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        measure.synchronize(self.model.device)
+        speed.synchronize(self.model.device)
         self.rollout_s.append(time.perf_counter() - begun)
         self.prompt_tokens.append(sum(map(len, prompt_ids)))
         self.completion_tokens.append(sum(map(len, found[0])))
@@ -59,7 +59,7 @@ class Turns(TrainerCallback):
         """The end of one of TRL's optimizer steps."""
         if state.global_step % self.updates:
             return
-        measure.synchronize(self.model.device)
+        speed.synchronize(self.model.device)
         self.step_s.append(time.perf_counter() - self.begun)
         restore(self.model, self.weights)
         optimizer.state.clear()

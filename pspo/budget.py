@@ -20,6 +20,11 @@ class Progress:
         return {f"budget/{name}": value for name, value in vars(self).items()}
 
 
+def gpu_hours(num_runs: int, hours_per_run: float, gpus_per_run: int = 1) -> float:
+    """What runs cost, in GPU-hours: in a sweep's dry run, for the published table and in ``pspo.doctor``."""
+    return num_runs * hours_per_run * gpus_per_run
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget(Schema, block="budget"):
     """The length of a run. A step is one rollout with all its updates."""

@@ -44,7 +44,9 @@ class Config(Schema):
     group: str = key("directory under output_dir, and group in the tracker, that holds the runs of one comparison")
     output_dir: str = key("where run directories are made", path=True)
     seed: int = key("of the warm start, the data order, the samples and the minibatches", within="[0, 4294967295]")
-    device: Literal["auto", "cpu", "cuda"] = key("auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto takes a GPU where there is one", why="Apple's GPU (mps) is not supported; a Mac takes its CPU"
+    )
     threads: int | None = key("CPU threads; null takes the processors that this process may use", within="[1, inf)")
     selection: Literal["last", "best"] = key("weights kept at the end: the last, or the best by validation reward")
     rerun: Literal["never", "changed", "all", "resume"] = key(

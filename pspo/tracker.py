@@ -6,8 +6,6 @@ import queue
 import re
 import secrets
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,10 @@ import pandas
 from pspo.base.console import log
 from pspo.base.files import JsonLines, read_json, read_lines, read_yaml, write_json
 from pspo.base.schema import ConfigError, Schema, key
+from pspo.host import machine
 
 INIT_TIMEOUT_S = FINISH_TIMEOUT_S = 20.0  # for a server's answer when a mirror opens, and for a run's last uploads
 CLOSE_TIMEOUT_S, UPLOAD_TIMEOUT_S = 30.0, 1800.0  # for a mirror to end, whatever W&B does; one with ``replay``
-REACH_TIMEOUT_S = 10.0  # for a server to answer at all, before a command relies on it
 
 COMPLETIONS_PER_STEP, MAX_COMPLETION_CHARACTERS = 2, 4000
 COMPLETION_COLUMNS = ("step", "problem", "question", "answer", "completion", "reward", "correct", "tokens", "truncated")
@@ -252,12 +250,8 @@ def check_login() -> None:
     if os.environ.get("WANDB_MODE") == "disabled":
         raise ConfigError("WANDB_MODE=disabled forbids to send anything to W&B; unset it, then repeat this command")
     url = str(wandb.setup(settings=wandb.Settings(mode="online", silent=True)).settings.base_url)
-    try:
-        urllib.request.urlopen(url, timeout=REACH_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        why = f"W&B cannot be reached at {url} ({getattr(error, 'reason', error)})"
-        raise ConfigError(f"{why}; run this on a node with internet, or set WANDB_BASE_URL") from error
+    if reason := machine.unreachable(url):
+        why = f"W&B cannot be reached at {url} ({reason})"
+        raise ConfigError(f"{why}; run this on a node with internet, or set WANDB_BASE_URL")
     if not wandb.login(prompt=False, verify=False):
         raise ConfigError("W&B has no login here; run `wandb login` or set WANDB_API_KEY, then repeat this command")

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 base | host | budget optimizer smoothing objective dataset report tracker | reward model | advantage checkpoint | loss |
 diagnostics | rollout | update | evaluate | config | trainer | run | launcher | sweep status results supervise |
-compare | judge | dashboard | prefetch sync
+compare | judge doctor | dashboard | prefetch sync
 """
 """Rooms, the lowest first; a room may import its own files and rooms strictly below it."""
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER.split("|")) for room in rooms.split()}

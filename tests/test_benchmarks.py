@@ -6,6 +6,8 @@ import torch
 
 from benchmarks import measure, preset, rollout, table
 from pspo.config import compose
+from pspo.host import speed
+from pspo.host.memory import call_peak_gib
 
 CPU = torch.device("cpu")
 
@@ -82,8 +84,8 @@ def test_a_product_is_measured_at_its_shape(batch, monkeypatch):
         made.append(measure.products(work))
         return float(len(made))
 
-    monkeypatch.setattr(measure, "rate_s", rate_s)
-    assert measure.product_s(batch, 4, 5, 6, torch.float32, CPU) == 1.0  # of two layouts the faster one
+    monkeypatch.setattr(speed, "rate_s", rate_s)
+    assert speed.product_s(batch, 4, 5, 6, torch.float32, CPU) == 1.0  # of two layouts the faster one
     assert made == [{(batch, 4, 5, 6, torch.float32): 1}] * 2
 
 
@@ -97,12 +99,12 @@ def test_the_rate_of_a_call_is_that_of_its_quickest_repeats(call_s, monkeypatch)
         clock["s"] += call_s * (3 if clock["calls"] == 1 else 1)
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock["s"])
-    assert measure.rate_s(work, CPU) == pytest.approx(call_s, rel=1e-6)
+    assert speed.rate_s(work, CPU) == pytest.approx(call_s, rel=1e-6)
 
 
 def test_peak_memory_is_what_a_call_adds():
     kept = torch.ones(2**22)  # 16 MiB before
-    peak = measure.peak_gib(lambda: (torch.ones(2**24), time.sleep(0)), CPU)  # 64 MiB
+    peak = call_peak_gib(lambda: (torch.ones(2**24), time.sleep(0)), CPU)  # 64 MiB
     assert peak == pytest.approx(64 / 1024, rel=0.2)
     del kept
 
@@ -111,7 +113,7 @@ def test_memory_that_is_freed_but_kept_counts_as_free():
     torch.set_num_threads(1)
     work = lambda: [torch.ones(2**20) for _ in range(16)]  # noqa: E731 - 64 MiB
     work()
-    assert measure.peak_gib(work, CPU) == pytest.approx(64 / 1024, rel=0.2)
+    assert call_peak_gib(work, CPU) == pytest.approx(64 / 1024, rel=0.2)
 
 
 # --- what is measured

@@ -5,6 +5,7 @@ import pytest
 from forked import TINY, command, make, output_of
 
 import pspo.compare.__main__
+import pspo.doctor.__main__
 import pspo.evaluate.__main__
 import pspo.judge.__main__
 import pspo.objective.__main__
@@ -16,6 +17,7 @@ from pspo.base.command import overview
 MAINS = {
     "pspo.compare": (pspo.compare.__main__.main, (pspo.compare.__main__, "load")),
     "pspo.dashboard": (dashboard.main, (dashboard, "renew")),
+    "pspo.doctor": (pspo.doctor.__main__.main, (pspo.doctor.__main__, "examine")),
     "pspo.evaluate": (pspo.evaluate.__main__.cli, (pspo.evaluate.__main__, "main")),
     "pspo.judge": (pspo.judge.__main__.main, (pspo.judge.__main__, "judge")),
     "pspo.objective": (pspo.objective.__main__.main, (pspo.objective.__main__, "draw_weights")),

@@ -144,7 +144,8 @@ def _check(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> None:
         several = isinstance(value, list) and not any(typing.get_origin(option) is list for option in _options(hint))
         advice = f"; it takes one value: -m {name}={','.join(map(str, value))} makes a run with each" if several else ""
         advice += f"; to have it as text, quote it twice: {name}='\"...\"'" if str in _options(hint) else ""
-        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{advice}")
+        why = f": {about['why']}" if typing.get_origin(hint) is Literal and about["why"] else ""
+        raise ConfigError(f"{name} must be {describe(hint)}, got {value!r}{why}{advice}")
     if isinstance(value, str) and value.encode(errors="replace").decode() != value:
         raise ConfigError(f"{name} must be text in UTF-8, got {value!r}; rename what it names")
     if value is not None and (interval := about.get("within")):

@@ -1,11 +1,13 @@
 """Published accuracies beside ours with what differs, and what the whole published table costs in GPU-hours."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from pspo.budget import gpu_hours
 from pspo.compare.arms import ComparedRuns, settings_of
 from pspo.compare.comparison import Comparison
 from pspo.config import compose, groups, read
@@ -72,19 +74,25 @@ def _differs(run: str, experiment: str) -> str:
 
 
 def cost(group: ComparedRuns, step_s: float | None = None) -> pd.DataFrame:
-    """GPU-hours to train and to evaluate every recipe ``experiment=paper_*`` with the paper's five seeds.
-
-    Seconds a step are ``step_s``, else the median of the group's steps by the same model, NaN where there is no step.
-    A test answer takes as long as a completion of its rollouts; of a given ``step_s``, of the whole step: too long.
-    """
+    """``table_cost`` at the medians of the group's steps by the same model, or with ``step_s`` for both: too long."""
     times = ["time/step_s", "time/rollout_s"]
     steps = group.results.steps.reindex(columns=["run", *times]).join(group.runs["model.name"], on="run")
+    medians = steps.groupby("model.name")[times].median().itertuples()
+    measured = {name: (step, rollout) for name, step, rollout in medians}
+    return table_cost(measured if step_s is None else dict.fromkeys(groups()["model"], (step_s, step_s)))
+
+
+def table_cost(measured: Mapping[str, tuple[float, float]]) -> pd.DataFrame:
+    """GPU-hours to train and to evaluate every recipe ``experiment=paper_*`` with the paper's five seeds.
+
+    ``measured`` has the seconds of a step and of its rollout by the model's name; without them the cost is NaN. A test
+    answer takes as long as a completion of a rollout.
+    """
     rows = []
     for name in groups()["experiment"]:
         if name.startswith("paper_"):
             recipe = compose([f"experiment={name}"])
-            measured, evaluate = steps.loc[steps["model.name"] == recipe.model.name, times], recipe.evaluate
-            seconds, rollout_s = measured.median() if step_s is None else (step_s, step_s)
+            evaluate, (seconds, rollout_s) = recipe.evaluate, measured.get(recipe.model.name, (math.nan, math.nan))
             of_problem = 1 + sum(evaluate.samples if t else 1 for t in evaluate.temperatures)  # one before training
             answers = of_problem * sum(NUM_TEST_PROBLEMS[each] for each in evaluate.sets or ())
             row: dict[str, Any] = {
@@ -94,6 +102,6 @@ def cost(group: ComparedRuns, step_s: float | None = None) -> pd.DataFrame:
                 "answers": answers,
             }
             row |= {"answer_s": rollout_s / (recipe.rollout.prompts * recipe.rollout.group_size)}
-            hours = PAPER_SEEDS * (row["steps"] * row["step_s"] + answers * row["answer_s"]) / 3600
+            hours = gpu_hours(PAPER_SEEDS, (row["steps"] * row["step_s"] + answers * row["answer_s"]) / 3600)
             rows.append(row | {"gpu_hours": hours})
     return pd.DataFrame(rows)

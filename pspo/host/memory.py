@@ -1,9 +1,12 @@
 """Peak memory, and the retry of a batch that does not fit with half its size."""
 
+import contextlib
+import ctypes
 import gc
 import resource
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +24,30 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def call_peak_gib(work: Callable[[], Any], device: torch.device) -> float:
+    """Peak memory of a call: all that the GPU holds, or what the process grows by over what it held before.
+
+    A child's ``ru_maxrss`` begins at what its parent held, so the kernel's own mark of the peak is set back instead;
+    and what is freed but kept is given back first, as far as the C library can. Raises OSError without Linux's /proc.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    gc.collect()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_gib("VmRSS")
+    work()
+    return _resident_gib("VmHWM") - before
+
+
+def _resident_gib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
 def is_out_of_memory(error: BaseException) -> bool:

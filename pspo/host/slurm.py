@@ -1,5 +1,6 @@
 """What SLURM knows of jobs, through its own commands; where there is no SLURM, nothing is known."""
 
+import math
 import os
 import re
 import subprocess
@@ -91,6 +92,22 @@ def max_array_size() -> int | None:
     """How many jobs an array may have on this cluster (``MaxArraySize``); None where SLURM cannot be asked."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config").stdout, re.MULTILINE)
     return max(1, int(match[1])) if match else None  # 0 switches arrays off
+
+
+def partitions() -> dict[str, float]:
+    """Each partition with its time limit in minutes, inf for none, the default one first; {} where SLURM is silent."""
+    lines = _call("sinfo", "--noheader", "--format=%P|%l").stdout.splitlines()
+    found = dict(line.split("|")[:2] for line in sorted(lines, key=lambda line: "*|" not in line) if "|" in line)
+    return {name.rstrip("*"): _minutes(limit.strip()) for name, limit in found.items()}
+
+
+def _minutes(limit: str) -> float:
+    """Minutes of ``1-02:30:00``, ``30:00`` or ``infinite``."""
+    days, _, clock = limit.rpartition("-")
+    if not clock.replace(":", "").isdigit():  # infinite, n/a
+        return math.inf
+    hours, minutes, seconds = ([0, 0, *map(int, clock.split(":"))])[-3:]
+    return 1440 * int(days or 0) + 60 * hours + minutes + seconds / 60
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from pspo.base.console import log, log_to_console
 from pspo.base.files import write_json
 from pspo.base.schema import ConfigError, Schema, as_dict, key
+from pspo.budget import gpu_hours
 from pspo.config import check, compose_all, identity
 from pspo.run import earlier
 from pspo.run.outcome import failure, result
@@ -136,7 +137,7 @@ class Launcher(Schema, ABC, block="hydra.launcher"):
     def _cost(self, num_runs: int, gpus: int) -> str:
         if (hours := self.hours_per_run) is None:
             return "cost: set hydra.launcher.hours_per_run=<estimate> to see GPU-hours"
-        return f"cost: {num_runs} runs x {hours:g} h x {gpus} GPU = {num_runs * hours * gpus:g} GPU-hours"
+        return f"cost: {num_runs} runs x {hours:g} h x {gpus} GPU = {gpu_hours(num_runs, hours, gpus):g} GPU-hours"
 
 
 HINTS = {
