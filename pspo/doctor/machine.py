@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -29,7 +30,7 @@ def device(config: Config) -> Finding:
         if free < 0.9 * total:
             warn = "CUDA_VISIBLE_DEVICES=<another GPU>: another process holds memory of this one"
         text = "device={asked}: {gpu}, {free_gib:.0f} of {total_gib:.0f} GiB free; a run uses one GPU of {num}"
-        numbers = {"free_gib": free, "total_gib": total, "num": torch.cuda.device_count()}
+        numbers: dict[str, Any] = {"free_gib": free, "total_gib": total, "num": torch.cuda.device_count()}
         return found("device", text, warn=warn, asked=config.device, gpu=about["device"], **numbers)
     if torch.backends.mps.is_available():
         warn = "device=cpu: Apple's GPU (device=mps) is not supported, a run takes this Mac's processors"
@@ -57,7 +58,7 @@ def threads(config: Config) -> Finding:
         warn = f"threads={free}: threads meet after every product and wait for the slowest"
     elif busy > granted - 0.5:
         warn = "stop the neighbours, or go elsewhere: threads=1 is the least, and all speeds below suffer"
-    numbers = {"threads": chosen, "granted": granted, "busy": busy, "load": os.getloadavg()[0]}
+    numbers: dict[str, Any] = {"threads": chosen, "granted": granted, "busy": busy, "load": os.getloadavg()[0]}
     text = "threads={threads} of {granted:g} processors; others keep {busy:.1f} busy (load {load:.1f})"
     return found("threads", text, warn=warn, **numbers)
 
@@ -127,7 +128,7 @@ def cluster(words: Sequence[str]) -> Finding:
 
 def disk(config: Config) -> Finding:
     """Room and speed of the disk that run directories are made on."""
-    folder, about = nearest(Path(config.output_dir)), {"bytes_per_s": 0.0, "free_gb": 0.0}
+    folder, about = nearest(Path(config.output_dir)), dict[str, Any](bytes_per_s=0.0, free_gb=0.0)
     try:
         about = {"bytes_per_s": machine.write_rate(folder), "free_gb": shutil.disk_usage(folder).free / 1e9}
     except OSError as error:

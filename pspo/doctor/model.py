@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,7 +24,7 @@ from pspo.doctor.limits import free_gib, limits, row_bytes, speeds
 from pspo.host import environment, speed
 from pspo.host.memory import call_peak_gib
 from pspo.model import source, warm_start
-from pspo.reward import Answered, Score
+from pspo.reward import Answered, Reward, Score
 from pspo.tracker import Tracker, TrackerConfig
 from pspo.trainer import Trainer
 from pspo.update.rows import Row, micro_batches
@@ -61,8 +61,9 @@ def count_parameters(config: Config) -> int:
     """The number of the model's parameters, by its configuration alone. Raises ConfigError where it is not here."""
     settings = config.model
     folder = warm_start.cached(settings, config.seed) if settings.made_here else source.locate(settings)
+    make: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        made = make(AutoConfig.from_pretrained(folder))
     return sum(parameter.numel() for parameter in made.parameters())
 
 
@@ -94,7 +95,7 @@ def learning(
 
     def begin() -> Trainer:
         policy = model.load(config.model, config.seed, device)
-        return Trainer(short, place, policy, prompts, [], in_turns, Tracker(short.tracker, place))
+        return Trainer(short, place, policy, prompts, [], cast(Reward, in_turns), Tracker(short.tracker, place))
 
     trainer = begin()
     if saves:
@@ -155,7 +156,8 @@ def resumed(trainer: Trainer, unbroken: list[dict[str, Any]]) -> Finding:
     trainer.resume()
     newest = checkpoint.newest(trainer.checkpoints)
     saved = newest[1]["weights"] if newest else {}
-    restored = all(torch.equal(w.cpu(), saved.get(name)) for name, w in checkpoint.weights(trainer.policy).items())
+    weights = checkpoint.weights(trainer.policy).items()
+    restored = all(name in saved and torch.equal(weight.cpu(), saved[name]) for name, weight in weights)
     trainer.run()
     again = read_lines(trainer.directory / "metrics.jsonl")
     rows = [[{k: v for k, v in row.items() if "time/" not in k and "memory/" not in k} for row in run]
@@ -188,7 +190,7 @@ def fitting(config: Config, trainer: Trainer, prompt: Prompt, limit: float) -> I
     largest = max(1, more + int((USABLE_SHARE * free - high) / slope))
     warn = f"update.max_tokens={2 ** int(math.log2(largest))}, or model.gradient_checkpointing=true"
     text = "about {largest:,} tokens fit, at {kib:.0f} KiB each; update.max_tokens={chosen}"
-    numbers = {"largest": largest, "kib": slope * 2**20, "chosen": chosen}
+    numbers: dict[str, Any] = {"largest": largest, "kib": slope * 2**20, "chosen": chosen}
     yield found("micro-batch", text, warn=warn * (chosen > largest), **numbers)
     mib, wanted = row_bytes(policy, prompt_tokens + rollout.max_new_tokens) / 2**20, min(rollout.max_rows, num_rows)
     fit = max(1, int(USABLE_SHARE * free * 2**10 / mib))

@@ -30,5 +30,5 @@ def versions() -> Finding:
         "python {python}, torch {torch}, transformers {transformers}; "
         + ("outside pspo's ranges: {outside}" if outside else "{num} packages in the ranges of pspo"),
         fail=remedy * bool(wrong[""]), warn=remedy * bool(outside), outside=", ".join(outside), python=python,
-        num=sum(map(len, whole.values())) - 1, **{name: installed.get(name) for name in ("torch", "transformers")},
+        num=sum(map(len, whole.values())) - 1, torch=installed.get("torch"), transformers=installed.get("transformers"),
     )  # fmt: skip

@@ -25,8 +25,11 @@ def memory_gib(root: Path = Path("/")) -> tuple[float, float]:
             ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")
         ))  # fmt: skip
         if limit.isdigit() and used and (gib := int(limit) / 2**30) < total:
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _read(folder, "memory.stat"), re.MULTILINE)
-            total, free = gib, min(free, gib - (int(used) - int(cached[1] if cached else 0)) / 2**30)
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", _read(folder, "memory.stat"), re.MULTILINE)
+            total, free = (
+                gib,
+                min(free, gib - (int(used) - sum(map(int, cached[-1:]))) / 2**30),
+            )  # the last is the total
     return total, free
 
 
@@ -42,7 +45,7 @@ def processor_quota(root: Path = Path("/")) -> float:
 
 def busy(processors: Sequence[int], watch_s: float = 1.0) -> float:
     """Processors' worth of work that is done on ``processors`` while this process sleeps."""
-    shares = psutil.cpu_percent(watch_s, percpu=True)
+    shares: list[float] = psutil.cpu_percent(watch_s, percpu=True)
     return sum(shares[number] for number in processors if number < len(shares)) / 100
 
 
