@@ -164,7 +164,7 @@ def resumed(trainer: Trainer, unbroken: list[dict[str, Any]]) -> Finding:
             for run in (unbroken, again)]  # fmt: skip
     bitwise = rows[0] == rows[1] and digest == read_json(last / "meta.json")["sha256"]
     is_exact = restored and (bitwise or trainer.policy.device.type == "cuda")
-    fail = "report it with this output: a run that is stopped would not go on as it was" * (not is_exact)
+    fail = "threads=1, and this command again; where that does not mend it, report both outputs" * (not is_exact)
     text = "a step after a resume equals the unbroken one" + ("" if bitwise else ", though not") + " to the last bit"
     return found("resume", text, fail=fail, restored=restored, bitwise=bitwise)
 
