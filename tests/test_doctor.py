@@ -335,13 +335,13 @@ def test_what_fits_is_told_with_the_key_where_it_does_not(tiny_policy, tmp_path,
 
 def test_the_cost_is_that_of_the_dry_run_and_of_the_published_table():
     config = compose(["model=qwen0_5b", "budget.steps=null", "budget.prompts=33"])  # three steps of 16 prompts
-    run, table = model.cost(config, 60.0, CPU)
+    run, table = model.cost(config, 60.0, 0.0, CPU)
     assert run.numbers["hours"] == gpu_hours(1, 3 / 60)
     assert run.remedy == "hydra.launcher.hours_per_run=0.05"
     assert (table.numbers["num"], table.numbers["of"]) == (3, 6)
     assert table.numbers["hours"] == pytest.approx(3 * 5 * 1311 / 60)
     assert table.remedy == "model=qwen1_5b for the rest"
-    run, table = model.cost(configured(), 60.0, CPU)
+    run, table = model.cost(configured(), 60.0, 0.0, CPU)
     assert table.remedy == "model=qwen0_5b or model=qwen1_5b measures it"
 
 

@@ -119,7 +119,9 @@ def learning(
     yield found("decode", text, rate=rate, at_once=at_once, share=rate / min(sampled, 3 * learned))
     yield from fitting(config, trainer, prompts[0], learned)
     full = config.rollout.prompts * config.rollout.group_size * config.rollout.max_new_tokens
-    yield from cost(config, last["time/step_s"] * full / (num_rows * length), device)
+    yield from cost(
+        config, *(last[key] * full / (num_rows * length) for key in ("time/step_s", "time/rollout_s")), device
+    )
 
 
 def shortened(config: Config, parameter_s: float, prompt_tokens: float) -> Config:
@@ -198,8 +200,8 @@ def fitting(config: Config, trainer: Trainer, prompt: Prompt, limit: float) -> I
     yield found("rollout rows", text, warn=f"rollout.max_rows={fit}" * (wanted > fit), fit=fit, mib=mib, wanted=wanted)
 
 
-def cost(config: Config, step_s: float, device: torch.device) -> Iterator[Finding]:
-    """Hours of this run and of the paper's table, by the function of a sweep's dry run; evaluation aside."""
+def cost(config: Config, step_s: float, rollout_s: float, device: torch.device) -> Iterator[Finding]:
+    """Hours of this run and of the paper's table, by the function of a sweep's dry run."""
     from pspo.compare.published import table_cost  # with pandas and all that draws pages
 
     rollout, name = config.rollout, config.model.name
@@ -208,7 +210,7 @@ def cost(config: Config, step_s: float, device: torch.device) -> Iterator[Findin
     hours, unit = gpu_hours(1, steps * step_s / 3600), "GPU-hours" if device.type == "cuda" else "hours of this CPU"
     text, hint = "{steps} steps of {step_s:.2g} s: {hours:.2g} {unit}", f"hydra.launcher.hours_per_run={hours:.2g}"
     yield found("this run", text, hint=hint, steps=steps, step_s=step_s, hours=hours, unit=unit)
-    table = table_cost({name: step_s})
+    table = table_cost({name: (step_s, rollout_s)})
     known, recipes = table.dropna(), {each.split("_")[1] + "_" + each.split("_")[2] for each in table["experiment"]}
     hint = " or ".join(f"model={each}" for each in sorted(recipes - {name}))
     if known.empty:
