@@ -27,8 +27,8 @@ from pspo.model import source, warm_start
 from pspo.reward import Answered, Reward, Score
 from pspo.tracker import Tracker, TrackerConfig
 from pspo.trainer import Trainer
-from pspo.update.rows import Row, micro_batches
-from pspo.update.step import GAP, MAX_GAP_NATS, accumulate
+from pspo.update.rows import GAP, Row, micro_batches
+from pspo.update.step import MAX_GAP_NATS, accumulate
 
 WORK_S = 4.0  # seconds that measured work takes at the machine's matrix rate; in truth some times as long
 SAVE_S = 20.0  # a checkpoint that takes longer to write is not written, and resume not tried
@@ -118,10 +118,8 @@ def learning(
     text = "{rate:,.0f} tokens/s, {at_once} rows at a time: {share:.1%} of the machine's limit"
     yield found("decode", text, rate=rate, at_once=at_once, share=rate / min(sampled, 3 * learned))
     yield from fitting(config, trainer, prompts[0], learned)
-    full = config.rollout.prompts * config.rollout.group_size * config.rollout.max_new_tokens
-    yield from cost(
-        config, *(last[key] * full / (num_rows * length) for key in ("time/step_s", "time/rollout_s")), device
-    )
+    full = config.rollout.prompts * config.rollout.group_size * config.rollout.max_new_tokens / (num_rows * length)
+    yield from cost(config, full * last["time/step_s"], full * last["time/rollout_s"], device)
 
 
 def shortened(config: Config, parameter_s: float, prompt_tokens: float) -> Config:

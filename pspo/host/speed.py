@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-SETTLED_S = (
-    0.02  # a matrix product that takes longer shows the machine's rate; a shorter one is tried at twice the size
-)
+SETTLED_S = 0.02
+"""A matrix product that takes longer shows the machine's rate; a shorter one is tried at twice the size."""
 
 
 def synchronize(device: torch.device) -> None:
