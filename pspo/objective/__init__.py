@@ -3,10 +3,11 @@
 from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build
 from pspo.objective.base import LOG_RATIO_CLAMP, Objective, ObjectiveInput, log_ratio, own_class
-from pspo.objective.clip import GMPO, Clip, NoClip
-from pspo.objective.detached import CISPO, DPPO, TOPR, VESPO
-from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric, PSPOProportional
-from pspo.objective.soft import CFPO, MASPO, SAPO
+from pspo.objective.clip import GMPO, GPPO, Clip, NoClip
+from pspo.objective.detached import ASPO, CISPO, DPPO, TOPR, VESPO
+from pspo.objective.pspo import PSPO, PSPOClip, PSPOGeometric, PSPOProportional, PSPORelative
+from pspo.objective.soft import CFPO, DRO, MASPO, R2VPO, SAPO
+from pspo.objective.target import TPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "noclip": NoClip,
@@ -14,15 +15,21 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pspo": PSPO,
     "pspo_geometric": PSPOGeometric,
     "pspo_clip": PSPOClip,
+    "pspo_relative": PSPORelative,
     "pspo_proportional": PSPOProportional,
+    "gppo": GPPO,
     "cispo": CISPO,
+    "aspo": ASPO,
     "sapo": SAPO,
     "gmpo": GMPO,
     "cfpo": CFPO,
+    "r2vpo": R2VPO,
+    "dro": DRO,
     "dppo": DPPO,
     "maspo": MASPO,
     "topr": TOPR,
     "vespo": VESPO,
+    "tpo": TPO,
 }
 Objective.kinds = OBJECTIVES | {"custom": own_class}
 

@@ -28,14 +28,19 @@ TABLE_RATIOS, MAX_RATIO = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0), 8.0
 OPTIONS: dict[str, dict[str, Any]] = {
     "clip, dual=3": {"dual": 3.0},
     "clip, two_sided=4": {"two_sided": 4.0},
+    "clip, band=chi2": {"band": "chi2"},
+    "clip, band=dcpo": {"band": "dcpo"},
+    "gppo, beta_low=0.5": {"beta_low": 0.5},
+    "cfpo, mass, eps=0.2": {"mass": True},
     "dppo, kl, delta=0.05": {"divergence": "kl", "delta": 0.05},
+    "dppo, symmetric": {"symmetric": True},
 }
 """The further forms that an objective's options give it."""
 
 
 def variants() -> dict[str, Objective]:
-    """Every objective at its defaults, then with each of ``OPTIONS``."""
-    names = (*OBJECTIVES, *OPTIONS)
+    """Every objective whose weight is of a token by itself, at its defaults, then with each of ``OPTIONS``."""
+    names = (*(name for name, objective in OBJECTIVES.items() if not objective.needs_batch), *OPTIONS)
     return {name: replace(default_objective(name.partition(",")[0]), **OPTIONS.get(name, {})) for name in names}
 
 

@@ -33,6 +33,7 @@ class ObjectiveInput:
     log_ratio_BT: Tensor  # at the level of loss.importance: log r_t = log π_θ − log π_old, clamped, or a completion's
     advantage_BT: Tensor  # A, constant; the same at all tokens of a completion but under an estimator per token (GAE)
     mask_BT: Tensor  # true on completion tokens
+    target_BT: Tensor | None = None  # what ``Objective.target`` made of the whole optimizer batch, constant
 
     @classmethod
     def at_tokens(cls, logprob_BT: Tensor, old_logprob_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor) -> Self:
@@ -67,10 +68,18 @@ class Objective(Schema, ABC, block="objective"):
     name: str
     linear: ClassVar[bool] = False
     """Whether the loss is linear in the ratio, so that smoothing the ratio is a factor on the gradient."""
-    token_only: ClassVar[str] = ""
-    """Why the objective makes sense at ``loss.importance=token`` alone; empty where it does at every level."""
     whole_completions: ClassVar[bool] = False
     """Whether the formula has one advantage for a whole completion, so that an advantage per token does not fit."""
+    needs_batch: ClassVar[bool] = False
+    """Whether ``target`` is made of a whole optimizer batch, with whole groups, before anything is differentiated."""
+
+    steered: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Field that a run moves between steps -> the field with its target, or null, and the metric to bring there."""
+
+    @property
+    def token_only(self) -> str:
+        """Why the objective makes sense at ``loss.importance=token`` alone; empty where it does at every level."""
+        return ""
 
     def source_files(self) -> list[Path]:
         """The user's own file that holds the class, for the digest in a run's identity."""
@@ -79,6 +88,10 @@ class Objective(Schema, ABC, block="objective"):
     @abstractmethod
     def __call__(self, x: ObjectiveInput) -> Tensor:
         """Loss per token, shape (B, T)."""
+
+    def target(self, x: ObjectiveInput, group_B: Tensor) -> Tensor:
+        """Where ``needs_batch``: ``x.target_BT`` of an optimizer batch of completions of the groups ``group_B``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,20 @@ class PSPOClip(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PSPORelative(Objective):
+    """The old policy smoothed toward the new: r̃ = r / ((1 − α) + α r), the relative density ratio; maximise r̃ A.
+
+    Source: this project; the ratio is that of Yamada et al. 2013 (Neural Computation 25:1324), bounded by 1 / α.
+    Gradient weight w(r) = (1 − α) r / ((1 − α) + α r)²: 1 − α at r = 1, 0 far from it, for either sign of A.
+    """
+
+    alpha: float = key("α: weight of the new policy in the denominator's mixture", within="[0, 1)", why=WHY)
+
+    def __call__(self, x: ObjectiveInput) -> Tensor:
+        return -x.ratio_BT / (1 - self.alpha + self.alpha * x.ratio_BT) * x.advantage_BT
+
+
+@dataclass(frozen=True, kw_only=True)
 class PSPOProportional(Objective):
     """Smoothing in proportion to the distance moved: maximise r̃ A, r̃ = (1 − α_t) r + α_t, with a token's own α_t.
 
