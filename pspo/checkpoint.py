@@ -28,7 +28,7 @@ class Checkpoint(Schema, block="checkpoint"):
     keep: int = key("newest checkpoints on the disk; older ones are deleted", within="[1, inf)")
 
 
-FORMAT = 3  # version of the content of ``state.pt``; a checkpoint of another format is refused
+FORMAT = 4  # version of the content of ``state.pt``; a checkpoint of another format is refused
 
 
 def save(directory: Path, name: str, state: dict[str, Any], about: dict[str, Any]) -> None:

@@ -79,16 +79,15 @@ class Config(Schema):
             raise self.refuse("group", "names a directory; use letters, digits, _ . + -")
         if self.selection == "best" and self.dataset.num_validation == 0:
             raise self.refuse("selection", "needs validation problems; set dataset.num_validation")
-        rows = self.rollout.prompts * self.rollout.group_size
-        if self.update.num_minibatches > rows:
-            reason = f"must be at most the {rows} completions of a step (rollout.prompts x rollout.group_size)"
-            raise self.update.refuse("num_minibatches", reason)
+        self.update.check(self.objective, self.rollout)
         self.loss.check(self.objective, self.advantage)
         self.rollout.check(self.update.old_logprobs, self.model.dtype)
         if self.smoothing.name == "adaptive" and self.diagnostics.every != 1:
             raise self.diagnostics.refuse("every", "smoothing=adaptive is steered by them; set diagnostics.every=1")
         for name in self.diagnostics.counterfactual if self.diagnostics.counterfactual_every else []:
-            self.loss.check(default_objective(name), self.advantage)
+            self.loss.check(probed := default_objective(name), self.advantage)
+            if probed.needs_batch and not self.objective.needs_batch and self.update.num_minibatches > 1:
+                raise self.update.refuse("num_minibatches", f"the probe of {name} needs whole groups; set it to 1")
 
 
 NOT_SCIENCE = (

@@ -62,17 +62,19 @@ def kl_after(logprobs: Sequence[Sequence[float]], old_logprobs: Sequence[Sequenc
 
 
 def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
-    """Metrics of one inner step from its tokens, each micro-batch's (5, N) as ``Record.add`` stacks them.
+    """Metrics of one inner step from its tokens, each micro-batch's (6, N) as ``Record.add`` stacks them.
 
     Without a token of one sign of A that sign's quantiles are left out, without any A ≠ 0 the weights as well.
     """
-    log_ratio_N, token_log_ratio_N, gradient_N, advantage_N, entropy_N = torch.cat(list(tokens), dim=1).cpu().numpy()
-    ratio_N, trains_N = np.exp(log_ratio_N), advantage_N != 0
+    stacked = torch.cat(list(tokens), dim=1).cpu().numpy()
+    log_ratio_N, token_log_ratio_N, gradient_N, whole_N, advantage_N, entropy_N = stacked
+    ratio_N, trains_N, mass = np.exp(log_ratio_N), advantage_N != 0, np.abs(whole_N).sum()
     metrics = {
         "ratio/ess": ratio_N.sum() ** 2 / np.square(ratio_N).sum() / len(ratio_N),
         "ratio/tv": np.abs(np.expm1(token_log_ratio_N)).mean() / 2,
         **kl_old_new("before", token_log_ratio_N),
         "policy/entropy": entropy_N.mean(),
+        "gradient/zero_advantage_share": np.abs(whole_N[~trains_N]).sum() / mass if mass else 0.0,
     }
     if trains_N.any():
         weight_N, noclip_N = -gradient_N[trains_N] / advantage_N[trains_N], ratio_N[trains_N]
@@ -81,7 +83,7 @@ def inner_metrics(tokens: Sequence[Tensor]) -> dict[str, float]:
             "weight/damped_rate": ((weight_N > 0) & (weight_N < noclip_N * (1 - EQUAL_SHARE))).mean(),
             "weight/amplified_rate": (weight_N > noclip_N * (1 + EQUAL_SHARE)).mean(),
             "weight/reversed_rate": (weight_N < 0).mean(),
-            "weight/mass_kept": np.abs(gradient_N).sum() / np.abs(ratio_N * advantage_N).sum(),
+            "weight/mass_kept": np.abs(gradient_N[trains_N]).sum() / np.abs(ratio_N * advantage_N).sum(),
         }
     for name, chosen_N in (("positive", advantage_N > 0), ("negative", advantage_N < 0)):
         if chosen_N.any():
@@ -125,12 +127,12 @@ class Record:
     others: list[Objective] = field(default_factory=list)  # for a counterfactual probe at the last inner step, if any
     rows: list[dict[str, float]] = field(default_factory=list)  # one row of metrics for each inner step
     probe: dict[str, float] = field(default_factory=dict)  # the outcome of the counterfactual probe
-    tokens: list[Tensor] = field(default_factory=list)  # (5, N) for each micro-batch of the current inner step
+    tokens: list[Tensor] = field(default_factory=list)  # (6, N) for each micro-batch of the current inner step
 
-    def add(self, x: ObjectiveInput, gradient_BT: Tensor, entropy_BT: Tensor) -> None:
-        """Add one micro-batch: what the objective saw, and its gradient by the log-probabilities."""
+    def add(self, x: ObjectiveInput, gradient_BT: Tensor, whole_BT: Tensor, entropy_BT: Tensor) -> None:
+        """Add one micro-batch: what the objective saw, its gradient by the log-probabilities, and that with the KL."""
         token_log_ratio_BT = log_ratio(x.logprob_BT, x.old_logprob_BT)
-        columns = (x.log_ratio_BT, token_log_ratio_BT, gradient_BT, x.advantage_BT, entropy_BT)
+        columns = (x.log_ratio_BT, token_log_ratio_BT, gradient_BT, whole_BT, x.advantage_BT, entropy_BT)
         self.tokens.append(torch.stack([values.detach()[x.mask_BT].double() for values in columns]))
 
     def end_inner_step(self, about: dict[str, float]) -> None:

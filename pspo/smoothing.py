@@ -1,10 +1,43 @@
-"""Alpha over the steps of a run: constant presets, a schedule over the budget, or a controller of the KL."""
+"""Alpha over the steps of a run: constant presets, a schedule, or a controller, which steers other weights as well."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pspo.base.schema import Schema, key
+
+WEIGHT_GAIN, WEIGHT_REACH = 0.5, 1e3
+"""Of a steered weight: the largest change of its logarithm in one step, and its largest distance as a factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controller:
+    """Moves a value in [low, high] after every step so that a measurement comes to its target.
+
+    The value, or with ``odds`` value / (1 − value), is multiplied by exp(gain · e), e = clip(measured / target − 1, −1,
+    1): the proportional controller in log space that Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) put on the
+    weight of a KL. What grows with the value must bring the measurement down.
+    """
+
+    target: float
+    gain: float
+    low: float
+    high: float
+    odds: bool = False
+
+    @classmethod
+    def of_weight(cls, first: float, target: float) -> Self:
+        """For a weight of the loss that begins at ``first``."""
+        return cls(target=target, gain=WEIGHT_GAIN, low=first / WEIGHT_REACH, high=first * WEIGHT_REACH)
+
+    def next(self, value: float, measured: float | None) -> float:
+        """The value of the next step; as it is where nothing was measured."""
+        if measured is None:
+            return value
+        error = min(1.0, max(-1.0, measured / self.target - 1)) if math.isfinite(measured) else 1.0
+        within = min(self.high, max(self.low, value))
+        moved = (within / (1 - within) if self.odds else within) * math.exp(self.gain * error)
+        return min(self.high, max(self.low, moved / (1 + moved) if self.odds else moved))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +71,7 @@ class Linear(Smoothing):
 class Adaptive(Smoothing):
     """Odds of alpha times exp(gain · e) after every step, e = clip(KL / target − 1, −1, 1); alpha in [low, high].
 
-    After the proportional controller in log space that Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) put on their
-    KL coefficient, here on α / (1 − α): a policy that moves too far is smoothed more.
+    ``Controller`` on α / (1 − α): a policy that moves too far is smoothed more.
     """
 
     constant: ClassVar[bool] = False
@@ -54,12 +86,8 @@ class Adaptive(Smoothing):
             raise self.refuse("low", f"must be below smoothing.high={self.high!r}")
 
     def next_alpha(self, first: float, alpha: float, fraction: float, kl: float | None) -> float:
-        if kl is None:
-            return alpha
-        error = min(1.0, max(-1.0, kl / self.target_kl - 1)) if math.isfinite(kl) else 1.0
-        within = min(self.high, max(self.low, alpha))
-        odds = within / (1 - within) * math.exp(self.gain * error)
-        return min(self.high, max(self.low, odds / (1 + odds)))
+        controller = Controller(target=self.target_kl, gain=self.gain, low=self.low, high=self.high, odds=True)
+        return controller.next(alpha, kl)
 
 
 SMOOTHINGS = dict.fromkeys(("none", "light", "paper", "strong"), Smoothing) | {"linear": Linear, "adaptive": Adaptive}

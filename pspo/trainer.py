@@ -22,13 +22,15 @@ from pspo.evaluate import completion_row, validate
 from pspo.host import interrupt
 from pspo.host.memory import peak_gib
 from pspo.model import Policy
-from pspo.objective import Objective, default_objective
+from pspo.objective import default_objective
 from pspo.reward import Reward
 from pspo.rollout import Completion, collect, rewards, rollout_metrics, training
 from pspo.rollout.samplers import make_sampler
+from pspo.smoothing import Controller
 from pspo.tracker import Tracker
 from pspo.update import Learner, check_gap, make_rows, update
 
+ALPHA = "objective/alpha"
 SHOWN = {"reward": "reward/mean", "KL(old‖new)": "policy/kl_old_new_k3", "loss": "supervise/train_loss"}
 """Word in the line of the phase "training" -> the metric of the last step that the line shows."""
 
@@ -41,7 +43,7 @@ class State:
     warmup_fraction: float = 0.0
     best_score: float | None = None
     best_step: int = 0
-    alpha: float | None = None
+    steered: dict[str, float] = field(default_factory=dict)  # alpha, and the weights that a controller moves, by metric
     row: dict[str, float] | None = field(default_factory=dict)  # the last step's metrics, until it is validated
 
 
@@ -67,7 +69,8 @@ class Trainer:
         config, rollout = self.config, self.config.rollout
         self.sampler = make_sampler(self.policy, rollout)
         self.critic = make_critic(config.advantage, self.policy)
-        max_norm, reference = config.optimizer.max_grad_norm, self.policy.frozen() if config.loss.kl != "none" else None
+        fixed = config.loss.kl != "none" and config.loss.reference == "start"
+        max_norm, reference = config.optimizer.max_grad_norm, self.policy.frozen() if fixed else None
         self.learner = Learner(
             self.policy, self.critic, config.objective, config.loss, rollout, config.update, max_norm, reference
         )
@@ -75,7 +78,14 @@ class Trainer:
         if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
             groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
         self.optimizer = config.optimizer.make(groups)
-        self.state.alpha = getattr(config.objective, "alpha", None)
+        self.controllers, alpha = dict[str, tuple[Controller, str]](), getattr(config.objective, "alpha", None)
+        self.state.steered = {} if alpha is None else {ALPHA: alpha}
+        targets = [(config.objective, name, *of) for name, of in config.objective.steered.items()]
+        for block, name, key, metric in [*targets, (config.loss, "kl_weight", "kl_target", "policy/kl_reference")]:
+            first, target = getattr(block, name), getattr(block, key)
+            if target is not None:
+                self.state.steered[f"{block.block}/{name}"] = first
+                self.controllers[f"{block.block}/{name}"] = Controller.of_weight(first, target), metric
         self.files = {name: JsonLines(self.directory / f"{name}.jsonl") for name in ("completions", "diagnostics")}
         self.checkpoints = self.directory / "checkpoints"
         self.unsaved = False
@@ -139,7 +149,7 @@ class Trainer:
         """The updates of a step from its completions; returns the step's metrics."""
         config, state, progress, statistics = self.config, self.state, self.state.progress, Statistics()
         used, metrics = training(config.rollout, completions), rollout_metrics(config.rollout, completions)
-        learner, alpha = replace(self.learner, objective=self._objective()), state.alpha
+        learner, steered = self._steered_learner(), dict(state.steered)
         rows, row_metrics = make_rows(used, rewards(config.rollout, used), config.advantage, learner)
         check_gap(row_metrics.get("policy/sampler_gap_mean", 0.0), self.policy.autocast)
         spent_before, number = config.budget.fraction(progress), progress.steps + 1
@@ -159,30 +169,37 @@ class Trainer:
             self.files["completions"].append({"step": number} | completion_row(completion))
         for row in record.rows if record else []:
             self.files["diagnostics"].append({"step": number} | row)
-        self._next_alpha(record)
+        measured = statistics.result()
+        self._steer(record, measured)
         return {
             **metrics,
-            **statistics.result(),
+            **measured,
             **row_metrics,
             **(record.summary() if record else {}),
-            **({} if alpha is None else {"objective/alpha": alpha}),
+            **steered,
             "optimizer/lr": self.optimizer.param_groups[0]["lr"],
             **progress.metrics(),
         }
 
-    def _objective(self) -> Objective:
-        """The objective with this step's alpha."""
-        alpha = None if self.config.smoothing.constant else self.state.alpha
-        objective = self.config.objective
-        return objective if alpha is None else replace(objective, alpha=alpha)  # type: ignore[call-arg]
+    def _steered_learner(self) -> Learner:
+        """The learner with this step's alpha and steered weights."""
+        blocks: dict[str, Any] = {"objective": self.config.objective, "loss": self.config.loss}
+        for name, value in self.state.steered.items():
+            if name in self.controllers or not self.config.smoothing.constant:
+                block, _, key = name.partition("/")
+                blocks[block] = replace(blocks[block], **{key: value})
+        return replace(self.learner, **blocks)
 
-    def _next_alpha(self, record: Record | None) -> None:
-        """Move alpha on for the next step."""
-        alpha, config = self.state.alpha, self.config
-        if alpha is not None:
+    def _steer(self, record: Record | None, measured: dict[str, float]) -> None:
+        """Move alpha and the steered weights on for the next step."""
+        steered, config = self.state.steered, self.config
+        for name, (controller, metric) in self.controllers.items():
+            steered[name] = controller.next(steered[name], measured.get(metric))
+        if ALPHA in steered:
             kl = record.rows[-1]["kl/after_k3"] if record and record.rows else None
-            first, fraction = getattr(config.objective, "alpha", alpha), config.budget.fraction(self.state.progress)
-            self.state.alpha = config.smoothing.next_alpha(first, alpha, fraction, kl)
+            first = getattr(config.objective, "alpha", steered[ALPHA])
+            fraction = config.budget.fraction(self.state.progress)
+            steered[ALPHA] = config.smoothing.next_alpha(first, steered[ALPHA], fraction, kl)
 
     def _record(self, number: int) -> Record | None:
         """An empty record for the inner steps of step ``number``, where diagnostics are due at this step."""

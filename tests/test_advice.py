@@ -11,7 +11,11 @@ RESCALING = "is a mere rescaling here: linear smoothing multiplies the gradient 
 SGD = "linear smoothing multiplies the gradient by 1 - alpha: under optimizer=sgd this is noclip at a learning rate of"
 MOVING = "an alpha that changes only weighs steps against each other"
 WATCHED = "loss.kl=k3 with loss.kl_weight=0 does nothing in training"
-ALL = (INERT, RESCALING, SGD, MOVING, WATCHED)
+ROLLOUT = "one optimizer step per rollout: the KL to the policy that sampled the rollout is 0 and has no gradient"
+MASS = (
+    "objective.eps=12.5 with objective.mass=true: probabilities differ by 1 at most, so every weight is that of noclip"
+)
+ALL = (INERT, RESCALING, SGD, MOVING, WATCHED, ROLLOUT, MASS)
 SINGLE = ["update.num_epochs=1", "update.num_minibatches=1"]
 KL = ["loss.kl=k3", "loss.kl_weight=0.04"]
 ENTROPY = ["loss.entropy_weight=0.01"]
@@ -60,7 +64,14 @@ TABLE = [
     ("experiment=ppo_pspo", []),
     ("experiment=grpo", []),
     ("experiment=dapo", []),
-]
+    ("experiment=drpo", [MASS]),
+    ("experiment=drpo objective.eps=1", []),
+    ("experiment=tpo update.num_epochs=1", []),  # its target acts at a ratio of 1 too
+    ("experiment=grpo loss.reference=rollout", []),
+    ("experiment=grpo loss.reference=rollout update.num_epochs=1 update.num_minibatches=1", [INERT, ROLLOUT]),
+    ("objective=pspo_relative", []),
+    ("loss.gate=delight", [RESCALING]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("overrides", "told"), TABLE)
@@ -75,8 +86,8 @@ def test_nothing_is_said_of_other_objectives_but_that_they_are_inert(name):
     for options in ([], ["optimizer=sgd"]):
         config = replace(configured(*options), objective=default_objective(name))
         assert advice(config) == []
-        (sentence,) = advice(replace(config, update=configured(*SINGLE).update))
-        assert sentence.startswith(INERT)
+        sentences = advice(replace(config, update=configured(*SINGLE).update))
+        assert [sentence.startswith(INERT) for sentence in sentences] == [True] * (not OBJECTIVES[name].needs_batch)
 
 
 def test_a_mere_rescaling_is_told_with_its_alpha_and_with_what_would_change_it():

@@ -47,13 +47,14 @@ def made_up_old_logprobs(monkeypatch):
     monkeypatch.setattr(step, "MAX_GAP_NATS", {False: math.inf})
 
 
-def metrics_of(ratios, advantages, weights, *, token_ratios=None, entropies=None, cuts=None):
+def metrics_of(ratios, advantages, weights, *, token_ratios=None, entropies=None, wholes=None, cuts=None):
     """Metrics of tokens with the given weights, in pieces cut at ``cuts``, each between two masked tokens."""
     columns = [ratios, token_ratios or ratios, advantages, weights, entropies or [0.0] * len(ratios)]
+    columns.append(wholes or [-w * a for w, a in zip(weights, advantages, strict=True)])
     record, edges = Record(), [0, *(cuts or []), len(ratios)]
     for start, end in itertools.pairwise(edges):
         padded = [torch.tensor([[math.nan, *column[start:end], 99.0]], dtype=torch.float64) for column in columns]
-        ratio_BT, token_ratio_BT, advantage_BT, weight_BT, entropy_BT = padded
+        ratio_BT, token_ratio_BT, advantage_BT, weight_BT, entropy_BT, whole_BT = padded
         old_logprob_BT = torch.full_like(ratio_BT, -1.0)
         x = ObjectiveInput(
             logprob_BT=old_logprob_BT + token_ratio_BT.log(),
@@ -62,7 +63,7 @@ def metrics_of(ratios, advantages, weights, *, token_ratios=None, entropies=None
             advantage_BT=advantage_BT,
             mask_BT=torch.tensor([[False, *[True] * (end - start), False]]),
         )
-        record.add(x, -weight_BT * advantage_BT, entropy_BT)
+        record.add(x, -weight_BT * advantage_BT, whole_BT, entropy_BT)
     return inner_metrics(record.tokens)
 
 
@@ -80,7 +81,10 @@ RATIOS, ADVANTAGES, WEIGHTS = map(list, zip(*HAND, strict=True))
 
 def test_every_number_by_hand():
     token_ratios = [4.0, 1.0, 1.5, 0.5, 1.0, 1.0]
-    result = metrics_of(RATIOS, ADVANTAGES, WEIGHTS, token_ratios=token_ratios, entropies=[1, 2, 3, 4, 5, 6])
+    wholes = [1, 0, -2, 3, 0, -2]  # of the objective with the KL: 2 of 8 where A = 0
+    result = metrics_of(
+        RATIOS, ADVANTAGES, WEIGHTS, token_ratios=token_ratios, entropies=[1, 2, 3, 4, 5, 6], wholes=wholes
+    )
     log_sum = math.log(4 * 1.5 * 0.5)
     expected = {
         "ratio/ess": 8.0**2 / 12.5 / 6,  # Σr = 8, Σr² = 4 + 4 + 2.25 + 0.25 + 1 + 1
@@ -88,6 +92,7 @@ def test_every_number_by_hand():
         "kl/before_k1": -log_sum / 6,
         "kl/before_k3": (9 - 6 - log_sum) / 6,
         "policy/entropy": 3.5,
+        "gradient/zero_advantage_share": 0.25,
         "weight/zero_rate": 0.2,
         "weight/damped_rate": 0.2,
         "weight/amplified_rate": 0.2,
@@ -465,6 +470,30 @@ def test_counterfactual_by_hand():
     )
 
 
+def test_the_mass_where_there_is_no_advantage_is_told(tiny_policy):
+    """dro pulls back there, clip does not, and clip with a KL to the rollout policy does."""
+    policy, rows = tiny_policy(torch.float64, exact=True), make()
+    rows = [replace(row, advantages=[0.0] * len(row.token_ids)) if i % 2 else row for i, row in enumerate(rows)]
+
+    def share(name, **loss):
+        record = Record()
+        accumulate(learner_of(policy, default_objective(name), loss=loss), rows, Statistics(), record)
+        return inner_metrics(record.tokens)["gradient/zero_advantage_share"]
+
+    assert share("clip") == 0
+    assert 0.01 < share("dro") < 0.9
+    assert 0.01 < share("clip", kl="k2", kl_weight=0.5, reference="rollout") < 0.9
+    assert share("clip", kl="k2", kl_weight=0.0, reference="rollout") == 0
+
+
+@pytest.mark.parametrize("name", ["dro", "r2vpo", "tpo", "gppo", "aspo", "pspo_relative"])
+def test_a_probe_compares_every_new_objective(tiny_policy, name):
+    policy, record = tiny_policy(torch.float64, exact=True), Record([default_objective(name)])
+    run(learner_of(policy, default_objective("clip")), make(), record=record, minibatches=1)
+    assert record.probe[f"counterfactual/{name}_norm"] > 0
+    assert -1 <= record.probe[f"counterfactual/{name}_cosine"] <= 1
+
+
 def test_pspo_has_the_direction_of_noclip_and_its_length_times_one_minus_alpha(tiny_policy):
     policy, record = tiny_policy(torch.float64, exact=True), Record([default_objective(n) for n in ("noclip", "clip")])
     loss = {"kl": "k3", "kl_weight": 0.5, "entropy_weight": 0.3}  # not part of what is compared
@@ -522,6 +551,18 @@ def test_a_probe_of_an_objective_that_does_not_fit_the_run_is_refused():
     assert compose(overrides).diagnostics.counterfactual == ["noclip", "dppo"]  # it is off
     with pytest.raises(ConfigError, match="does not go with objective=dppo"):
         compose([*overrides, "diagnostics.counterfactual_every=2"])
+
+
+def test_a_probe_of_groups_needs_them_whole():
+    overrides = ["diagnostics.counterfactual=[tpo]", "diagnostics.counterfactual_every=2"]
+    assert compose([*overrides, "update.num_minibatches=1"])
+    with pytest.raises(
+        ConfigError, match=r"update\.num_minibatches=4: the probe of tpo needs whole groups; set it to 1"
+    ):
+        compose([*overrides, "update.num_minibatches=4"])
+    told = r"update\.num_minibatches=40: must be at most the 32 rollout\.prompts, as objective=tpo takes whole groups"
+    with pytest.raises(ConfigError, match=told):
+        compose(["objective=tpo", "update.num_minibatches=40"])
 
 
 def test_diagnostics_do_not_name_a_run():

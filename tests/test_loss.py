@@ -16,7 +16,7 @@ from pspo.objective import LOG_RATIO_CLAMP, OBJECTIVES, ObjectiveInput, default_
 
 EVERY = [default_objective(name) for name in OBJECTIVES]
 NOCLIP, CLIP = default_objective("noclip"), default_objective("clip")
-LEVELS = ("token", "sequence", "sequence_token")
+LEVELS = ("token", "sequence", "sequence_token", "product")
 AGGREGATIONS = ("token", "sequence", "sequence_sum", "constant")
 MAX_LENGTH = 10
 
@@ -36,6 +36,14 @@ every_choice = pytest.mark.parametrize(
 
 def settings(**changes):
     plain = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.0}
+    plain |= {
+        "kl_target": None,
+        "reference": "start",
+        "gate": "none",
+        "gate_eta": 1.0,
+        "drop": "none",
+        "drop_limit": None,
+    }
     return LossConfig(**plain | {"mask_truncated": False} | changes)
 
 
@@ -86,6 +94,7 @@ def loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside
     """``batch_loss`` of completions of an optimizer batch that has others, of the lengths ``beside``, as well."""
     coefficient_N = coefficients(config.aggregation, [*lengths_of(batch.mask_BT), *beside], MAX_LENGTH)
     tokens = ObjectiveInput.at_tokens(logprob_BT, batch.old_logprob_BT, batch.advantage_BT, batch.mask_BT)
+    tokens = replace(tokens, target_BT=tokens.advantage_BT)  # for objectives that take one from the whole batch
     reference_BT = batch.reference_BT if config.kl != "none" else None
     coefficient_B1 = torch.tensor(coefficient_N[: len(logprob_BT)], dtype=torch.float64)[:, None]
     return batch_loss(config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, statistics)
@@ -94,7 +103,7 @@ def loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside
 def evaluate(objective, logprob_BT, entropy_BT, batch, config=PLAIN, beside=()):
     """The loss, its gradients by log-probs and entropies, and the statistics."""
     statistics = Statistics()
-    loss, _, _ = loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside)
+    loss, *_ = loss_of(config, objective, logprob_BT, entropy_BT, batch, statistics, beside)
     gradient_BT, entropy_gradient_BT = torch.autograd.grad(
         loss, (logprob_BT, entropy_BT), allow_unused=True, materialize_grads=True
     )
@@ -132,6 +141,7 @@ def test_by_hand():
             "loss/mean": 2.1,
             "policy/entropy_mean": 1.0,
             "policy/kl_old_new_k3": (4 - math.log(6)) / 5,
+            "policy/ratio_variance": 10.5 / 5,  # 1 + 1/4 + 0 + 1/4 + 9
             "policy/ratio_max": 4.0,
             "policy/ratio_clamped_rate": 0.0,
         },
@@ -239,7 +249,7 @@ def test_the_gradient_that_diagnostics_read_is_the_gradient_that_trains(objectiv
     logprob_BT, entropy_BT, batch = tensors()
     for aggregation in AGGREGATIONS:
         changed = replace(config, aggregation=aggregation)
-        loss, _, read_BT = loss_of(changed, objective, logprob_BT, entropy_BT, batch, Statistics())
+        loss, _, read_BT, _ = loss_of(changed, objective, logprob_BT, entropy_BT, batch, Statistics())
         (gradient_BT,) = torch.autograd.grad(loss, logprob_BT)
         factors = coefficients(aggregation, lengths_of(batch.mask_BT), MAX_LENGTH)
         expected_BT = torch.tensor(factors, dtype=torch.float64)[:, None] * read_BT
@@ -251,11 +261,12 @@ def test_the_gradient_that_diagnostics_read_is_the_gradient_that_trains(objectiv
 def test_what_the_objective_saw_is_handed_on(level):
     """The ratio at the level of ``importance``, and the log-probs, advantages and mask that it is of."""
     logprob_BT, entropy_BT, batch = tensors()
-    _, x, _ = loss_of(settings(importance=level), NOCLIP, logprob_BT, entropy_BT, batch, Statistics())
+    _, x, *_ = loss_of(settings(importance=level), NOCLIP, logprob_BT, entropy_BT, batch, Statistics())
     log_ratio_BT = (logprob_BT - batch.old_logprob_BT).detach()
     if level != "token":
         sums_B1 = torch.where(batch.mask_BT, log_ratio_BT, 0.0).sum(1, keepdim=True)
-        log_ratio_BT = (sums_B1 / batch.mask_BT.sum(1, keepdim=True)).expand_as(log_ratio_BT)
+        length_B1 = 1 if level == "product" else batch.mask_BT.sum(1, keepdim=True)
+        log_ratio_BT = (sums_B1 / length_B1).expand_as(log_ratio_BT)
     mask_BT = x.mask_BT
     assert mask_BT.equal(batch.mask_BT)
     torch.testing.assert_close(x.log_ratio_BT[mask_BT].detach(), log_ratio_BT[mask_BT], rtol=1e-12, atol=1e-15)
@@ -372,7 +383,7 @@ def test_at_the_two_sequence_levels_the_whole_completion_is_clipped():
 def test_sequence_level_is_the_objective_of_the_geometric_mean(objective):
     """At aggregation=sequence: the mean over completions of f(s_i), and the gradient that has by the log-probs."""
     if objective.token_only:
-        assert objective.name in ("gmpo", "dppo", "maspo", "topr", "vespo")
+        assert objective.name in REFUSED
         return
     logprob_BT, entropy_BT, batch = tensors()
     config = settings(importance="sequence", aggregation="sequence")
@@ -392,7 +403,10 @@ def test_sequence_level_is_the_objective_of_the_geometric_mean(objective):
     expected = objective(x).mean()
     (expected_BT,) = torch.autograd.grad(expected, logprob_BT)
     torch.testing.assert_close(gradient_BT, expected_BT, rtol=1e-12, atol=1e-15)
-    if objective.name != "cispo":  # its value has the token's own log-prob, its gradient the mean's
+    if objective.name not in (
+        "cispo",
+        "aspo",
+    ):  # their values have the token's own log-prob, their gradients the mean's
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
@@ -430,6 +444,74 @@ def test_luspo_weighs_completions_by_their_length():
     loss, gradient_BT, *_ = evaluate(run.objective, *by_ratio(MEANS, [-1.0, 1.0]), run.loss)
     assert loss.item() == pytest.approx((2 * 2 - 3 * 0.5) / 2, abs=1e-12)
     assert gradient_BT.flatten().tolist() == pytest.approx([1, 1, 0, -0.25, -0.25, -0.25], abs=1e-12)
+
+
+def test_product_level_by_hand():
+    """W = 4 and 1/8 at every token; W = 2⁴⁰ is held at e²⁰, and has no gradient."""
+    loss, gradient_BT, *_ = evaluate(NOCLIP, *by_ratio(MEANS, [1.0, -2.0]), settings(importance="product"))
+    assert loss.item() == pytest.approx((-4 * 2 + 0.25 * 3) / 5, abs=1e-12)
+    assert gradient_BT.flatten().tolist() == pytest.approx([-1.6, -1.6, 0, 0.15, 0.15, 0.15], abs=1e-12)
+    loss, gradient_BT, *_ = evaluate(NOCLIP, *by_ratio([[2.0] * 40], [1.0]), settings(importance="product"))
+    assert loss.item() == pytest.approx(-math.exp(20), rel=1e-12)
+    assert not gradient_BT.any()
+
+
+@pytest.mark.parametrize("band", ["tv", "kl", "chi2", "dcpo"])
+def test_a_band_of_the_old_probability_is_of_single_tokens(band):
+    told = f"loss.importance=product does not go with objective=clip: objective.band={band} depends on a single token"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        configured("objective=clip", f"objective.band={band}", "loss.importance=product")
+    with pytest.raises(ConfigError, match=r"objective=cfpo: objective\.mass=true depends on a single token"):
+        configured("objective=cfpo", "objective.mass=true", "loss.importance=sequence")
+
+
+# --- the gate and the drop
+
+
+def test_delight_by_hand():
+    """σ(−A log π) = π^−A / (1 + π^−A), of the policy as it is: at π = 0.1 r, the table of the specification."""
+    ratios = torch.tensor([[0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0]], dtype=torch.float64)
+    hand = {
+        1.0: [0.976, 0.952, 0.926, 0.909, 0.889, 0.833, 0.714],
+        -1.0: [0.024, 0.048, 0.074, 0.091, 0.111, 0.167, 0.286],
+    }
+    for a, gates in hand.items():
+        logprob_BT = (0.1 * ratios).log().requires_grad_()
+        batch = Batch(torch.full_like(ratios, 0.1).log(), torch.full_like(ratios, a), torch.ones_like(ratios).bool())
+        entropy_BT = torch.zeros_like(ratios).requires_grad_()
+        plain = evaluate(NOCLIP, logprob_BT, entropy_BT, batch)
+        gated = evaluate(NOCLIP, logprob_BT, entropy_BT, batch, settings(gate="delight"))
+        assert (gated[1] / plain[1])[0].tolist() == pytest.approx(gates, abs=5e-4)
+        assert gated[3]["loss/gate_mean"] == pytest.approx(sum(gates) / 7, abs=5e-4)
+        warm = evaluate(NOCLIP, logprob_BT, entropy_BT, batch, settings(gate="delight", gate_eta=1e9))
+        torch.testing.assert_close(2 * warm[1], plain[1], rtol=1e-7, atol=0)
+
+
+def test_opsm_drops_wrong_completions_that_the_policy_has_left():
+    """Mean of −log r: log(8)/3 and 0.1 of A < 0, log(8)/3 of A > 0; δ = 0.2 drops the first."""
+    ratios = [[0.125, 1.0, 1.0], [math.exp(-0.3), 1.0, 1.0], [0.125, 1.0, 1.0]]
+    arguments = by_ratio(ratios, [-1.0, -1.0, 1.0])
+    plain = evaluate(NOCLIP, *arguments)
+    dropped = evaluate(NOCLIP, *arguments, settings(drop="opsm", drop_limit=0.2))
+    assert not dropped[1][0].any()
+    torch.testing.assert_close(dropped[1][1:], plain[1][1:], rtol=1e-13, atol=0)  # whose denominators stay
+    assert dropped[3]["loss/dropped_rate"] == pytest.approx(1 / 3)
+    tight = evaluate(NOCLIP, *arguments, settings(drop="opsm", drop_limit=1e-4))
+    assert tight[3]["loss/dropped_rate"] == pytest.approx(2 / 3)
+
+
+def test_m2_drops_the_farthest_of_the_tokens_that_moved_away():
+    """(log r)² of those: .01, .04 and 1; the mean of all is .35, of two .025. Tokens on the corrective side stay."""
+    ratios = [[math.exp(0.1), math.exp(0.2), math.exp(-3)], [math.exp(-1), math.exp(2), 1.0]]
+    arguments = by_ratio(ratios, [1.0, -1.0])
+    plain = evaluate(NOCLIP, *arguments)
+    dropped = evaluate(NOCLIP, *arguments, settings(drop="m2", drop_limit=0.04))
+    assert (dropped[1] == 0).tolist() == [[False] * 3, [True, False, False]]
+    kept_BT = dropped[1] != 0
+    torch.testing.assert_close(dropped[1][kept_BT], plain[1][kept_BT], rtol=1e-13, atol=0)
+    assert dropped[3]["loss/dropped_rate"] == pytest.approx(1 / 6)
+    assert evaluate(NOCLIP, *arguments, settings(drop="m2", drop_limit=0.36))[3]["loss/dropped_rate"] == 0
+    assert evaluate(NOCLIP, *arguments, settings(drop="m2", drop_limit=0.009))[3]["loss/dropped_rate"] == 0.5
 
 
 # --- KL(old‖new), a metric
@@ -496,6 +578,44 @@ def test_kl_penalties_by_hand(estimator, values, gradients):
     assert free[3]["policy/kl_reference"] == pytest.approx(result["policy/kl_reference"])  # watched, not trained on
 
 
+@pytest.mark.parametrize(
+    ("level", "d"),
+    [("token", None), ("sequence", [math.log(2) / 3, -math.log(2)]), ("product", [math.log(2), -math.log(4)])],
+)
+@pytest.mark.parametrize("reference", ["start", "rollout"])
+def test_kl_is_of_the_importance_ratios_level_and_to_either_reference(level, d, reference):
+    """Mean over completions of k3 = e^−d + d − 1, as for a published table whose KL is of whole completions."""
+    ratios = [[2.0, 2.0, 0.5], [0.5, 0.5]]
+    logprob_BT, entropy_BT, batch = by_ratio(ratios, [0.0, 0.0])
+    other_BT = torch.full_like(logprob_BT, -7.0)
+    batch = replace(batch, reference_BT=batch.old_logprob_BT if reference == "start" else other_BT)
+    if reference == "start":
+        batch = replace(batch, old_logprob_BT=other_BT)
+    config = settings(importance=level, aggregation="sequence", kl="k3", kl_weight=0.04, reference=reference)
+    loss, gradient_BT, *_ = evaluate(NOCLIP, logprob_BT, entropy_BT, batch, config)
+    ds = (
+        [[math.log(r) for r in row] for row in ratios]
+        if d is None
+        else [[x] * len(r) for x, r in zip(d, ratios, strict=True)]
+    )
+    means = [sum(math.exp(-x) + x - 1 for x in row) / len(row) for row in ds]
+    assert loss.item() == pytest.approx(0.04 * sum(means) / 2, rel=1e-12)
+    each = [[0.04 / 2 * (1 - math.exp(-x)) * (1 if level == "product" else 1 / len(row)) for x in row] for row in ds]
+    assert gradient_BT[0].tolist() == pytest.approx(each[0], rel=1e-12)
+    assert gradient_BT[1, :2].tolist() == pytest.approx(each[1], rel=1e-12)
+
+
+def test_the_gradient_with_the_kl_is_handed_on():
+    logprob_BT, entropy_BT, batch = tensors()
+    config = settings(kl="k2", kl_weight=0.3, aggregation="token")
+    loss, _, alone_BT, whole_BT = loss_of(config, CLIP, logprob_BT, entropy_BT, batch, Statistics())
+    (gradient_BT,) = torch.autograd.grad(loss, logprob_BT)
+    torch.testing.assert_close(gradient_BT * batch.mask_BT.sum(), whole_BT, rtol=1e-12, atol=1e-14)
+    plain = loss_of(PLAIN, CLIP, logprob_BT, entropy_BT, batch, Statistics())
+    assert plain[2].equal(alone_BT)
+    assert plain[3] is plain[2]
+
+
 def divergence(p_V, q_V):
     """KL(p‖q) of two log-distributions."""
     return (p_V.exp() * (p_V - q_V)).sum()
@@ -520,7 +640,7 @@ def test_what_kl_penalties_are_in_expectation(estimator, value, gradient, seed):
     logits_V = torch.randn(9, dtype=torch.float64, generator=generator).requires_grad_()
     reference_V = torch.randn(9, dtype=torch.float64, generator=generator).log_softmax(-1)
     policy_V = logits_V.log_softmax(-1)
-    expectation = (policy_V.detach().exp() * kl(estimator, policy_V, reference_V)).sum()
+    expectation = (policy_V.detach().exp() * kl(estimator, policy_V - reference_V)).sum()
     if value is not None:
         assert expectation.item() == pytest.approx(value(policy_V, reference_V).item(), rel=1e-12)
     (got_V,) = torch.autograd.grad(expectation, logits_V, retain_graph=True)
@@ -565,7 +685,13 @@ def test_entropy_bonus_by_hand():
         ({"kl_weight": -0.1}, "loss.kl_weight must be in [0, inf), got -0.1"),
         ({"entropy_weight": -0.1}, "loss.entropy_weight must be in [0, inf), got -0.1"),
         ({"entropy_weight": math.nan}, "loss.entropy_weight must be in [0, inf), got nan"),
-        ({"importance": "batch"}, "loss.importance must be one of token, sequence, sequence_token, got 'batch'"),
+        ({"importance": "batch"}, "loss.importance must be one of token, sequence, sequence_token, product, got"),
+        ({"kl": "k3", "kl_target": 0.1}, "loss.kl_target=0.1: steers a weight above 0; set loss.kl and loss.kl_weight"),
+        ({"drop": "m2"}, "loss.drop='m2': needs loss.drop_limit=0.04 or another limit"),
+        ({"drop": "opsm"}, "loss.drop='opsm': needs loss.drop_limit=0.0001 or another limit"),
+        ({"drop": "opsm", "drop_limit": 0.0}, "loss.drop_limit must be in (0, inf), got 0.0"),
+        ({"gate_eta": 0.0}, "loss.gate_eta must be in (0, inf), got 0.0"),
+        ({"reference": "old"}, "loss.reference must be one of start, rollout, got 'old'"),
         (
             {"aggregation": "mean"},
             "loss.aggregation must be one of token, sequence, sequence_sum, constant, got 'mean'",
@@ -587,6 +713,7 @@ REFUSED = {
     "maspo": "its width depends on the old probability of a single token",
     "topr": "it weighs whole completions by itself; set loss.importance=token",
     "vespo": "it weighs whole completions by itself; set loss.importance=token",
+    "tpo": "it weighs whole completions by itself; set loss.importance=token",
 }
 
 
@@ -608,7 +735,7 @@ ONE_ADVANTAGE = "has one advantage for a completion, which advantage=gae does no
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_advantages_of_tokens_are_refused_where_there_is_one_for_a_completion(name):
     overrides = ["advantage=gae", f"objective={name}"]
-    if name in ("gmpo", "topr", "vespo"):
+    if name in ("gmpo", "topr", "vespo", "tpo"):
         with pytest.raises(ConfigError, match=re.escape(f"objective={name} {ONE_ADVANTAGE}")):
             configured(*overrides)
         return

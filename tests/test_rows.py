@@ -40,8 +40,8 @@ def test_make_rows(tiny_policy, advantage):
     rows, metrics = rows_of(policy, completions, rewards(), advantage)
     assert metrics == {}
     expected = advantage(rewards()).flatten().tolist()
-    for row, c, a in zip(rows, completions, expected, strict=True):
-        assert replace(row, advantages=[]) == Row(c.prompt.token_ids, c.token_ids, c.logprobs, [])
+    for i, (row, c, a) in enumerate(zip(rows, completions, expected, strict=True)):
+        assert replace(row, advantages=[]) == Row(c.prompt.token_ids, c.token_ids, c.logprobs, [], group=i // 4)
         assert row.advantages == pytest.approx([a] * len(c.token_ids), rel=1e-12)
     with pytest.raises(ValueError, match="zip"):
         rows_of(policy, completions[:-1], rewards(), advantage)

@@ -11,7 +11,8 @@ from training import Killed, make_trainer
 
 from pspo.base.schema import ConfigError, build
 from pspo.config import compose
-from pspo.smoothing import SMOOTHINGS, Adaptive, Linear, Smoothing
+from pspo.smoothing import SMOOTHINGS, WEIGHT_GAIN, Adaptive, Controller, Linear, Smoothing
+from pspo.trainer import ALPHA
 
 
 def adaptive(**changes):
@@ -76,6 +77,29 @@ def test_adaptive_rests_at_its_bounds_where_the_target_is_out_of_reach(kl, expec
     assert alpha == expected
 
 
+# --- the controller of weights
+
+
+@given(first=st.floats(1e-3, 10), measured=st.floats(0, 100), target=st.floats(1e-3, 10))
+def test_a_weight_moves_by_the_gain_at_most_and_the_right_way(first, measured, target):
+    controller = Controller.of_weight(first, target)
+    moved = controller.next(first, measured)
+    assert math.log(moved / first) == pytest.approx(WEIGHT_GAIN * min(1, max(-1, measured / target - 1)), abs=1e-9)
+    assert controller.next(first, None) == first
+    assert controller.next(first, math.nan) == pytest.approx(first * math.exp(WEIGHT_GAIN))
+    for _ in range(100):
+        moved = controller.next(moved, 1e9)
+    assert moved == pytest.approx(1000 * first)
+
+
+def test_a_weight_finds_its_target_in_a_closed_loop():
+    """A toy whose KL is 0.1 / β: the target of 0.02 is met at β = 5."""
+    controller, beta = Controller.of_weight(0.04, 0.02), 0.04
+    for _ in range(60):
+        beta = controller.next(beta, 0.1 / beta)
+    assert beta == pytest.approx(5.0, rel=1e-6)
+
+
 # --- in a run
 
 
@@ -101,7 +125,7 @@ def test_linear_follows_the_budget_in_any_unit(tiny_policy, tmp_path, budget):
     """The first step has objective.alpha; the alpha after the last is ``final``."""
     overrides = ["smoothing=linear", "objective.alpha=0.8", "smoothing.final=0.2", *budget]
     trainer = make_trainer(tiny_policy(), tmp_path, *overrides)
-    assert trainer.run().alpha == pytest.approx(0.2)
+    assert trainer.run().steered == {ALPHA: pytest.approx(0.2)}
     rows, budget = steps(tmp_path), trainer.config.budget
     spent = [0.0] + [min(1.0, row[f"budget/{budget.unit}"] / budget.total) for row in rows]
     assert alphas(tmp_path) == pytest.approx([0.8 - 0.6 * fraction for fraction in spent[:-1]])
@@ -110,11 +134,11 @@ def test_linear_follows_the_budget_in_any_unit(tiny_policy, tmp_path, budget):
 
 def test_the_objective_of_a_step_has_the_alpha_of_the_step(tiny_policy, tmp_path):
     trainer = make_trainer(tiny_policy(), tmp_path, "smoothing=linear", "objective.alpha=0.8")
-    trainer.state.alpha = 0.35
-    assert trainer._objective().alpha == 0.35
+    trainer.state.steered = {ALPHA: 0.35}
+    assert trainer._steered_learner().objective.alpha == 0.35
     assert trainer._step()["objective/alpha"] == 0.35
     constant = make_trainer(tiny_policy(), tmp_path / "b", "objective.alpha=0.8")
-    assert constant._objective() is constant.config.objective
+    assert constant._steered_learner().objective is constant.config.objective
     other = make_trainer(tiny_policy(), tmp_path / "c", "objective=clip")
     assert "objective/alpha" not in other._step()
 
@@ -129,7 +153,44 @@ def test_adaptive_is_steered_by_the_kl_after_the_last_update(tiny_policy, tmp_pa
     for kl in last:
         expected.append(trainer.config.smoothing.next_alpha(0.1, expected[-1], 0.0, kl))
     assert alphas(tmp_path) == expected[:-1]
-    assert trainer.state.alpha == expected[-1] != expected[0]
+    assert trainer.state.steered[ALPHA] == expected[-1] != expected[0]
+
+
+KL = ["loss.kl=k3", "loss.kl_weight=0.1", "loss.kl_target=1e-6", "loss.reference=rollout"]
+STEERED = {"objective/lam": ["objective=r2vpo", "objective.delta=1e-5"], "loss/kl_weight": ["objective=clip", *KL]}
+MEASURED = {"objective/lam": ("policy/ratio_variance", 1e-5), "loss/kl_weight": ("policy/kl_reference", 1e-6)}
+
+
+@pytest.mark.parametrize("name", STEERED)
+def test_weights_are_steered_logged_and_resumed(tiny_policy, tmp_path, name):
+    """From step to step by the controller, from that step's measurement; a resumed run goes on as the unbroken one."""
+    whole = make_trainer(tiny_policy(), tmp_path / "whole", *STEERED[name])
+    assert whole.learner.reference is None
+    whole.run()
+    rows, (metric, target) = steps(tmp_path / "whole"), MEASURED[name]
+    expected = [rows[0][name]]
+    controller = Controller.of_weight(expected[0], target)
+    for row in rows:
+        expected.append(controller.next(expected[-1], row[metric]))
+    assert [row[name] for row in rows] == expected[:-1]
+    assert len(set(expected)) == len(expected)
+    assert whole.state.steered == {name: expected[-1]}
+    block, _, key = name.partition("/")
+    assert getattr(getattr(whole._steered_learner(), block), key) == expected[-1]
+    with pytest.raises(Killed):
+        make_trainer(tiny_policy(), tmp_path / "broken", *STEERED[name], calls=24).run()
+    resumed = make_trainer(tiny_policy(), tmp_path / "broken", *STEERED[name])
+    resumed.run()
+    assert asdict(resumed.state) == asdict(whole.state)
+    for a, b in zip(*(t.policy.trainable().values() for t in (whole, resumed)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_a_target_nothing_is_steered(tiny_policy, tmp_path):
+    trainer = make_trainer(tiny_policy(), tmp_path, "objective=r2vpo", "loss.kl=k3", "loss.kl_weight=0.1")
+    assert trainer.state.steered == trainer.controllers == {}
+    assert trainer.learner.reference is not None
+    assert trainer._steered_learner() == trainer.learner
 
 
 @pytest.mark.parametrize("overrides", [["smoothing=linear", "objective.alpha=0.8"], ["smoothing=adaptive"]])

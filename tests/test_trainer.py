@@ -1,3 +1,4 @@
+import json
 import sys
 from dataclasses import is_dataclass, replace
 
@@ -9,6 +10,7 @@ from transformers import get_linear_schedule_with_warmup
 from pspo.base.schema import Schema
 from pspo.budget import Progress
 from pspo.dataset import order
+from pspo.report.metrics import meaning
 from pspo.tracker import Tracker
 from pspo.trainer import State, Trainer
 
@@ -137,3 +139,24 @@ def test_a_run_goes_on_where_a_step_has_nothing_to_learn_from(tiny_policy, tmp_p
     assert state.progress.optimizer_steps == 0
     assert torch.equal(weights(policy), before)
     assert state.progress.prompts == (12 if not spread else 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "metric"),
+    [
+        (["objective=tpo", "update.num_minibatches=2"], "gradient/zero_advantage_share"),
+        (["loss.drop=m2", "loss.drop_limit=1e-6"], "loss/dropped_rate"),
+        (
+            ["experiment=grpo", "loss.importance=product", "loss.reference=rollout", "loss.gate=delight"],
+            "policy/kl_reference",
+        ),
+    ],
+)
+def test_what_takes_the_whole_batch_or_completion_runs(tiny_policy, tmp_path, overrides, metric):
+    trainer = make_trainer(tiny_policy(), tmp_path, *overrides)
+    before = [p.detach().clone() for p in trainer.policy.trainable().values()]
+    trainer.run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(metric in row for row in rows if row["step"] > 0)
+    assert {key for row in rows for key in row if meaning(key) is None} == set()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.trainable().values(), strict=True))

@@ -54,6 +54,14 @@ def update_config(**changes):
 def learner_of(policy, objective, *, critic=None, loss=None, reference=None, max_grad_norm=math.inf, **changes):
     """A learner; ``loss`` has what differs from the plain token mean, ``changes`` what does of rollout and update."""
     plain = {"importance": "token", "aggregation": "token", "kl": "none", "kl_weight": 0.0, "entropy_weight": 0.0}
+    plain |= {
+        "kl_target": None,
+        "reference": "start",
+        "gate": "none",
+        "gate_eta": 1.0,
+        "drop": "none",
+        "drop_limit": None,
+    }
     loss = LossConfig(**plain | {"mask_truncated": False} | (loss or {}))
     own = {name: changes.pop(name) for name in list(changes) if name in UpdateConfig.__dataclass_fields__}
     rollout = rollout_config(**{"max_new_tokens": 10} | changes)

@@ -27,8 +27,13 @@ METRICS: dict[str, str] = {
     "policy/sampler_gap_mean": "mean |log-prob of sampler − of trainer| at equal weights, nats: numerical error only",
     "policy/sampler_gap_max": "the largest such difference of any token, nats",
     "policy/corrected_rate": "share of tokens whose loss rollout.correction truncates or leaves out, 0 to 1",
-    "policy/kl_reference": "loss.kl's estimate of KL(policy‖reference), the policy before training, nats per token",
+    "policy/ratio_variance": "E[(r − 1)²] over tokens, at the level of loss.importance; mean over the step's updates",
+    "policy/kl_reference": "loss.kl's estimate of KL(policy‖reference), nats, at the level of loss.importance",
+    "loss/kl_weight": "β of the step, where loss.kl_target steers it",
+    "loss/dropped_rate": "share of tokens whose objective loss.drop left out, 0 to 1",
+    "loss/gate_mean": "mean factor of loss.gate on the tokens' objective, 0 to 1",
     "objective/alpha": "alpha of the step, where the objective has one",
+    "objective/lam": "λ of the step, where the objective steers it by objective.delta",
     **{
         f"ratio/{sign}_{quantile}": f"{words} of the ratio on tokens with A {relation} 0"
         for sign, relation in (("positive", ">"), ("negative", "<"))
@@ -43,6 +48,7 @@ METRICS: dict[str, str] = {
     "weight/amplified_rate": "share of tokens with w > r",
     "weight/reversed_rate": "share of tokens with w < 0: pulled back",
     "weight/mass_kept": "gradient mass kept, Σ|w A| / Σ|r A|",
+    "gradient/zero_advantage_share": "share of Σ|∂(objective + β KL)/∂log π| that lies on tokens with A = 0, 0 to 1",
     "kl/before_k1": "KL(old‖new), k1 estimate E[−log r], before the inner step, nats per token",
     "kl/after_k1": "KL(old‖new), k1 estimate, after the inner step, on the minibatch of the next inner step; after the "
     "rollout's last inner step on every 64th row",

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pspo.advantage import Advantage, Critic
 from pspo.base.schema import Schema, key
-from pspo.loss import LossConfig
+from pspo.loss import LossConfig, batch_statistics
 from pspo.model import Policy
 from pspo.model.batch import Batch, make_batch, scatter
 from pspo.model.logprob import predicting_states, token_logprobs
-from pspo.objective import Objective
+from pspo.objective import Objective, ObjectiveInput
 from pspo.rollout import Completion, RolloutConfig
 from pspo.update.correction import corrections
 
@@ -39,6 +40,15 @@ class UpdateConfig(Schema, block="update"):
     old_logprobs: Literal["sampler", "recompute"] = key(
         "log π_old: the sampler's, or from one more pass of the trainer, which takes rounding out of the ratios"
     )
+
+    def check(self, objective: Objective, rollout: RolloutConfig) -> None:
+        """Refuse more minibatches than completions, or than groups where the objective takes them whole."""
+        most = rollout.prompts * (1 if objective.needs_batch else rollout.group_size)
+        what = "completions of a step (rollout.prompts x rollout.group_size)"
+        if objective.needs_batch:
+            what = f"rollout.prompts, as objective={objective.name} takes whole groups"
+        if self.num_minibatches > most:
+            raise self.refuse("num_minibatches", f"must be at most the {most} {what}")
 
     @property
     def steps(self) -> int:
@@ -77,6 +87,9 @@ class Row:
     values: list[float] | None = None  # V at the start of the step, where there is a value model
     returns: list[float] | None = None  # the targets of V
     corrections: list[float] | None = None  # factors on the losses, where ``rollout.correction`` is not none
+    group: int = 0  # the place of its prompt in the step: completions of one prompt are compared with each other
+    target: list[float] | None = None  # ``ObjectiveInput.target_BT``, made of an optimizer batch
+    kept: list[float] | None = None  # 1 where ``loss.drop``, looking at an optimizer batch, keeps the token, else 0
 
 
 def make_rows(
@@ -86,7 +99,8 @@ def make_rows(
 
     Truncated completions, where the loss masks them, count in the mean of their group and do not train.
     """
-    rows, metrics = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, []) for c in completions], dict[str, float]()
+    size, metrics = reward_PG.shape[-1], dict[str, float]()
+    rows = [Row(c.prompt.token_ids, c.token_ids, c.logprobs, [], group=n // size) for n, c in enumerate(completions)]
     if not rows:
         return rows, metrics
     temperature, max_tokens = learner.rollout.temperature, learner.update.max_tokens
@@ -141,6 +155,27 @@ def score(
             for i, padded in zip(places, number_BT.tolist(), strict=True):
                 numbers[i] = padded[: len(rows[i].token_ids)]
     return logprobs, values
+
+
+def with_batch_statistics(learner: Learner, rows: Sequence[Row], max_tokens: int) -> Sequence[Row]:
+    """The rows of an optimizer batch with their target and kept, from a pass without gradient, where these are needed.
+
+    Whatever the micro-batches then are, each has what the whole batch says of its tokens.
+    """
+    config, objective = learner.loss, learner.objective
+    if not (objective.needs_batch or config.drop == "m2"):
+        return rows
+    logprobs, _ = score(learner.policy, rows, learner.rollout.temperature, max_tokens, None)
+    lists = (logprobs, *([getattr(row, name) for row in rows] for name in ("old_logprobs", "advantages", "token_ids")))
+    columns = [[torch.tensor(values, dtype=torch.float64) for values in rows_of] for rows_of in lists]
+    logprob_BT, old_BT, advantage_BT, token_BT = (pad_sequence(column, True, -1.0) for column in columns)
+    x = ObjectiveInput.at_tokens(logprob_BT, old_BT, advantage_BT, token_BT >= 0)
+    found = batch_statistics(config, objective, x, torch.tensor([row.group for row in rows]))
+    for name, value_BT in zip(("target", "kept"), found, strict=True):
+        if value_BT is not None:
+            values = [value_T[: len(row.token_ids)].tolist() for value_T, row in zip(value_BT, rows, strict=True)]
+            rows = [Row(**vars(row) | {name: own}) for row, own in zip(rows, values, strict=True)]
+    return rows
 
 
 def micro_batches(rows: Sequence[Row], policy: Policy, max_tokens: int) -> Iterator[tuple[list[int], Batch]]:

@@ -16,7 +16,7 @@ from pspo.host.memory import halving
 from pspo.loss import batch_loss, coefficients
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.objective import Objective, ObjectiveInput
-from pspo.update.rows import GAP, GAP_MAX, Learner, Row, column, micro_batches, score
+from pspo.update.rows import GAP, GAP_MAX, Learner, Row, column, micro_batches, score, with_batch_statistics
 
 MEMORY_ADVICE = "or set model.gradient_checkpointing=true, model.autocast=true, or a smaller model"
 
@@ -48,17 +48,22 @@ def update(
 ) -> int:
     """``num_epochs`` passes over ``rows``, each an optimizer step per minibatch, rows shuffled in each pass.
 
+    An objective that ``needs_batch`` has the rows of one group in one minibatch.
+
     ``learning_rates`` has one for each optimizer step. Returns the number of optimizer steps taken: none for a
     minibatch without rows. Raises SamplerGapError, and NonFiniteError after saving the offending minibatch at
     ``failure``: before an optimizer step that cannot be trusted, and after one that left weights that are not finite.
     """
     taken, parameters, config = 0, learner.parameters(), learner.update
-    max_tokens = config.max_tokens
+    max_tokens, by_unit = config.max_tokens, dict[int, list[Row]]()
+    for i, row in enumerate(rows):
+        by_unit.setdefault(row.group if learner.objective.needs_batch else i, []).append(row)
+    units = list(by_unit.values())
     for number in range(config.steps):
         epoch, place = divmod(number, config.num_minibatches)
         if place == 0:
-            parts = np.array_split(random.permutation(len(rows)), config.num_minibatches)
-        minibatch = [rows[i] for i in parts[place]]
+            parts = np.array_split(random.permutation(len(units)), config.num_minibatches)
+        minibatch = [row for n in parts[place] for row in units[n]]
         if not minibatch:
             continue
         attempt = partial(accumulate, learner, minibatch, statistics, record, taken == 0)
@@ -127,6 +132,9 @@ def accumulate(
     lengths = [len(row.token_ids) for row in rows]
     coefficient_N = coefficients(config.aggregation, lengths, learner.rollout.max_new_tokens)
     seen, total = Statistics(), torch.zeros((), dtype=torch.float64, device=policy.device)
+    own_reference = config.kl != "none" and config.reference == "start"
+    optional = {"reference_logprobs": own_reference, "target": objective.needs_batch, "kept": config.drop == "m2"}
+    rows = with_batch_statistics(learner, rows, max_tokens or learner.update.max_tokens)
     with policy.recomputing():
         for places, batch in micro_batches(rows, policy, max_tokens or learner.update.max_tokens):
             micro, mask_BT = [rows[i] for i in places], batch.mask_BT
@@ -136,12 +144,16 @@ def accumulate(
             )
             old_logprob_BT, advantage_BT = (column(micro, name, logprob_BT) for name in ("old_logprobs", "advantages"))
             tokens = ObjectiveInput.at_tokens(logprob_BT, old_logprob_BT, advantage_BT, mask_BT)
-            reference_BT = column(micro, "reference_logprobs", logprob_BT) if config.kl != "none" else None
+            reference_BT, target_BT, kept_BT = (
+                column(micro, name, logprob_BT) if used else None for name, used in optional.items()
+            )
+            tokens = replace(tokens, target_BT=target_BT)
             coefficient_B1 = logprob_BT.new_tensor([[coefficient_N[i]] for i in places])
             correction_BT = column(micro, "corrections", logprob_BT) if rows[0].corrections is not None else None
-            loss, x, gradient_BT = batch_loss(
-                config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen, correction_BT
-            )
+            loss, x, gradient_BT, whole_BT = batch_loss(
+                config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen, correction_BT,
+                None if kept_BT is None else kept_BT > 0,
+            )  # fmt: skip
             if critic is not None:
                 value_BT = critic(batch, hidden_NH, policy.autocast)
                 old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
@@ -152,7 +164,7 @@ def accumulate(
             padding_RS = batch.owner_RS < 0
             seen.mean("update/padding_rate", padding_RS.double(), torch.ones_like(padding_RS))
             if record is not None:
-                record.add(x, gradient_BT, entropy_BT)
+                record.add(x, gradient_BT, whole_BT, entropy_BT)
             if fresh:
                 seen.mean(GAP, gap_BT := (logprob_BT - old_logprob_BT).abs(), mask_BT)
                 seen.max(GAP_MAX, gap_BT, mask_BT)
@@ -166,7 +178,7 @@ def _gradient(learner: Learner, rows: Sequence[Row], max_tokens: int, objective:
     """The gradient of an objective alone, without the other terms of the loss; the parameters keep their own."""
     parameters = learner.parameters()[0]
     own = [parameter.grad for parameter in parameters]
-    bare = replace(learner.loss, kl="none", kl_weight=0.0, entropy_weight=0.0)
+    bare = replace(learner.loss, kl="none", kl_weight=0.0, kl_target=None, entropy_weight=0.0)
     alone = replace(learner, objective=objective, loss=bare, critic=None)
     accumulate(alone, rows, Statistics(), max_tokens=max_tokens)
     gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
