@@ -1,5 +1,6 @@
 """Corrections of the loss for a sampler that is not quite the trainer's policy, and how the gap between them counts."""
 
+import dataclasses
 import math
 import re
 from dataclasses import replace
@@ -64,8 +65,9 @@ def test_a_ratio_beyond_all_numbers_is_out_of_bounds():
 def pieces(objective, config, correction_BT):
     logprob_BT, entropy_BT, batch = tensors()
     tokens = ObjectiveInput.at_tokens(logprob_BT, batch.old_logprob_BT, batch.advantage_BT, batch.mask_BT)
+    tokens = dataclasses.replace(tokens, target_BT=tokens.advantage_BT)  # for objectives of a whole batch
     coefficient_B1 = torch.linspace(0.1, 0.8, len(logprob_BT), dtype=torch.float64)[:, None]
-    loss, _, weight_BT = batch_loss(
+    loss, _, weight_BT, _ = batch_loss(
         config, objective, tokens, entropy_BT, None, coefficient_B1, Statistics(), correction_BT
     )
     (gradient_BT,) = torch.autograd.grad(loss, logprob_BT)
