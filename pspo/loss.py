@@ -27,16 +27,23 @@ class LossConfig(Schema, block="loss"):
     kl: Literal["none", "k1", "k2", "k3"] = key("estimator of KL(policy‖reference), at the level of loss.importance")
     kl_weight: float = key("β: weight of that KL in the loss, at first where kl_target is set", within="[0, inf)")
     kl_target: float | None = key(
-        "KL(policy‖reference), nats, to hold by steering kl_weight; or null", within="(0, inf)"
+        "KL(policy‖reference), nats, to hold by steering kl_weight; or null", within="(0, inf)", before=None
     )
-    reference: Literal["start", "rollout"] = key("the policy before training, or the one that sampled the rollout")
-    gate: Literal["none", "delight"] = key("factor on the objective's loss of a token: sigmoid(-A log pi / gate_eta)")
-    gate_eta: float = key("η: temperature of the gate", within="(0, inf)")
+    reference: Literal["start", "rollout"] = key(
+        "the policy before training, or the one that sampled the rollout", before="start"
+    )
+    gate: Literal["none", "delight"] = key(
+        "factor on the objective's loss of a token: sigmoid(-A log pi / gate_eta)", before="none"
+    )
+    gate_eta: float = key("η: temperature of the gate", within="(0, inf)", before=1.0)
     drop: Literal["none", "opsm", "m2"] = key(
-        "the objective skips wrong completions far from the old policy, or the tokens of the largest (log r)^2"
+        "the objective skips wrong completions far from the old policy, or the tokens of the largest (log r)^2",
+        before="none",
     )
     drop_limit: float | None = key(
-        "largest mean of -log r over a wrong completion (published: 1e-4), or of (log r)^2 (0.04)", within="(0, inf)"
+        "largest mean of -log r over a wrong completion (published: 1e-4), or of (log r)^2 (0.04)",
+        within="(0, inf)",
+        before=None,
     )
     entropy_weight: float = key("weight of the policy's entropy, taken off the loss", within="[0, inf)")
     mask_truncated: bool = key("completions cut at rollout.max_new_tokens do not train")

@@ -45,9 +45,10 @@ class Clip(Objective):
     dual: float | None = key("c: where A < 0 the loss is bounded by -c A; null for no bound", within="(1, inf)")
     two_sided: float | None = key("δ: the unclipped ratio is bounded by it; null for no bound", within="(1, inf)")
     band: Literal["ratio", "tv", "kl", "chi2", "dcpo"] = key(
-        "bounds of the ratio: by eps alone, or from the old probability by delta (tv, kl, chi2) or eps (dcpo)"
+        "bounds of the ratio: by eps alone, or from the old probability by delta (tv, kl, chi2) or eps (dcpo)",
+        before="ratio",
     )
-    delta: float = key("δ: largest divergence inside of the band tv, kl or chi2", within="(0, inf)")
+    delta: float = key("δ: largest divergence inside of the band tv, kl or chi2", within="(0, inf)", before=0.05)
 
     @property
     def token_only(self) -> str:

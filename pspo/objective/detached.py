@@ -19,7 +19,7 @@ class CISPO(Objective):
     Gradient weight w(r) = clip(r, f, c).
     """
 
-    floor: float = key("f: smallest weight of a token", within="[0, 1]")
+    floor: float = key("f: smallest weight of a token", within="[0, 1]", before=0.0)
     cap: float = key("c: largest weight of a token", within="[1, inf)")
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
@@ -44,8 +44,8 @@ class DPPO(Objective):
     divergence: Literal["tv", "kl"] = key("binary total variation or binary KL(old‖new)")
     delta: float = key("δ: largest divergence at which a token keeps its gradient", within="(0, inf)")
     cap: float = key("C: largest weight of a token", within="[1, inf)")
-    symmetric: bool = key("mask beyond delta also the tokens that have moved against the sign of A")
-    log_ratio_weight: float = key("weight of (log r)^2, added to the loss", within="[0, inf)")
+    symmetric: bool = key("mask beyond delta also the tokens that have moved against the sign of A", before=False)
+    log_ratio_weight: float = key("weight of (log r)^2, added to the loss", within="[0, inf)", before=0.0)
 
     def __call__(self, x: ObjectiveInput) -> Tensor:
         with torch.no_grad():

@@ -40,7 +40,7 @@ class CFPO(Objective):
     """
 
     eps: float = key("ε: distance from 1 at which the gradient changes sign", within="(0, inf)")
-    mass: bool = key("the distance is that of the probabilities: eps is divided by the old probability")
+    mass: bool = key("the distance is that of the probabilities: eps is divided by the old probability", before=False)
 
     @property
     def token_only(self) -> str:
