@@ -115,7 +115,7 @@ def test_cfg_job_of_what_a_run_takes_ends_well(flag, cache, tmp_path):
 
 
 NOT_THERE = {
-    "objective=PSPO": "unknown objective PSPO (did you mean pspo?); known: cfpo",
+    "objective=PSPO": "unknown objective PSPO (did you mean pspo?); known: aspo",
     "model=Qwen/Qwen3-0.6B": "model=Qwen/Qwen3-0.6B is no option; write model=hf model.hub_id=Qwen/Qwen3-0.6B, or",
     "seed=0,1": "seed=0,1 gives one run several values; add -m to make a run with each, or quote a value",
     "seed=[0,1]": "it takes one value: -m seed=0,1 makes a run with each",

@@ -60,6 +60,7 @@ def test_a_longer_budget_keeps_the_best_weights_so_far(cache, tmp_path):
     assert ends(only_run(tmp_path / "continued")) == ends(only_run(tmp_path / "long"))
 
 
+@pytest.mark.process
 def test_all_settings_but_the_budget_come_from_the_run_that_is_continued(finished):
     source = f"continue_from={finished}"
     config = compose([source, "budget.steps=5"])

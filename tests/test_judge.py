@@ -291,6 +291,7 @@ def test_any_text_but_the_asked_object_is_a_failure(text):
     assert failure.startswith("malformed reply: ")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
@@ -645,6 +646,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_judged(arms):
     assert all(row["error"] is None for row in rows)
 
 
+@pytest.mark.process
 def test_one_command_at_a_time(arms):
     def script(request):
         with pytest.raises(ConfigError, match=r"another process .* is at work in"):

@@ -108,6 +108,7 @@ def test_the_kernel_releases_the_lock_of_a_process_that_was_killed(tmp_path, els
     assert mine.restart == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("text", "status"), [("", 0), ("PENDING", 0), ("slurm_load_jobs error: Invalid job id specified", 1)]
 )

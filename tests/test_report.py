@@ -110,6 +110,7 @@ def page(drawn):
     return (drawn / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.process
 def test_figure_and_page_are_the_same_bytes_for_the_same_run(drawn, page, tmp_path):
     again = make_run(tmp_path / "again", clock_seed=1)
     assert write_curves(again).read_bytes() == (drawn / "curves.png").read_bytes()

@@ -193,6 +193,7 @@ def test_without_a_target_nothing_is_steered(tiny_policy, tmp_path):
     assert trainer._steered_learner() == trainer.learner
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("overrides", [["smoothing=linear", "objective.alpha=0.8"], ["smoothing=adaptive"]])
 def test_a_resumed_run_has_the_alphas_and_weights_of_the_unbroken_one(tiny_policy, tmp_path, overrides):
     overrides = ["objective=pspo_geometric", *overrides]

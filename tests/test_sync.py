@@ -69,6 +69,7 @@ def test_a_requeued_run_is_sent_piece_by_piece_up_to_its_newest_checkpoint(run, 
     assert synced(run.parent) == []
 
 
+@pytest.mark.process
 def test_a_run_that_lost_wandb_midway_gets_what_it_lacks_and_goes_on_online(run, server, monkeypatch):  # noqa: F811
     record(run, 0, 1)
     with monkeypatch.context() as patch:
@@ -80,6 +81,7 @@ def test_a_run_that_lost_wandb_midway_gets_what_it_lacks_and_goes_on_online(run,
     assert server.steps(run) == list(range(5))
 
 
+@pytest.mark.process
 def test_a_row_lost_on_the_way_is_told_and_sent_the_next_time(run, server, offline):  # noqa: F811
     record(run, 0, 1)
     save(run, 1)
