@@ -73,7 +73,12 @@ def make_theirs(trainer: Trainer, stop_ids: list[int]) -> Callable[[int], int]:
 def chosen(trainer: Trainer, number: int) -> list[Any]:
     """The prompts of a rollout."""
     count = trainer.config.rollout.prompts
-    return [trainer.train[i] for i in order(len(trainer.train), trainer.config.seed, number * count, count)]
+    return [
+        trainer.train[i]
+        for i in order(
+            len(trainer.train), trainer.config.seed, number * count, count, trainer.config.dataset.replacement
+        )
+    ]
 
 
 def main() -> None:

@@ -79,6 +79,11 @@ class Config(Schema):
             raise self.refuse("group", "names a directory; use letters, digits, _ . + -")
         if self.selection == "best" and self.dataset.num_validation == 0:
             raise self.refuse("selection", "needs validation problems; set dataset.num_validation")
+        bits, task = self.dataset.name == "reversal", self.model.architecture and self.model.architecture.task
+        if task == "reversal" and not bits:
+            raise self.dataset.refuse("name", "model=reversal reads and writes bits alone; choose dataset=reversal")
+        if bits and self.reward.name not in ("exact", "custom"):
+            raise self.reward.refuse("name", "to it 011 and 11 are one number; dataset=reversal needs reward=exact")
         self.update.check(self.objective, self.rollout)
         self.loss.check(self.objective, self.advantage)
         self.rollout.check(self.update.old_logprobs, self.model.dtype)

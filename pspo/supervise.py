@@ -112,7 +112,8 @@ def solution_rows(encoder: Any, prompts: Sequence[Prompt], config: dataset.Datas
     space = " " if config.prompt or not encoder.chat_template else ""  # behind 'Answer:'
     solutions = [encoder.encode(space + prompt.problem.solution, add_special_tokens=False) for prompt in prompts]
     last = encoder.eos_token_id if end is None else end
-    return [Row(prompt.token_ids, [*ids, last], [], []) for prompt, ids in zip(prompts, solutions, strict=True)]
+    ending = [] if last is None else [last]
+    return [Row(prompt.token_ids, ids + ending, [], []) for prompt, ids in zip(prompts, solutions, strict=True)]
 
 
 def cli() -> None:

@@ -74,9 +74,10 @@ class Trainer:
         self.learner = Learner(
             self.policy, self.critic, config.objective, config.loss, rollout, config.update, max_norm, reference
         )
-        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self.learner.parameters()]
+        groups: list[dict[str, Any]] = [{"params": list(self.policy.trainable().items())}]
         if self.critic is not None:  # its own weights, whose learning rate follows the policy's schedule
-            groups[1]["lr_factor"] = self.critic.config.value_lr / config.optimizer.lr
+            factor = self.critic.config.value_lr / config.optimizer.lr
+            groups.append({"params": list(self.critic.named_parameters()), "lr_factor": factor})
         self.optimizer = config.optimizer.make(groups)
         self.controllers, alpha = dict[str, tuple[Controller, str]](), getattr(config.objective, "alpha", None)
         self.state.steered = {} if alpha is None else {ALPHA: alpha}
@@ -128,7 +129,8 @@ class Trainer:
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step, start = progress.steps + 1, progress.prompts
-        completions = collect(self.sampler, self.train, self.reward, config.rollout, config.seed, step, start)
+        asked = (self.train, self.reward, config.rollout, config.seed, step, start, config.dataset.replacement)
+        completions = collect(self.sampler, *asked)
         rollout_s = time.perf_counter() - begun
         with interrupt.deferred():
             self.sampler.sleep()

@@ -58,7 +58,7 @@ def tiny_models(tiny_tokenizer):
     from pspo.model import tiny
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    architecture = tiny.Architecture(vocab_size=128, **sizes)
+    architecture = tiny.WordsArchitecture(task="embedded", vocab_size=128, **sizes)
     return functools.cache(lambda seed, attention: tiny.make_model(architecture, tiny_tokenizer, seed, attention))
 
 

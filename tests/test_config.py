@@ -28,6 +28,7 @@ OPTIONS = [(group, option) for group, options in groups().items() for option in 
 REQUIRED = {
     ("reward", "custom"): ["reward.function=mine.py:f"],
     ("dataset", "jsonl"): ["dataset.path=mine.jsonl"],
+    ("dataset", "reversal"): ["reward=exact"],
     ("model", "hf"): ["model.hub_id=owner/name"],
     ("objective", "custom"): [f"objective.function={Path(__file__).with_name('own_objective.py')}:Own"],
 }
@@ -129,10 +130,20 @@ def test_what_bounds_memory_alone_does_not_name_a_run():
 
 def test_a_hub_model_trains_on_gsm8k_unless_a_dataset_is_given():
     for model in groups()["model"]:
-        expected = "embedded" if model == "tiny" else "gsm8k"
         chosen = [f"model={model}", *REQUIRED.get(("model", model), [])]
-        assert composed(*chosen).dataset.name == expected
-        assert composed(*chosen, "dataset=svamp").dataset.name == "svamp"
+        assert composed(*chosen).dataset.name == {"tiny": "embedded", "reversal": "reversal"}.get(model, "gsm8k")
+        if model != "reversal":
+            assert composed(*chosen, "dataset=svamp").dataset.name == "svamp"
+
+
+def test_bits_are_read_by_their_own_policy_and_compared_as_text():
+    with pytest.raises(ConfigError, match=r"dataset.name='svamp': model=reversal reads and writes bits alone"):
+        composed("model=reversal", "dataset=svamp")
+    with pytest.raises(ConfigError, match=r"reward.name='plain': to it 011 and 11 are one number"):
+        composed("model=hf", "model.hub_id=a/b", "dataset=reversal")
+    assert composed("model=reversal", "dataset.num_bits=9").rollout.max_new_tokens == 9
+    with pytest.raises(ConfigError, match=r"optimizer.matrices='\(': is no regular expression"):
+        composed("optimizer=muon", "optimizer.matrices=(")
 
 
 def test_settings_of_the_embedded_task_are_not_taken_silently_for_another_model():

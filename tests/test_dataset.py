@@ -53,11 +53,12 @@ def test_every_option_composes_and_builds(name):
     made = config(name)
     assert made.name == name
     assert isinstance(made, dataset.EmbeddedConfig) == (name == "embedded")
-    assert ("####" in made.system_prompt) == (name != "embedded")
+    assert made.made == (name in ("embedded", "reversal"))
+    assert ("####" in made.system_prompt) != made.made
 
 
 def test_every_data_set_has_an_option_and_the_reverse():
-    assert sorted([*sources.SETS, "embedded"]) == NAMES
+    assert sorted([*sources.SETS, "embedded", "reversal"]) == NAMES
 
 
 @pytest.mark.parametrize(

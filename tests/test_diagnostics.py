@@ -239,8 +239,14 @@ def nbytes(tensor):
 
 def test_an_update_with_diagnostics_keeps_two_percent_of_the_parameters(tiny_tokenizer):
     """Bytes of all tensors that are alive at an optimizer step, before it and after it, beside an update without."""
-    architecture = tiny.Architecture(
-        vocab_size=128, hidden_size=128, intermediate_size=512, num_layers=5, num_heads=4, num_kv_heads=2
+    architecture = tiny.WordsArchitecture(
+        task="embedded",
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=512,
+        num_layers=5,
+        num_heads=4,
+        num_kv_heads=2,
     )
 
     def most_alive(record):

@@ -33,8 +33,8 @@ from pspo.model.policy import can_share, merged_weights
 from pspo.rollout import OwnSampler
 
 CPU = torch.device("cpu")
-ARCHITECTURE = tiny.Architecture(
-    vocab_size=200, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
+ARCHITECTURE = tiny.WordsArchitecture(
+    task="embedded", vocab_size=200, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2
 )
 WARM_START = WarmStart(worked_steps=3, mixed_steps=2, worked_share=0.25, batch_size=4, num_problems=32, lr=2e-3)
 
@@ -926,8 +926,8 @@ def test_autocast_samples_and_trains_float32_masters(saved, prompts, load):
 def builds(monkeypatch, tmp_path):
     """Counts how often a warm start is really trained; the cache is the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    done, train = [], warm_start._train
-    monkeypatch.setattr(warm_start, "_train", lambda *a: (done.append(a), train(*a))[1])
+    done, train = [], warm_start._made
+    monkeypatch.setattr(warm_start, "_made", lambda *a: (done.append(a), train(*a))[1])
     return done
 
 

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
 from pspo.base.schema import ConfigError, build
-from pspo.optimizer import OPTIMIZERS, SGD, AdamW, Optimizer
+from pspo.optimizer import OPTIMIZERS, SGD, AdamW, Muon, Optimizer
 
 SHARED = {"lr": 0.5, "warmup_steps": 4, "decay": "linear", "max_grad_norm": 1.0}
 ADAMW = {"name": "adamw", **SHARED, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+MUON = ADAMW | {"name": "muon", "momentum": 0.9, "adjust_lr_fn": "original"}
+MUON |= {"matrices": r".*(a|embed)\.weight", "embeddings": r"embed\.weight"}
 PLAIN = {"name": "sgd", **SHARED, "momentum": 0.3}
 
 
@@ -97,10 +99,49 @@ def test_make_takes_an_iterator():
     assert len(AdamW(**ADAMW).make(iter(model.parameters())).param_groups[0]["params"]) == 2
 
 
+def named(*shapes):
+    return [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes]
+
+
+def test_muon_takes_the_named_matrices_adamw_all_else_and_a_step_is_theirs():
+    torch.manual_seed(0)
+    groups = [{"params": named(("a.weight", (4, 2)), ("embed.weight", (2, 8)), ("a.bias", (4,)), ("head", (3, 2)))}]
+    made = Muon(**MUON).make(groups)
+    assert [group["param_names"] for group in made.param_groups] == [["a.bias", "head"], ["a.weight"], ["embed.weight"]]
+    assert [group.get("lr_factor", 1.0) for group in made.param_groups] == [1, 1, 2]  # √(8 / 2)
+    theirs = {name: torch.nn.Parameter(p.detach().clone()) for group in groups for name, p in group["params"]}
+    parts = [
+        torch.optim.AdamW([theirs["a.bias"], theirs["head"]], 0.5, (0.8, 0.95), 1e-6, 0.1, fused=True),
+        torch.optim.Muon([theirs["a.weight"]], 0.5, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original"),
+        torch.optim.Muon([theirs["embed.weight"]], 1.0, weight_decay=0.1, momentum=0.9, adjust_lr_fn="original"),
+    ]
+    for _ in range(3):
+        for name, parameter in groups[0]["params"]:
+            parameter.grad = torch.randn_like(parameter)
+            theirs[name].grad = parameter.grad.clone()
+        for group in made.param_groups:  # as an update sets them
+            group["lr"] = 0.5 * group.get("lr_factor", 1.0)
+        for part in [made, *parts]:
+            part.step()
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in groups[0]["params"])
+    again = Muon(**MUON).make(groups)
+    again.load_state_dict(made.state_dict())
+    assert str(again.state_dict()) == str(made.state_dict())
+    made.zero_grad()
+    assert all(parameter.grad is None for _, parameter in groups[0]["params"])
+
+
+def test_muon_without_matrices_or_without_anything_else():
+    only = Muon(**MUON).make([{"params": named(("a.weight", (4, 2))), "lr_factor": 3.0}])
+    assert [(group["param_names"], group["lr_factor"]) for group in only.param_groups] == [(["a.weight"], 3.0)]
+    with pytest.raises(ConfigError, match=r"optimizer.matrices=.*: no trained matrix has such a name"):
+        Muon(**MUON).make([{"params": named(("a.bias", (4,)))}])
+
+
 # --- configuration
 
 
-@pytest.mark.parametrize("values", [ADAMW, PLAIN], ids=lambda v: v["name"])
+@pytest.mark.parametrize("values", [ADAMW, PLAIN, MUON], ids=lambda v: v["name"])
 def test_name_selects_the_class(values):
     made = build(Optimizer, values)
     assert type(made) is OPTIMIZERS[values["name"]]

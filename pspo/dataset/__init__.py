@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 from pspo.base.files import digest
 from pspo.base.schema import ConfigError, Schema, key, unknown
 from pspo.base.stream import Stream, generator
-from pspo.dataset import embedded, sources
+from pspo.dataset import embedded, reversal, sources
 from pspo.dataset.problem import Problem, Splits
 from pspo.dataset.prompt import Prompt, encode, prompt_date, render
 from pspo.host import hub
@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 class DatasetConfig(Schema, block="dataset"):
     """Which problems, and what a prompt looks like."""
 
-    name: Literal["embedded", "gsm8k", "svamp", "asdiv", "asdiv_split", "math500", "math", "jsonl"] = key(
+    replacement: ClassVar[bool] = False
+    """Whether each training problem is drawn on its own, as in ``order``."""
+
+    name: Literal["embedded", "reversal", "gsm8k", "svamp", "asdiv", "asdiv_split", "math500", "math", "jsonl"] = key(
         "the data set"
     )
     path: str | None = key("a file or folder to read instead of the Hugging Face Hub, or null", path=True)
@@ -51,7 +54,13 @@ class DatasetConfig(Schema, block="dataset"):
 
     @classmethod
     def select(cls, values: Mapping[str, Any]) -> type[Self]:
-        return cast(type[Self], EmbeddedConfig) if values.get("name") == "embedded" else cls
+        kinds = {"embedded": EmbeddedConfig, "reversal": ReversalConfig}
+        return cast(type[Self], kinds.get(str(values.get("name")), cls))
+
+    @property
+    def made(self) -> bool:
+        """Whether the problems are made in memory, from no file."""
+        return isinstance(self, EmbeddedConfig | ReversalConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +75,35 @@ class EmbeddedConfig(DatasetConfig):
         for name, split in (("num_validation", "validation"), ("num_test", "test")):
             if getattr(self, name) > (num := len(embedded.tales()[split])):
                 raise self.refuse(name, f"there are {num} different ones")
-        if self.path is not None:
-            raise self.refuse("path", "dataset=embedded is made, not read; use dataset=jsonl for a file of your own")
+        _check_no_path(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversalConfig(DatasetConfig):
+    """Token reversal: the problems of training, validation and test are the same 2^H, as published."""
+
+    replacement: ClassVar[bool] = True
+
+    num_bits: int = key("H: bits of a prompt, whose reverse is the answer", within="[1, 16]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_validation > 2**self.num_bits:
+            raise self.refuse("num_validation", f"there are {2**self.num_bits} prompts of {self.num_bits} bits")
+        if self.shots:
+            raise self.refuse("shots", "the policy of this task reads bits alone; set dataset.shots=0")
+        _check_no_path(self)
+
+
+def _check_no_path(config: DatasetConfig) -> None:
+    if config.path is not None:
+        why = f"dataset={config.name} is made, not read; use dataset=jsonl for a file of your own"
+        raise config.refuse("path", why)
 
 
 def check(config: DatasetConfig, *, training: bool = False) -> None:
     """Refuse a path without known files, and ``training`` where there is no training split. Raises ConfigError."""
-    if isinstance(config, EmbeddedConfig):
+    if config.made:
         return
     if config.path is None and config.name == "jsonl":
         raise config.refuse("path", "dataset=jsonl needs dataset.path=<file, or folder with train.jsonl>")
@@ -105,6 +136,9 @@ def load(config: DatasetConfig, seed: int) -> Splits:
     taken. The same ``shots`` of the training problems, with every seed, are held out as examples.
     """
     check(config)
+    if isinstance(config, ReversalConfig):
+        every = reversal.load(config.num_bits)
+        return Splits(every, _limit(every, config.num_validation), {config.name: _limit(every, config.test_limit)})
     if isinstance(config, EmbeddedConfig):
         sizes = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
         problems = {("embedded", split): embedded.load(split, num) for split, num in sizes.items()}
@@ -173,8 +207,14 @@ def _place(name: str, folder: str | None) -> tuple[str, str | None]:
     return name, str(Path(folder, name))
 
 
-def order(num_problems: int, seed: int, start: int, count: int) -> list[int]:
-    """Problems number ``start`` to ``start + count`` of endless epochs, each a shuffle drawn from (seed, epoch)."""
+def order(num_problems: int, seed: int, start: int, count: int, replacement: bool = False) -> list[int]:
+    """Problems number ``start`` to ``start + count`` of endless epochs, each a shuffle drawn from (seed, epoch).
+
+    With ``replacement`` each is drawn on its own, from (seed, number), so that one may come again at once.
+    """
+    if replacement:
+        numbers = range(start, start + count)
+        return [int(generator(seed, Stream.ORDER, number).integers(num_problems)) for number in numbers]
     epochs = range(start // num_problems, (start + count - 1) // num_problems + 1)
     indices = [index for epoch in epochs for index in _permutation(num_problems, seed, Stream.ORDER, epoch)]
     return indices[start % num_problems :][:count]

@@ -1,8 +1,9 @@
 """The block ``model`` of the configuration: source, precision and adapters of the policy, and the embedded one."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 from pspo.base.schema import Schema, key
 
@@ -23,20 +24,45 @@ class LoraConfig(Schema, block="model.lora"):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Schema, block="model.architecture"):
-    """The shape of the embedded policy."""
+    """The shape of a policy that this machine makes, for one of the tasks without files."""
 
-    vocab_size: int = key("tokens of the tokenizer trained on the embedded task", within="[128, 1000000]")
+    task: Literal["embedded", "reversal"] = key("the data set that the policy is made for", before="embedded")
     hidden_size: int = key("width of the residual stream", within="[8, inf)")
-    intermediate_size: int = key("width of the gated feed-forward layers", within="[8, inf)")
     num_layers: int = key("decoder layers", within="[1, inf)")
     num_heads: int = key("attention heads", within="[1, inf)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_divides("num_heads", "hidden_size")
+
+    def _check_divides(self, part: str, whole: str) -> None:
+        if getattr(self, whole) % getattr(self, part):
+            raise self.refuse(part, f"must divide model.architecture.{whole}={getattr(self, whole)}")
+
+    @classmethod
+    def select(cls, values: Mapping[str, Any]) -> type[Self]:
+        kind = BitsArchitecture if values.get("task") == "reversal" else WordsArchitecture
+        return cast(type[Self], kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsArchitecture(Architecture):
+    """A Qwen2 policy for the word problems of dataset=embedded."""
+
+    vocab_size: int = key("tokens of the tokenizer trained on the embedded task", within="[128, 1000000]")
+    intermediate_size: int = key("width of the gated feed-forward layers", within="[8, inf)")
     num_kv_heads: int = key("key and value heads, shared by groups of attention heads", within="[1, inf)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for part, whole in (("num_heads", "hidden_size"), ("num_kv_heads", "num_heads")):
-            if getattr(self, whole) % getattr(self, part):
-                raise self.refuse(part, f"must divide model.architecture.{whole}={getattr(self, whole)}")
+        self._check_divides("num_kv_heads", "num_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsArchitecture(Architecture):
+    """A decoder over two tokens for dataset=reversal."""
+
+    num_bits: int = key("bits of a prompt; there are twice as many positions", within="[1, 16]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +100,14 @@ class ModelConfig(Schema, block="model"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.made_here and not (self.architecture and self.warm_start):
+        words = isinstance(self.architecture, WordsArchitecture)
+        if self.made_here and not (self.warm_start if words else self.architecture):
             raise self.refuse(
                 "path", "give a local folder or .gguf file, or choose model=tiny or one that has a hub_id"
             )
         if not self.made_here and (self.architecture or self.warm_start):
-            why = "has the embedded task's lengths, learning rate and budget; choose model=hf for another model"
+            task = self.architecture.task if self.architecture else "embedded"
+            why = f"has the {task} task's lengths, learning rate and budget; choose model=hf for another model"
             raise self.refuse("path" if self.hub_id is None else "hub_id", f"model={self.name} {why}")
         if self.autocast and self.dtype == "float64":
             raise self.refuse("autocast", "goes with model.dtype=float32 only")

@@ -48,7 +48,7 @@ class Policy:
     def pad_id(self) -> int:
         """A token for positions that nothing looks at."""
         pad_id = self.tokenizer.pad_token_id
-        return self.stop_ids[0] if pad_id is None else int(pad_id)
+        return (self.stop_ids or [0])[0] if pad_id is None else int(pad_id)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that the optimizer changes, by name."""
@@ -177,7 +177,8 @@ def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Where generation stops: the end of a document and the chat template's end of a turn, which may differ.
 
-    Base models such as Qwen2.5 name ``<|endoftext|>`` as EOS while their template closes turns with ``<|im_end|>``.
+    Base models such as Qwen2.5 name ``<|endoftext|>`` as EOS while their template closes turns with ``<|im_end|>``. A
+    tokenizer without any special token has no stop: each completion has the one length, and is finished there.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = {
@@ -185,7 +186,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
         end_of_turn(tokenizer),
         *(configured if isinstance(configured, list) else [configured]),
     }
-    if ids == {None}:
+    if ids == {None} and tokenizer.all_special_ids:
         raise ConfigError("the model names no end-of-text token; set eos_token in its tokenizer_config.json")
     return sorted(ids - {None})
 
@@ -208,12 +209,12 @@ def can_share(model: Any) -> bool:
     A decoder with a sliding window or a state in a layer cannot share. A probe without autocast decides: the hidden
     states of two completions that share a prompt may differ from the states in separate rows by 1e-4 of their norm.
     """
-    config = model.config.get_text_config()
+    config, size = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
     window = "window" if getattr(config, "sliding_window", None) else "full_attention"
     kinds = set(getattr(config, "layer_types", None) or [window])
     if kinds != {"full_attention"} or config._attn_implementation != "sdpa":
         return False
-    prompt, completions = [1, 2, 3], [[4, 5, 0], [6, 7, 0]]
+    prompt, *completions = ([token % size for token in row] for row in ([1, 2, 3], [4, 5, 0], [7, 6, 0]))
     try:
         apart, shared = (
             predicting_states(model.get_decoder(), make_batch(bundles, 0, model.device))

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pspo.model.config import Architecture
+from pspo.model.config import WordsArchitecture
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return encoder
 
 
-def make_model(architecture: Architecture, tokenizer: Any, seed: int, attention: str) -> Qwen2ForCausalLM:
+def make_model(architecture: WordsArchitecture, tokenizer: Any, seed: int, attention: str) -> Qwen2ForCausalLM:
     """A Qwen2 model with weights drawn from ``seed``, in float32 on the CPU."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""Supervised learning, one loop for every model, and by it the warm start of the embedded policy.
+"""Supervised learning, one loop for every model; by it the warm start, and the making, of the policies made here.
 
 The warm start shows the working of a problem at first, then mostly the bare answer: the policy mostly answers directly
 and wrong, yet is mostly right when it works step by step. Reinforcement learning has this way of working to discover.
@@ -19,14 +19,14 @@ from pspo.base.console import track
 from pspo.base.stream import Stream, generator
 from pspo.dataset import Problem, embedded, problem, render
 from pspo.host import interrupt
-from pspo.model import tiny
+from pspo.model import bits, tiny
 from pspo.model.batch import Batch, make_batch
-from pspo.model.config import ModelConfig
+from pspo.model.config import BitsArchitecture, ModelConfig, WordsArchitecture
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.model.source import made_once
 
 log = logging.getLogger("pspo")
-CODE = ("tiny", "warm_start", "batch", "logprob")  # modules of this folder that influence the weights
+CODE = ("tiny", "bits", "warm_start", "batch", "logprob")  # modules of this folder that influence the weights
 Steps = Iterable[tuple[Sequence[Batch], float]]  # the micro-batches and the learning rate of each optimizer step
 
 
@@ -71,25 +71,26 @@ def _logprobs(model: Any, batch: Batch, autocast: bool) -> Tensor:
 
 
 def cached(config: ModelConfig, seed: int) -> Path:
-    """The folder of the warm-started policy and its tokenizer; made on first use, shared by all arms at one seed."""
+    """The folder of a policy that is made here and its tokenizer; on first use, shared by all arms at one seed."""
 
     def make(directory: Path) -> None:
-        for part in _train(config, seed):
+        for part in _made(config, seed):
             part.save_pretrained(directory)
 
     return made_once("warm_start", _digest(config, seed), make)
 
 
 def tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the embedded policy, which needs no warm start and is the same for every seed."""
-    assert config.architecture is not None
+    """The tokenizer of a policy that is made here, which needs no warm start and is the same for every seed."""
+    if isinstance(config.architecture, BitsArchitecture):
+        return bits.make_tokenizer()
+    assert isinstance(config.architecture, WordsArchitecture)
     texts = [text for problem in _problems(config) for text in (problem.question, problem.solution)]
     return tiny.train_tokenizer(texts, config.architecture.vocab_size)
 
 
 def _problems(config: ModelConfig) -> list[Problem]:
-    assert config.warm_start is not None
-    return embedded.load("train", config.warm_start.num_problems)
+    return embedded.load("train", config.warm_start.num_problems) if config.warm_start else []
 
 
 def _digest(config: ModelConfig, seed: int) -> str:
@@ -101,11 +102,14 @@ def _digest(config: ModelConfig, seed: int) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def _train(config: ModelConfig, seed: int) -> tuple[Any, Any]:
-    """The policy, trained on solutions, and its tokenizer."""
+def _made(config: ModelConfig, seed: int) -> tuple[Any, Any]:
+    """The policy, trained on solutions if it has a warm start, and its tokenizer."""
     settings, architecture = config.warm_start, config.architecture
+    if isinstance(architecture, BitsArchitecture):
+        made = bits.make_model(architecture, seed, config.attention).to(getattr(torch, config.dtype))
+        return made.eval(), bits.make_tokenizer()
+    assert isinstance(architecture, WordsArchitecture)
     assert settings is not None
-    assert architecture is not None
     encoder, problems = tokenizer(config), _problems(config)
     policy = tiny.make_model(architecture, encoder, seed, config.attention).to(getattr(torch, config.dtype))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)

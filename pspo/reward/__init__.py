@@ -2,11 +2,11 @@
 
 from pspo.base.files import CONF, read_yaml
 from pspo.base.schema import build
-from pspo.reward.base import Answered, Attempt, Paper, Plain, Reward, RewardError, Score
+from pspo.reward.base import Answered, Attempt, Exact, Paper, Plain, Reward, RewardError, Score
 from pspo.reward.custom import Custom
 from pspo.reward.verify import Math
 
-Reward.kinds = {"plain": Plain, "paper": Paper, "math": Math, "custom": Custom}
+Reward.kinds = {"plain": Plain, "paper": Paper, "math": Math, "exact": Exact, "custom": Custom}
 
 
 def default_reward(name: str) -> Reward:

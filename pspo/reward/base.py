@@ -61,7 +61,9 @@ class Reward(Schema, ABC, block="reward"):
 
     refuses_wrong_golds: ClassVar[bool] = True
 
-    name: str = key("plain: 0/1 and a format bonus; paper: as published; math: plain for LaTeX; custom: yours")
+    name: str = key(
+        "plain: 0/1 and a format bonus; paper: as published; math: plain for LaTeX; exact: the same text; custom: yours"
+    )
 
     @abstractmethod
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
@@ -110,6 +112,17 @@ class Paper(Reward):
 
     def __call__(self, completions: Sequence[Answered]) -> list[Score]:
         return [_shaped(_grade(completion, 0.05)) for completion in completions]
+
+
+class Exact(Reward):
+    """1 for a completion whose whole text is the gold answer, else 0."""
+
+    def __call__(self, completions: Sequence[Answered]) -> list[Score]:
+        right = [completion.text == completion.problem.answer for completion in completions]
+        return [Score(float(correct), correct, {}, parsed=True) for correct in right]
+
+    def ungradable(self, problems: Sequence[Problem]) -> list[Problem]:
+        return []
 
 
 def _grade(completion: Answered, format_bonus: float) -> Score:

@@ -15,9 +15,16 @@ from pspo.rollout.sample import Completion, RolloutConfig, Sampler
 
 
 def collect(
-    sampler: Sampler, train: Sequence[Prompt], reward: Reward, config: RolloutConfig, seed: int, step: int, start: int
+    sampler: Sampler,
+    train: Sequence[Prompt],
+    reward: Reward,
+    config: RolloutConfig,
+    seed: int,
+    step: int,
+    start: int,
+    replacement: bool = False,
 ) -> list[Completion]:
-    """Sample and score one step's completions, group by group, from place ``start`` of the data order on.
+    """Sample and score one step's completions, group by group, from place ``start`` of the data ``order`` on.
 
     The place is part of a prompt's random key, so that a problem drawn twice gets other completions. Under dynamic
     sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal are replaced by other prompts.
@@ -26,7 +33,7 @@ def collect(
     missing = config.prompts
     for _ in range(config.max_redraws + 1):
         place = start + len(completions) // config.group_size
-        drawn = enumerate(order(len(train), seed, place, missing), start=place)
+        drawn = enumerate(order(len(train), seed, place, missing, replacement), start=place)
         prompts = [replace(train[index], place=place) for place, index in drawn]
         sampled = sampler.sample(prompts, config.group_size, [seed, Stream.TRAIN, step])
         for completion, score in zip(sampled, reward(sampled), strict=True):

@@ -21,20 +21,21 @@ def advice(config: Config) -> list[str]:
     other_terms = config.loss.kl_weight or config.loss.entropy_weight or shares_trunk  # which 1 - alpha weighs against
     if not config.objective.linear or alpha is None or (alpha == 0 and smoothing.constant) or other_terms:
         rescaling = ""
-    elif not isinstance(config.optimizer, AdamW):
+    elif not config.optimizer.scale_free:
         rescaling = (
             f"{factor}: under optimizer={config.optimizer.name} this is noclip at a learning rate of lr (1 - alpha), "
             "as far as gradient-norm clipping does not act"
         )
     elif not smoothing.constant:
         rescaling = (
-            f"smoothing={smoothing.name} under optimizer=adamw: {factor}, so an alpha that changes only weighs steps "
-            "against each other in Adam's moving averages; objective=pspo_geometric, pspo_relative, pspo_clip or "
-            "pspo_proportional acts as a trust region"
+            f"smoothing={smoothing.name} under optimizer={config.optimizer.name}: {factor}, so an alpha that changes "
+            "only weighs steps against each other in its moving averages; objective=pspo_geometric, pspo_relative, "
+            "pspo_clip or pspo_proportional acts as a trust region"
         )
     else:
         rescaling = (
-            f"alpha={alpha:g} is a mere rescaling here: {factor}, which optimizer=adamw takes out again, so this is "
+            f"alpha={alpha:g} is a mere rescaling here: {factor}, which optimizer={config.optimizer.name} takes out "
+            "again, so this is "
             "noclip up to norm clipping and Adam's eps; alpha acts with objective=pspo_geometric, pspo_relative or "
             "pspo_clip, optimizer=sgd, smoothing=linear or adaptive, or a KL or entropy term (loss.kl=k3 "
             "loss.kl_weight=0.01, loss.entropy_weight=0.01)"

@@ -135,10 +135,10 @@ def _logits(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: T
 
 
 def _until_stop(token_RT: Tensor, logprob_RT: Tensor, stop_ids: Tensor) -> list[tuple[list[int], list[float], bool]]:
-    """Each row up to its first stop token."""
+    """Each row up to its first stop token; whole and finished where there is no stop token."""
     stops_RT = torch.isin(token_RT, stop_ids)
-    finished_R = stops_RT.any(1)
-    length_R = torch.where(finished_R, stops_RT.int().argmax(1) + 1, token_RT.shape[1])
+    finished_R = stops_RT.any(1) | (len(stop_ids) == 0)
+    length_R = torch.where(stops_RT.any(1), stops_RT.int().argmax(1) + 1, token_RT.shape[1])
     columns = (column.tolist() for column in (token_RT, logprob_RT, length_R, finished_R))
     return [(ids[:n], logprobs[:n], finished) for ids, logprobs, n, finished in zip(*columns, strict=True)]
 

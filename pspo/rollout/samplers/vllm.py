@@ -93,7 +93,8 @@ class VllmSampler:
             while engine.has_unfinished_requests():
                 interrupt.check()
                 for result in engine.step():
-                    written[result.request_id] = _completion(stop, *requests[result.request_id], result.outputs[0])
+                    asked = requests[result.request_id]
+                    written[result.request_id] = _completion(stop, not stop_ids, *asked, result.outputs[0])
         finally:
             engine.abort_request([name for name in requests if name not in written])
         return [written[name] for name in requests]
@@ -109,11 +110,14 @@ class VllmSampler:
             )
 
 
-def _completion(stop: StopStrings, prompt: Prompt, sample: int, output: Any) -> Completion:
-    """A finished output of vLLM's, cut at the stop strings, with the log-probabilities that it was drawn by."""
+def _completion(stop: StopStrings, endless: bool, prompt: Prompt, sample: int, output: Any) -> Completion:
+    """A finished output of vLLM's, cut at the stop strings, with the log-probabilities that it was drawn by.
+
+    The text of an ``endless`` policy, which has no stop token, is finished at its one length.
+    """
     token_ids = list(output.token_ids)
     logprobs = [step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)]
-    row = token_ids, logprobs, output.finish_reason == "stop"
+    row = token_ids, logprobs, output.finish_reason == "stop" or endless
     token_ids, logprobs, finished = stop.cut(*row) if stop.strings else row
     return Completion(prompt, sample, token_ids, logprobs, finished, stop.text(token_ids))
 
