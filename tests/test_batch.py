@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pspo.model.attention import BY_MASK, dense, what_sees_what
 from pspo.model.batch import make_batch
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.update.rows import Row, column
@@ -34,7 +35,7 @@ def test_by_hand():
     assert batch.mask_BT.tolist() == [[True, True, False], [True, True, True]]
     assert batch.source_BT[batch.mask_BT].tolist() == [2, 3, 4, 5, 6]
     assert batch.owner_RS.tolist() == [[0, 0, 0, 1], [0, 1, 1, -1]]
-    assert not batch.shared
+    assert batch.layout == "apart"
 
 
 def test_a_shared_prompt_by_hand():
@@ -52,7 +53,65 @@ def test_a_shared_prompt_by_hand():
     assert not batch.attention[1, 0, 0, 1:].any()  # and nobody sees padding
     assert batch.source_BT[batch.mask_BT].tolist() == [1, 2, 1, 3, 4, 5]
     assert batch.owner_RS.tolist() == [[0, 0, 1, 2, 2], [0, -1, -1, -1, -1]]
-    assert batch.shared
+    assert batch.layout == "shared"
+
+
+def test_packed_texts_stand_in_one_row_and_do_not_see_each_other():
+    apart, packed = (make_batch([([5, 6], [[1, 2], [3, 4, 9]]), ([8], [[7, 7]])], 0, CPU, way) for way in (False, True))
+    assert packed.layout == "packed"
+    assert packed.input_ids_RS.shape == (1, 128)
+    assert packed.input_ids_RS[0, :8].tolist() == [5, 6, 1, 3, 4, 8, 7, 0]
+    assert packed.text_RS[0, :8].tolist() == [0] * 5 + [1] * 2 + [-1]
+    assert packed.owner_RS[0, :8].tolist() == [0, 0, 1, 2, 2, 0, 1, -1]
+    seen = dense(what_sees_what(packed.text_RS, packed.owner_RS, packed.position_RS), packed.input_ids_RS)[0, 0]
+    assert torch.equal(seen[:5, :5], apart.attention[0, 0])
+    assert torch.equal(seen[5:7, 5:7], apart.attention[1, 0, :2, :2])
+    assert not seen[5:7, :5].any() | seen[:5, 5:].any() | seen[:7, 7:].any()
+    assert torch.equal(packed.attention.to_dense()[0, 0], torch.ones(1, 1))  # its one block
+    assert torch.equal(packed.token_ids_BT, apart.token_ids_BT)
+
+
+def test_blocks_in_which_nothing_is_seen_are_left_out():
+    prompt, completions = [7] * 256, [[7] * 257] * 2
+    batch = make_batch([(prompt, completions), (prompt, completions[:1])], 0, CPU, packed=True)
+    blocks = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]  # of the first text
+    blocks += [[1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]  # its second completion does not see the first
+    seen = batch.attention.to_dense()[0, 0]
+    assert seen[:6, :6].tolist() == blocks
+    assert not seen[6:, :6].any() | seen[:6, 6:].any()
+
+
+def packing(policy, device=CPU):
+    """The policy as ``load`` has it for FlexAttention on a GPU."""
+    policy.model.to(device).set_attn_implementation(BY_MASK)
+    return policy
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_packed_texts_have_the_numbers_of_padded_rows(tiny_policy, autocast):
+    model = packing(tiny_policy(attention="sdpa")).model
+    found = []
+    for packed in (False, True):
+        batch = make_batch(bundled([3, 1, 2]), 0, CPU, packed)
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # without a compiler of C++
+            hidden_NH = predicting_states(model.get_decoder(), batch, autocast)
+            found.append(token_logprobs(model, batch, hidden_NH, 1.0, autocast)[0])
+    bound = 2e-2 if autocast else 1e-5
+    torch.testing.assert_close(found[1], found[0], atol=bound, rtol=bound)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_packed_texts_have_the_gradient_of_padded_rows(tiny_policy, autocast):
+    policy = packing(tiny_policy(attention="sdpa"), torch.device("cuda"))
+    found = []
+    for packed in (False, True):
+        batch = make_batch(bundled([3, 1, 2]) * 40, 0, policy.device, packed)
+        policy.model.zero_grad()
+        hidden_NH = predicting_states(policy.model.get_decoder(), batch, autocast)
+        (token_logprobs(policy.model, batch, hidden_NH, 1.0, autocast)[0] ** 2).mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in policy.trainable().values()]))
+    assert (found[1] - found[0]).norm() <= (3e-2 if autocast else 1e-3) * found[0].norm()
 
 
 def test_the_token_after_each_position_is_the_one_it_predicts():

@@ -184,7 +184,7 @@ def test_a_file_is_not_a_directory(tmp_path):
         ({"hub_id": "a/b", "architecture": ARCHITECTURE}, "model.hub_id='a/b': model=test has the embedded task's"),
         ({"hub_id": "a/b", "warm_start": WARM_START}, "; choose model=hf for another model"),
         ({"autocast": True, "dtype": "float64"}, "model.autocast=True: goes with model.dtype=float32 only"),
-        ({"attention": "grouped"}, "model.attention must be one of eager, sdpa, got 'grouped'"),
+        ({"attention": "grouped"}, "model.attention must be one of eager, sdpa, flex, got 'grouped'"),
         ({"attention": "eager", "dtype": "float64"}, "model.attention='eager': goes with model.dtype=float32 only"),
         ({"dtype": "bfloat16"}, "model.dtype must be one of float32, float64"),
     ],

@@ -440,14 +440,14 @@ def test_it_is_interrupted_between_two_tokens(policy, prompts, monkeypatch):
 
 def test_nothing_is_left_of_the_cache(policy, prompts, monkeypatch):
     """Else a GPU would hold it through the updates, until Python happens to look for cycles."""
-    made, library = [], own.DynamicCache
+    made, make = [], own.make_cache
 
-    def cache(**settings):
-        kept = library(**settings)
+    def cache(config):
+        kept = make(config)
         made.append(weakref.ref(kept))
         return kept
 
-    monkeypatch.setattr(own, "DynamicCache", cache)
+    monkeypatch.setattr(own, "make_cache", cache)
     gc.disable()
     try:
         sampled(policy, prompts, max_rows=9)

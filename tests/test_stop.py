@@ -78,11 +78,11 @@ def test_a_base_model_without_a_template_ends_its_answer_before_the_next_questio
 
 
 def test_rows_stop_being_decoded_and_without_stop_strings_no_text_is_looked_at(policy, prompts, monkeypatch):
-    looked, decoded, logits = [], [], own._logits
+    looked, decoded, states = [], [], own._states
     monkeypatch.setattr(
         StopStrings, "completed", lambda self, ids, f=StopStrings.completed: looked.append(1) or f(self, ids)
     )
-    monkeypatch.setattr(own, "_logits", lambda *given: decoded.append(len(given[2])) or logits(*given))
+    monkeypatch.setattr(own, "_states", lambda *given: decoded.append(len(given[2])) or states(*given))
     policy = dataclasses.replace(policy, stop_ids=[3])
     sampled(policy, prompts)
     assert looked == []

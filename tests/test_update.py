@@ -131,9 +131,11 @@ def blank(prompt, length):
     lengths=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 60)), min_size=1, max_size=40),
     max_tokens=st.integers(1, 400),
     shares=st.booleans(),
+    packs=st.booleans(),
 )
-def test_pack_takes_every_row_once_and_keeps_to_its_budget(one_policy, lengths, max_tokens, shares):
-    rows, policy = [blank([9] * p, c) for p, c in lengths], replace(one_policy, shares_prompts=shares)
+def test_pack_takes_every_row_once_and_keeps_to_its_budget(one_policy, lengths, max_tokens, shares, packs):
+    policy = replace(one_policy, shares_prompts=shares, packs=packs)
+    rows = [blank([9] * p, c) for p, c in lengths]
     packed = pack(rows, max_tokens, policy)
     assert sorted(i for bundles in packed for bundle in bundles for i in bundle) == list(range(len(rows)))
     for bundles in packed:
@@ -142,8 +144,9 @@ def test_pack_takes_every_row_once_and_keeps_to_its_budget(one_policy, lengths, 
         assert shares or all(len(bundle) == 1 for bundle in bundles)
         assert all(len({len(rows[i].prompt_ids) for i in bundle}) == 1 for bundle in bundles)
         batch = batch_of(rows, policy, bundles)  # which takes the prompt of the first of a bundle
-        assert batch.shared == any(len(bundle) > 1 for bundle in bundles)
-        assert len(bundles) == len(batch.input_ids_RS) == 1 or batch.input_ids_RS.numel() <= max_tokens
+        one = "packed" if packs else "shared" if any(len(bundle) > 1 for bundle in bundles) else "apart"
+        assert batch.layout == one
+        assert len(bundles) == 1 or batch.input_ids_RS.numel() <= max_tokens
         num_tokens = int((batch.owner_RS >= 0).sum())
         assert num_tokens <= sum(lengths[i][0] + lengths[i][1] - 1 for bundle in bundles for i in bundle)
 

@@ -89,7 +89,9 @@ class ModelConfig(Schema, block="model"):
     )
     dtype: Literal["float32", "float64"] = key("of weights and optimizer; bfloat16 would lose updates at lr 5e-7")
     autocast: bool = key("matrix products in bfloat16, on float32 masters")
-    attention: Literal["eager", "sdpa"] = key("implementation of attention, as transformers names it")
+    attention: Literal["eager", "sdpa", "flex"] = key(
+        "implementation of attention, as transformers names it; flex, on a GPU, is sdpa whose updates have no padding"
+    )
     gradient_checkpointing: bool = key("recompute activations in the backward pass: less memory, more time")
     chat_template_kwargs: dict[str, Any] = key(
         "variables of the chat template by name, such as enable_thinking", before={}

@@ -18,6 +18,7 @@ from pspo.base.files import SaveError, new_directory
 from pspo.base.schema import ConfigError
 from pspo.dataset.prompt import TEMPLATE_ERRORS
 from pspo.model import source, warm_start
+from pspo.model.attention import BY_MASK
 from pspo.model.batch import make_batch
 from pspo.model.config import ModelConfig
 from pspo.model.logprob import predicting_states, raised
@@ -37,6 +38,7 @@ class Policy:
     autocast: bool
     gradient_checkpointing: bool
     shares_prompts: bool = False  # whether completions may share one copy of their prompt (``can_share``)
+    packs: bool = False  # whether texts stand in one row without padding, as FlexAttention has them
     adapters_off: bool = False  # whether ``scoring`` is without the adapters
 
     @property
@@ -93,7 +95,9 @@ def tokenizer(config: ModelConfig) -> Any:
 def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
     """The policy that a run starts from: the same weights for every objective at one seed. Raises ConfigError."""
     directory = warm_start.cached(config, seed) if config.made_here else source.locate(config)
-    model = read_model(directory, getattr(torch, config.dtype), attn_implementation=config.attention)
+    flex = config.attention == "flex" and device.type == "cuda"
+    attention = BY_MASK if flex else "sdpa" if config.attention == "flex" else config.attention
+    model = read_model(directory, getattr(torch, config.dtype), attn_implementation=attention)
     if config.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.16
         enable({"use_reentrant": False})
@@ -102,7 +106,8 @@ def load(config: ModelConfig, seed: int, device: torch.device) -> Policy:
     model.to(device).eval()
     _check_head(config, model)
     encoder, shares = _with_variables(read_tokenizer(directory), config), can_share(model)
-    return Policy(model, encoder, stop_ids(model, encoder), config.autocast, config.gradient_checkpointing, shares)
+    about = (config.autocast, config.gradient_checkpointing, shares, shares and flex)
+    return Policy(model, encoder, stop_ids(model, encoder), *about)
 
 
 def save(policy: Policy, directory: Path, probe: Sequence[int] = ()) -> None:
@@ -212,7 +217,7 @@ def can_share(model: Any) -> bool:
     config, size = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
     window = "window" if getattr(config, "sliding_window", None) else "full_attention"
     kinds = set(getattr(config, "layer_types", None) or [window])
-    if kinds != {"full_attention"} or config._attn_implementation != "sdpa":
+    if kinds != {"full_attention"} or config._attn_implementation not in ("sdpa", BY_MASK):
         return False
     prompt, *completions = ([token % size for token in row] for row in ([1, 2, 3], [4, 5, 0], [7, 6, 0]))
     try:

@@ -14,6 +14,7 @@ from pspo.advantage import Advantage, Critic
 from pspo.base.schema import Schema, key
 from pspo.loss import LossConfig, batch_statistics
 from pspo.model import Policy
+from pspo.model.attention import BLOCK_POSITIONS
 from pspo.model.batch import Batch, make_batch, scatter
 from pspo.model.logprob import predicting_states, token_logprobs
 from pspo.objective import Objective, ObjectiveInput
@@ -187,7 +188,7 @@ def micro_batches(rows: Sequence[Row], policy: Policy, max_tokens: int) -> Itera
 def batch_of(rows: Sequence[Row], policy: Policy, bundles: RowIndices) -> Batch:
     """The tokens of one micro-batch of rows."""
     texts = [(rows[bundle[0]].prompt_ids, [rows[i].token_ids for i in bundle]) for bundle in bundles]
-    return make_batch(texts, policy.pad_id, policy.device)
+    return make_batch(texts, policy.pad_id, policy.device, policy.packs)
 
 
 def column(rows: Sequence[Row], name: str, like_BT: Tensor) -> Tensor:
@@ -202,9 +203,12 @@ def pack(rows: Sequence[Row], max_tokens: int, policy: Policy) -> list[RowIndice
 
     A micro-batch has at most ``max_tokens`` padded positions, or one bundle. Of all ways to cut the bundles in the
     order of their length, the chosen one minimises padded positions plus ``OVERHEAD_POSITIONS`` for every micro-batch.
+    Packed bundles have no padding: each micro-batch takes the next ones in their order, as many as go in.
     """
     bundles = _bundles(rows, max_tokens, policy)
     lengths = [len(rows[bundle[0]].prompt_ids) + sum(len(rows[i].token_ids) - 1 for i in bundle) for bundle in bundles]
+    if policy.packs:
+        return _filled(bundles, lengths, max_tokens)
     by_length = sorted(range(len(bundles)), key=lambda n: lengths[n])
     parts = _least_padded([lengths[n] for n in by_length], max_tokens, OVERHEAD_POSITIONS[policy.device.type])
     return [[bundles[n] for n in by_length[part]] for part in parts]
@@ -232,6 +236,18 @@ def _bundles(rows: Sequence[Row], max_tokens: int, policy: Policy) -> RowIndices
         bundle.append(i)
         last[prompt] = bundle, tokens + own
     return bundles
+
+
+def _filled(bundles: RowIndices, lengths: Sequence[int], max_tokens: int) -> list[RowIndices]:
+    """Cut bundles into runs of whole blocks of attention, at most ``max_tokens`` positions, or of one bundle."""
+    runs, room = list[RowIndices](), 0
+    for bundle, length in zip(bundles, lengths, strict=True):
+        if not runs or length > room:
+            runs.append([])
+            room = max_tokens - max_tokens % BLOCK_POSITIONS
+        runs[-1].append(bundle)
+        room -= length
+    return runs
 
 
 def _least_padded(lengths: Sequence[int], max_tokens: int, overhead: int) -> list[slice]:

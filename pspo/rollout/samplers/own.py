@@ -3,7 +3,9 @@
 Shape suffixes: R completions of T positions, B unfinished ones, P prompts of S positions, V vocabulary, K ranks.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from pspo.host.memory import halving
 from pspo.model import Policy
 from pspo.model.logprob import autocast_to_bfloat16, raised
 from pspo.rollout.sample import Completion, RolloutConfig, random_key
+from pspo.rollout.samplers.cache import make_cache
 from pspo.rollout.stop import StopStrings
 
 COMPACT_BELOW_SHARE = 0.75
@@ -90,9 +93,9 @@ def decode(
     row_B = torch.arange(num_rows, device=device)  # index in R of each row of the batch
     alive_B = torch.ones(num_rows, dtype=torch.bool, device=device)
     ids, attention, prompt_of_B = _left_padded(policy, prompts)
-    cache = DynamicCache(config=policy.model.config)
-    with autocast_to_bfloat16(device, policy.autocast):  # one context, which keeps its bfloat16 weights to its end
-        logits_BV = _logits(policy, cache, ids, attention)[prompt_of_B]
+    cache = make_cache(policy.model.config)
+    with autocast_to_bfloat16(device, policy.autocast), _cast_once(policy) as head:
+        logits_BV = head(_states(policy, cache, ids, attention))[prompt_of_B]
         cache.batch_select_indices(prompt_of_B)
         attention = attention[prompt_of_B]
         for t in range(length_T):
@@ -111,7 +114,7 @@ def decode(
                 cache.batch_select_indices(keep_B := alive_B.nonzero().squeeze(-1))
                 row_B, token_B, alive_B, attention = (x[keep_B] for x in (row_B, token_B, alive_B, attention))
             attention = F.pad(attention, (0, 1), value=1)
-            logits_BV = _logits(policy, cache, token_B[:, None], attention)
+            logits_BV = head(_states(policy, cache, token_B[:, None], attention))
     rows = _until_stop(token_RT, logprob_RT, stop_ids)
     return [stop.cut(*row) for row in rows] if stop.strings else rows
 
@@ -126,12 +129,37 @@ def _left_padded(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Tensor, 
     return ids_PS.to(policy.device), attention_PS.to(policy.device), prompt_of_R.to(policy.device)
 
 
-def _logits(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: Tensor) -> Tensor:
-    """The logits (B, V) of the next token of every row; appends ``input_ids`` to the KV cache."""
+@contextlib.contextmanager
+def _cast_once(policy: Policy) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The language-model head; under autocast, which else casts every weight for every token, linear weights are cast.
+
+    An embedding is looked up in float32, also where it is tied to the head.
+    """
+    head = policy.model.get_output_embeddings()
+    if not policy.autocast:
+        yield head
+        return
+    linears = [module for module in policy.model.get_decoder().modules() if isinstance(module, torch.nn.Linear)]
+    weights = [module.weight.data for module in linears]
+    with torch.inference_mode(False), torch.no_grad():  # of an inference tensor no parameter is made
+        weight_VH = head.weight.to(torch.bfloat16)
+        try:
+            for module in linears:
+                module.weight.data = module.weight.data.to(torch.bfloat16)
+            with torch.inference_mode():
+                yield functools.partial(F.linear, weight=weight_VH, bias=head.bias)
+        finally:
+            for module, weight in zip(linears, weights, strict=True):
+                module.weight.data = weight
+
+
+def _states(policy: Policy, cache: DynamicCache, input_ids: Tensor, attention: Tensor) -> Tensor:
+    """The hidden states (B, H) that predict the next token of every row; appends ``input_ids`` to the KV cache."""
     position_ids = (attention.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
     inputs = {"input_ids": input_ids, "attention_mask": attention, "position_ids": position_ids}
-    logits_BSV: Tensor = policy.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits_BSV[:, -1]
+    decoder = policy.model.get_decoder()
+    states_BSH: Tensor = decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    return states_BSH[:, -1]
 
 
 def _until_stop(token_RT: Tensor, logprob_RT: Tensor, stop_ids: Tensor) -> list[tuple[list[int], list[float], bool]]:
