@@ -73,6 +73,7 @@ PRESETS = {
     "tiny": Preset(("device=cpu",)),
     "vocab": Preset(("device=cpu", *SMALL), VOCAB),
     "smollm2": Preset(SMOLLM2, step="≥ 4", floor="≤ 3.3"),
+    "reversal": Preset(("device=cpu", "model=reversal", "dataset=reversal"), floor="≤ 2.5"),
     "qwen0_5b": Preset(("model=qwen0_5b", *GPU), _shape(896, 4864, 24, 14, 2), 64, "≥ 10", "≥ 10"),
     "qwen1_5b": Preset(
         ("model=qwen1_5b", *GPU, "update.max_tokens=8192"), _shape(1536, 8960, 28, 12, 2), 32, "≥ 10", "≥ 10"

@@ -1,9 +1,9 @@
-"""Our sampler beside the library's ``generate``: ``python -m benchmarks.rollout [rounds] [key=value ...]``.
+"""Our sampler beside another: ``python -m benchmarks.rollout [rounds] [--beside generate|vllm] [key=value ...]``.
 
 Completion tokens per second of 32 prompts x 8 completions of at most 34 tokens, in turns, the first round a warm-up:
-the same weights, prompts, temperature and stop tokens, and once more without stop tokens, all of full length. The
-library gets the prompts left-padded and keeps its default, growing cache. Our time includes the log-probabilities and
-the texts.
+the same weights, prompts, temperature and stop tokens, and beside the library's ``generate`` once more without stop
+tokens, all of full length. The library gets the prompts left-padded and keeps its default, growing cache. Our time
+includes the log-probabilities and the texts, as vLLM's does.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pspo.base.schema import ConfigError
 from pspo.dataset import order
 from pspo.host import speed
 from pspo.rollout import OwnSampler
+from pspo.rollout.samplers import make_sampler
 from pspo.trainer import Trainer
 
 SIZES = ("rollout.prompts=32", "rollout.group_size=8", "rollout.max_new_tokens=34")
@@ -70,6 +71,18 @@ def make_theirs(trainer: Trainer, stop_ids: list[int]) -> Callable[[int], int]:
     return rollout
 
 
+def make_vllm(trainer: Trainer) -> Callable[[int], int]:
+    """The same by vLLM's engine."""
+    config = trainer.config.rollout
+    sampler = make_sampler(trainer.policy, dataclasses.replace(config, sampler="vllm"))
+
+    def rollout(number: int) -> int:
+        completions = sampler.sample(chosen(trainer, number), config.group_size, [trainer.config.seed, number])
+        return sum(len(completion.token_ids) for completion in completions)
+
+    return rollout
+
+
 def chosen(trainer: Trainer, number: int) -> list[Any]:
     """The prompts of a rollout."""
     count = trainer.config.rollout.prompts
@@ -82,30 +95,33 @@ def chosen(trainer: Trainer, number: int) -> list[Any]:
 
 
 def main() -> None:
-    """Both lengths, both sides in turns."""
+    """Both lengths (vLLM: stopping alone), both sides in turns."""
     parser = argparse.ArgumentParser(prog="benchmarks.rollout", epilog="key=value sets the run's own configuration")
     parser.add_argument("rounds", nargs="?", type=int, default=7)
+    parser.add_argument("--beside", choices=["generate", "vllm"], default="generate")
     asked = measure.arguments(parser)
-    rows, rounds = [], {}
+    rows, rounds, beside = [], {}, asked.beside
     with tempfile.TemporaryDirectory() as directory:
         try:
             trainer = make_trainer([*SIZES, *asked.overrides], Path(directory))
         except ConfigError as error:
             sys.exit(f"benchmarks.rollout: {error}")
         device, usual = trainer.policy.device, trainer.policy.stop_ids
-        for length, stop_ids in (("stopping", usual), ("of full length", [NEVER])):
-            rate: dict[str, list[float]] = {"ours": [], "generate": []}
-            sides = {"ours": make_ours(trainer, stop_ids), "generate": make_theirs(trainer, stop_ids)}
+        lengths = [("stopping", usual), *([("of full length", [NEVER])] if beside == "generate" else [])]
+        for length, stop_ids in lengths:
+            rate: dict[str, list[float]] = {"ours": [], beside: []}
+            theirs_of = make_vllm(trainer) if beside == "vllm" else make_theirs(trainer, stop_ids)
+            sides = {"ours": make_ours(trainer, stop_ids), beside: theirs_of}
             for number in range(asked.rounds + 1):
                 for side, rollout in sides.items():
                     tokens: list[int] = []
                     seconds = speed.seconds(lambda: tokens.append(rollout(number)), device)  # noqa: B023
                     rate[side].append(tokens[0] / seconds)
-            ours, theirs = rate["ours"][1:], rate["generate"][1:]
-            values = measure.summary(ours), "generate", measure.summary(theirs), measure.ratio(ours, theirs)
+            ours, theirs = rate["ours"][1:], rate[beside][1:]
+            values = measure.summary(ours), beside, measure.summary(theirs), measure.ratio(ours, theirs)
             rows.append(measure.row(f"rollout, completions {length}: tokens/s", *values))
             rounds[length] = rate
-    measure.write("rollout", rows, rounds=rounds, overrides=asked.overrides)
+    measure.write("rollout" if beside == "generate" else "rollout_vllm", rows, rounds=rounds, overrides=asked.overrides)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ The same weights, prompts, lengths, group size and updates per rollout, in one p
 loop runs, and whenever it has learned from a rollout, its weights are put back and our step is made. The first round is
 a warm-up. TRL runs in float32 and in bfloat16; the faster one counts. Presets: ``tiny``, the embedded default on the
 CPU; ``smollm2``, SmolLM2-135M-Instruct on the CPU in bfloat16 (``model.autocast=false`` for float32), one rollout of 4
-prompts x 8 completions x 32 tokens and two optimizer steps; ``vocab``, a small model of 152k tokens; ``qwen0_5b`` and
-``qwen1_5b``, those shapes on a GPU. The last three have random weights and completions of full length.
+prompts x 8 completions x 32 tokens and two optimizer steps; ``reversal``, an episode of token reversal, beside its
+matrix products alone (``--trl=none``), as TRL has no such policy; ``vocab``, a small model of 152k tokens; ``qwen0_5b``
+and ``qwen1_5b``, those shapes on a GPU. The last three have random weights and completions of full length.
 
 The tokens of an update are those of prompts and completions, once for each epoch. Our rollout's time includes the
 rewards, TRL's does not. Peak memory is that of one step in a process of its own. The floor is the time of the matrix
@@ -19,6 +20,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,6 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import row
 from benchmarks.preset import PRESETS, Steps, make_trainer
-from benchmarks.theirs import Turns, make_theirs
 from pspo.base.schema import ConfigError
 from pspo.doctor.limits import limits
 from pspo.host import speed
@@ -39,6 +40,8 @@ DTYPES = ("float32", "bfloat16")
 
 def in_turns(ours: Steps, directory: Path, rounds: int, dtype: str, rows: int | None) -> dict[str, Any]:
     """Numbers of all rounds but the first, of both sides, in lists."""
+    from benchmarks.theirs import Turns, make_theirs
+
     trainer, model, made = ours.trainer, copy.deepcopy(ours.trainer.policy.model), []
     trainer.state = copy.deepcopy(ours.state)
     theirs = make_theirs(trainer, model, directory, rollouts=rounds + 1, bf16=dtype == "bfloat16", rows=rows)
@@ -49,18 +52,27 @@ def in_turns(ours: Steps, directory: Path, rounds: int, dtype: str, rows: int | 
         "ours": [(m["seconds"], m["time/rollout_s"], m["prompt_tokens"], m["completion_tokens"]) for m in made],
         "trl": list(zip(turns.step_s, theirs.rollout_s, theirs.prompt_tokens, theirs.completion_tokens, strict=True)),
     }
+    return {side: rates(values[1:], trainer) for side, values in sides.items()}
+
+
+def alone(ours: Steps, rounds: int) -> dict[str, Any]:
+    """Numbers of all rounds of ours but the first, in lists."""
+    made = [ours.step() for _ in range(rounds + 1)][1:]
+    values = [(m["seconds"], m["time/rollout_s"], m["prompt_tokens"], m["completion_tokens"]) for m in made]
+    return {"ours": rates(values, ours.trainer)}
+
+
+def rates(values: Sequence[tuple[float, float, float, float]], trainer: Trainer) -> dict[str, Any]:
+    """Of rounds, each seconds, the rollout's seconds, prompt tokens and completion tokens."""
     updates, epochs = trainer.config.update.steps, trainer.config.update.num_epochs
     return {
-        side: {
-            "s_per_optimizer_step": [step / updates for step, *_ in values[1:]],
-            "rollout_tokens_per_s": [completion / rollout for _, rollout, _, completion in values[1:]],
-            "update_tokens_per_s": [
-                epochs * (prompt + completion) / (step - rollout) for step, rollout, prompt, completion in values[1:]
-            ],
-            "prompt_tokens": statistics.mean(prompt for *_, prompt, _ in values[1:]),
-            "completion_tokens": statistics.mean(completion for *_, completion in values[1:]),
-        }
-        for side, values in sides.items()
+        "s_per_optimizer_step": [step / updates for step, *_ in values],
+        "rollout_tokens_per_s": [completion / rollout for _, rollout, _, completion in values],
+        "update_tokens_per_s": [
+            epochs * (prompt + completion) / (step - rollout) for step, rollout, prompt, completion in values
+        ],
+        "prompt_tokens": statistics.mean(prompt for *_, prompt, _ in values),
+        "completion_tokens": statistics.mean(completion for *_, completion in values),
     }
 
 
@@ -69,6 +81,8 @@ def peak_gib(trainer: Trainer, directory: Path, side: str, rows: int | None) -> 
     if side == "ours":
         work: Any = trainer._step
     else:
+        from benchmarks.theirs import make_theirs
+
         work = make_theirs(
             trainer, trainer.policy.model, directory, rollouts=1, bf16=side == "bfloat16", rows=rows
         ).train
@@ -139,10 +153,11 @@ def main() -> None:
     parser.add_argument("preset", nargs="?", choices=PRESETS, default="tiny")
     parser.add_argument("rounds", nargs="?", type=int, default=5)
     parser.add_argument("--rows", type=int, help="completions in one of TRL's micro-batches")
-    parser.add_argument("--trl", choices=DTYPES, help="TRL in one dtype only")
+    parser.add_argument("--trl", choices=[*DTYPES, "none"], help="TRL in one dtype only, or ours alone")
     parser.add_argument("--alone", choices=["ours", *DTYPES], help="print the peak memory of one side and leave")
     asked = measure.arguments(parser)
-    preset, dtypes = PRESETS[asked.preset], [asked.trl] if asked.trl else DTYPES
+    preset, trl = PRESETS[asked.preset], asked.trl or ("none" if asked.preset == "reversal" else None)
+    dtypes: Sequence[str] = () if trl == "none" else [trl] if trl else DTYPES
     rows = asked.rows or preset.trl_rows
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory)
@@ -159,11 +174,15 @@ def main() -> None:
         if asked.alone:
             print(json.dumps(peak_gib(trainer, where, asked.alone, rows)))
             return
-        ours, found = Steps(trainer), {}
+        ours, found, table = Steps(trainer), dict[str, Any](), list[dict[str, Any]]()
         for dtype in dtypes:
             found[dtype] = in_turns(ours, where, asked.rounds, dtype, rows)
             gc.collect()
-        faster = min(dtypes, key=lambda dtype: statistics.median(found[dtype]["trl"]["s_per_optimizer_step"]))
+        if dtypes:
+            faster = min(dtypes, key=lambda dtype: statistics.median(found[dtype]["trl"]["s_per_optimizer_step"]))
+            table = beside_trl(asked.preset, faster, found[faster], peaks)
+        else:
+            found[faster := "alone"] = alone(ours, asked.rounds)
         device, one = trainer.policy.device, found[faster]["ours"]
         floor = measure.floor_s(measure.products(ours.step), device) / trainer.config.update.steps
         count = trainer.config.rollout.prompts * trainer.config.rollout.group_size
@@ -171,7 +190,7 @@ def main() -> None:
         bound = bounds(trainer, context) if device.type == "cuda" else {}
     measure.write(
         f"step_{asked.preset}",
-        [*beside_trl(asked.preset, faster, found[faster], peaks), *beside_limits(asked.preset, one, floor, bound)],
+        [*table, *beside_limits(asked.preset, one, floor, bound)],
         rounds=found,
         peak_gib=peaks,
         limits=bound,
