@@ -138,11 +138,16 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in policy.trainable().items()}
 
 
-def load_weights(policy: Policy, path: Path) -> None:
-    """Put the weights of one checkpoint into the policy. Raises SaveError where the checkpoint is torn or missing."""
+def load_whole(path: Path) -> dict[str, Any]:
+    """The state of one checkpoint. Raises SaveError where the checkpoint is torn or missing."""
     if (loaded := load(path)) is None:
         raise SaveError(f"{path} cannot be read; choose another checkpoint, or move the run directory away")
-    restore_weights(policy, loaded[0]["weights"])
+    return loaded[0]
+
+
+def load_weights(policy: Policy, path: Path) -> None:
+    """Put the weights of one checkpoint into the policy. Raises SaveError where the checkpoint is torn or missing."""
+    restore_weights(policy, load_whole(path)["weights"])
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pspo.config import Config, identity
 from pspo.dataset import Prompt, Splits
 from pspo.diagnostics import Record
 from pspo.evaluate import completion_row, validate
-from pspo.host import interrupt
+from pspo.host import interrupt, ranks
 from pspo.host.memory import peak_gib
 from pspo.model import Policy
 from pspo.objective import default_objective
@@ -108,12 +108,13 @@ class Trainer:
                     self.check_owner()
                     self.tracker.log(state.row, progress.steps)
                     metrics, state.row, self.unsaved = state.row, None, True
-                    if self.limit.near() or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
+                    is_near = any(ranks.gather(self.limit.near))
+                    if is_near or last or (progress.steps and progress.steps % config.checkpoint.every == 0):
                         self._save()
                     if progress.steps:
                         described = (f"{word} {metrics[name]:.3f}" for word, name in SHOWN.items() if name in metrics)
                         advance(getattr(progress, unit), "  ".join(described))
-                    interrupt.check()
+                    ranks.gather(interrupt.check)
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
                 self._save()
@@ -223,11 +224,15 @@ class Trainer:
         (metrics, score), state = self._validation(), self.state
         if self.config.selection == "best" and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step = score, state.progress.steps
-            content = {"weights": checkpoint.weights(self.policy)}
-            checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", content, {})
+            if ranks.is_first():
+                content = {"weights": checkpoint.weights(self.policy)}
+                checkpoint.save(self.checkpoints, f"best_{state.best_step:06d}", content, {})
         return metrics
 
     def _save(self) -> None:
+        self.unsaved = False
+        if not ranks.is_first():
+            return
         self.check_owner()
         state = {
             "weights": checkpoint.weights(self.policy),
@@ -242,20 +247,22 @@ class Trainer:
         name = f"step_{steps:06d}" if self.state.row is None else f"step_{steps - 1:06d}_updated"
         with self.limit.saving():
             checkpoint.save(self.checkpoints, name, state, {"identity": identity(self.config)})
-        self.unsaved = False
         self.tracker.commit(steps)
         checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, best=self.state.best_step)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, cutting the files back to it, or from the start."""
-        newest = checkpoint.newest(self.checkpoints)
-        beginning: dict[str, Any] = {"tracker": None, "rows": dict.fromkeys(self.files, 0)}
-        saved = newest[1] if newest else beginning
-        self.tracker.rewind(saved["tracker"])
-        for name, file in self.files.items():
-            file.cut(saved["rows"][name])
-        if newest is None:
+        newest = checkpoint.newest(self.checkpoints) if ranks.is_first() else None
+        saved: dict[str, Any] = newest[1] if newest else {"tracker": None, "rows": dict.fromkeys(self.files, 0)}
+        if ranks.is_first():
+            self.tracker.rewind(saved["tracker"])
+            for name, file in self.files.items():
+                file.cut(saved["rows"][name])
+        path = ranks.first(lambda: newest and newest[0])
+        if path is None:
             return
+        if not ranks.is_first():
+            saved = checkpoint.load_whole(path)
         checkpoint.restore_weights(self.policy, saved["weights"])
         self.sampler.refresh(self.policy)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -263,4 +270,4 @@ class Trainer:
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
         if self.critic is not None:
             self.critic.load_state_dict(saved["critic"])
-        log.info("resumed from %s", newest[0])
+        log.info("resumed from %s", path)

@@ -27,6 +27,12 @@ class Statistics:
         for name, largest in other._maxima.items():
             self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
 
+    def cpu(self) -> "Statistics":
+        """The same numbers in the CPU's memory."""
+        moved = Statistics()
+        moved._sums, moved._maxima = ({n: x.cpu() for n, x in of.items()} for of in (self._sums, self._maxima))
+        return moved
+
     def result(self) -> dict[str, float]:
         means = {name: (total / count.clamp(min=1)).item() for name, (total, count) in self._sums.items()}
         return means | {name: largest.item() for name, largest in self._maxima.items()}

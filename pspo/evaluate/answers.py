@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
 from typing import Any
@@ -15,7 +15,7 @@ from pspo.checkpoint import random_state_kept
 from pspo.dataset import Problem, Prompt
 from pspo.reward import Reward
 from pspo.reward.answer import asked, extract, same
-from pspo.rollout import Completion, Sampler
+from pspo.rollout import Completion, Sampler, answered
 
 SETTINGS = "settings.json"  # in a folder of answers: how the answers were sampled and graded
 KS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -60,8 +60,7 @@ def answer(
     sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, *, samples: int, seed: Sequence[int], greedy: bool
 ) -> list[dict[str, Any]]:
     """``samples`` scored completions of each prompt as rows for a file, decoded and graded in one batch."""
-    completions = sampler.sample(prompts, samples, seed, greedy=greedy)
-    return [completion_row(replace(c, score=s)) for c, s in zip(completions, reward(completions), strict=True)]
+    return [completion_row(c) for c in answered(sampler, prompts, reward, samples, seed, greedy)]
 
 
 def completion_row(completion: Completion) -> dict[str, Any]:

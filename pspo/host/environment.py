@@ -31,8 +31,9 @@ def processors() -> list[int]:
 
 
 def choose_threads(configured: int | None) -> int:
-    """CPU threads: as configured, else SLURM's per task, else the processors this process may use; never the load."""
-    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or len(processors()))
+    """CPU threads: as configured, else SLURM's per task, else a rank's share of the processors; never the load."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or max(1, len(processors()) // ranks))
 
 
 def choose_device(configured: str) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor
 from pspo.advantage import has_spread
 from pspo.base.stream import Stream
 from pspo.dataset import Prompt, order
+from pspo.host import ranks
 from pspo.reward import Reward
 from pspo.rollout.sample import Completion, RolloutConfig, Sampler
 
@@ -35,8 +36,8 @@ def collect(
         place = start + len(completions) // config.group_size
         drawn = enumerate(order(len(train), seed, place, missing, replacement), start=place)
         prompts = [replace(train[index], place=place) for place, index in drawn]
-        sampled = sampler.sample(prompts, config.group_size, [seed, Stream.TRAIN, step])
-        for completion, score in zip(sampled, reward(sampled), strict=True):
+        for completion in answered(sampler, prompts, reward, config.group_size, [seed, Stream.TRAIN, step]):
+            score = completion.score
             penalty = config.overlong_penalty(len(completion.token_ids))
             components = score.components | ({"overlong": penalty} if config.overlong_share else {})
             graded = replace(score, reward=score.reward + penalty, components=components)
@@ -45,6 +46,19 @@ def collect(
         if missing == 0:
             break
     return completions
+
+
+def answered(
+    sampler: Sampler, prompts: Sequence[Prompt], reward: Reward, samples: int, seed: Sequence[int], greedy: bool = False
+) -> list[Completion]:
+    """Scored completions, ``samples`` of each prompt, prompt by prompt; each rank samples and scores its share."""
+
+    def work(own: Sequence[Prompt]) -> list[Completion]:
+        completions = sampler.sample(own, samples, seed, greedy=greedy) if own else []
+        scores = reward(completions) if completions else []
+        return [replace(completion, score=score) for completion, score in zip(completions, scores, strict=True)]
+
+    return ranks.spread(prompts, work)
 
 
 def training(config: RolloutConfig, completions: Sequence[Completion]) -> list[Completion]:

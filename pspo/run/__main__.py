@@ -33,6 +33,7 @@ from pspo.base.console import log
 from pspo.base.files import CONF, SaveError
 from pspo.base.schema import ConfigError, as_dict, keys_of
 from pspo.config import Config, compose, explained, groups, open_keys, resolve
+from pspo.host import ranks
 from pspo.host.memory import NoRoomError
 from pspo.launcher import RunsFailed, make_plan
 from pspo.reward import RewardError
@@ -94,7 +95,11 @@ def cli() -> None:
     with reporting("resumes from the last checkpoint"):
         if {"-m", "--multirun"} & flags and {"-c", "--cfg", "-i", "--info"} & flags:
             raise ConfigError("--cfg and --info show one run; hydra.launcher.dry_run=true lists those of -m or a sweep")
+        if {"-m", "--multirun"} & flags and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("torchrun starts the ranks of one run; give one value to each key, without -m")
+        ranks.start()
         main()
+        ranks.end()
         if {"-c", "--cfg"} & flags:  # Hydra shows it unchecked
             make_plan([[argument for argument in arguments if re.match(r"[^-].*=|~", argument)]])
 

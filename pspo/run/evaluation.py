@@ -20,7 +20,7 @@ from pspo.config import Config, check, compose, for_answers, identity, read
 from pspo.dataset import Problem, Prompt, Splits
 from pspo.evaluate import answer, described, summarize
 from pspo.evaluate.answers import SETTINGS
-from pspo.host import environment, interrupt
+from pspo.host import environment, interrupt, ranks
 from pspo.reward import Paper, Plain, Reward, default_reward
 from pspo.rollout import RolloutConfig, Sampler
 from pspo.rollout.samplers import make_sampler
@@ -134,7 +134,9 @@ class Answers:
         # Lines from the first on that answers another question under a known name are of other data, and so go.
         valid = takewhile(lambda row: questions.get(row["problem"], row).items() <= row.items(), lines.rows())
         rows = {(row["problem"], row["sample"]): row for row in valid}
-        lines.cut(len(rows))
+        rows = ranks.first(lambda: rows)
+        if ranks.is_first():
+            lines.cut(len(rows))
         size = max(1, self.rollout.max_rows // samples)
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         title = f"test {self.directory.parent.name} on {name} at T={temperature:g}"
@@ -151,7 +153,7 @@ class Answers:
                         rows[place] = row
                         lines.append(row)
                 lines.sync()
-                interrupt.check()
+                ranks.gather(interrupt.check)
         return [rows[prompt.problem.id, sample] for prompt in prompts for sample in range(samples)]
 
 

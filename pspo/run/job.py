@@ -1,6 +1,7 @@
 """One run: validate, load, evaluate, train, evaluate, report."""
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,19 +9,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from pspo import checkpoint, dataset, model
 from pspo.base.console import Phase, log, log_to_console
 from pspo.base.files import write_json, write_text
-from pspo.base.schema import as_dict
-from pspo.config import Config, check
+from pspo.base.schema import ConfigError, as_dict
+from pspo.config import Config, check, identity
 from pspo.dataset import Problem, Prompt, Splits
-from pspo.host import environment, interrupt
+from pspo.host import environment, interrupt, ranks
 from pspo.run import earlier, evaluation, lock
 from pspo.run.advice import advice
 from pspo.run.outcome import at_work
-from pspo.tracker import Tracker
+from pspo.tracker import Tracker, TrackerConfig
 from pspo.trainer import Trainer
 
 
@@ -44,9 +46,13 @@ def run(
     log_to_console()
     device = environment.choose_device(config.device)
     directory = directory or earlier.run_directory(config, overrides)
-    if earlier.is_finished(config, directory):
+    if ranks.first(lambda: earlier.is_finished(config, directory)):
         return directory
-    history, splits = prepare(config, directory, kind)
+    history, splits = ranks.gather(lambda: prepare(config, directory, kind))[0]
+    agree(config)
+    if not ranks.is_first():
+        follow(config, directory, kind, splits, device)
+        return directory
     if history.state == "again":
         earlier.set_aside(directory)
     with at_work(directory) as owner:
@@ -91,6 +97,35 @@ def run(
     return directory
 
 
+def agree(config: Config) -> None:
+    """Refuse ranks of another configuration, code or data than rank 0's. Raises ConfigError."""
+    if ranks.count() == 1:
+        return
+    first, *others = ranks.gather(lambda: earlier.inputs(config) | {"configuration": identity(config)})
+    for rank, other in enumerate(others, start=1):
+        if changed := [name for name in first if other.get(name) != first[name]]:
+            raise ConfigError(f"rank {rank} has another {', '.join(changed)} than rank 0; give all ranks the same")
+    if ranks.count() > config.rollout.prompts:
+        why = f"are fewer than the {ranks.count()} ranks that share them; start fewer, or raise rollout.prompts"
+        raise config.rollout.refuse("prompts", why)
+
+
+def follow(config: Config, directory: Path, kind: type[Trainer], splits: Splits, device: torch.device) -> None:
+    """Take part in the run of ``directory`` as another rank than the first: reads it, and writes nothing there."""
+    config = replace(config, tracker=TrackerConfig(name="jsonl"))
+    with tempfile.TemporaryDirectory() as name, interrupt.caught():
+        own = Path(name)
+        (own / "checkpoints").symlink_to(directory.absolute() / "checkpoints")
+        torch.set_num_threads(environment.choose_threads(config.threads))
+        checkpoint.seed_global_generators(config.seed)
+        problems = {"train": splits.train, "validation": splits.validation} | splits.test
+        prompts, _ = evaluation.encoded(config, problems, splits.shots, directory.parent)
+        policy = model.load(config.model, config.seed, device)
+        train, validation = prompts["train"], prompts["validation"]
+        trainer = kind(config, own, policy, train, validation, config.reward, Tracker(config.tracker, own))
+        _train_and_evaluate(trainer, {name: prompts[name] for name in splits.test}, splits.shots, None)
+
+
 def _save_and_report(trainer: Trainer, probe: Prompt, summary: dict[str, Any]) -> None:
     """The model, with LoRA its adapters as well, ``summary.json``, the figure and the report; spends the policy."""
     directory = trainer.directory
@@ -107,7 +142,7 @@ def _save_and_report(trainer: Trainer, probe: Prompt, summary: dict[str, Any]) -
 
 
 def _train_and_evaluate(
-    trainer: Trainer, prompts: dict[str, list[Prompt]], shots: list[Problem], owner: lock.Owner
+    trainer: Trainer, prompts: dict[str, list[Prompt]], shots: list[Problem], owner: lock.Owner | None
 ) -> dict[str, Any]:
     """Test, train from the newest checkpoint, test again; returns the content of ``summary.json``."""
     config, first = trainer.config, trainer.config.evaluate.temperatures[:1]
@@ -120,7 +155,7 @@ def _train_and_evaluate(
     short = replace(config, evaluate=replace(config.evaluate, temperatures=first))
     numbers = test("before", short) if config.budget.total else []
     trainer.resume()
-    if owner.restart:
+    if owner is not None and owner.restart:
         log.info("restart %d: %s, resumed from step %d", owner.restart, owner, trainer.state.progress.steps)
     if not config.budget.spent(trainer.state.progress):  # a lost checkpoint's answers are of other weights
         shutil.rmtree(trainer.directory / "evaluation" / "after", ignore_errors=True)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pspo.advantage import Advantage, Critic
 from pspo.base.schema import Schema, key
+from pspo.host import ranks
 from pspo.loss import LossConfig, batch_statistics
 from pspo.model import Policy
 from pspo.model.attention import BLOCK_POSITIONS
@@ -143,7 +144,18 @@ def gap_metrics(gap_N: np.ndarray[Any, Any], config: RolloutConfig) -> dict[str,
 def score(
     policy: Policy, rows: Sequence[Row], temperature: float, max_tokens: int, critic: Critic | None
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Log-probabilities, in nats, of every row's tokens, and their values where there is a critic; no gradient."""
+    """Log-probabilities, in nats, of every row's tokens, and their values where there is a critic; no gradient.
+
+    Each rank scores its share of the rows.
+    """
+    parts = ranks.gather(lambda: _score(policy, ranks.share(rows), temperature, max_tokens, critic))
+    logprobs, values = ([row for part in parts for row in part[i]] for i in range(2))
+    return logprobs, values
+
+
+def _score(
+    policy: Policy, rows: Sequence[Row], temperature: float, max_tokens: int, critic: Critic | None
+) -> tuple[list[list[float]], list[list[float]]]:
     logprobs: list[list[float]] = [[] for _ in rows]
     values: list[list[float]] = [[] for _ in rows]
     for places, batch in micro_batches(rows, policy, max_tokens):

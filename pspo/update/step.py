@@ -1,10 +1,11 @@
 """The updates of one step: epochs over a rollout, minibatches, micro-batches, optimizer steps."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pspo.base.statistics import Statistics
 from pspo.diagnostics import ROWS_PER_PROBE_ROW, Record, counterfactual, kl_after, sample_coordinates, update_norm
+from pspo.host import ranks
 from pspo.host.memory import halving
 from pspo.loss import batch_loss, coefficients
 from pspo.model.logprob import predicting_states, token_logprobs
@@ -120,24 +122,63 @@ def accumulate(
 ) -> Tensor:
     """Make the gradient of one optimizer batch; returns its loss, NaN if a log-probability is not finite.
 
-    Neither depends on ``max_tokens``, by default the learner's, beyond rounding: every micro-batch divides by the whole
-    batch's counts. ``fresh`` says that the weights still are the ones that sampled the rows, so that the difference of
-    log-probabilities is the gap of ``check_gap``. An attempt that runs out of memory leaves nothing in ``statistics``.
+    Neither depends on ``max_tokens``, by default the learner's, nor on the number of ranks, beyond rounding: each rank
+    takes its share of the rows, and every micro-batch divides by the whole batch's counts. ``fresh`` says that the
+    weights still are the ones that sampled the rows, so that the difference of log-probabilities is the gap of
+    ``check_gap``. An attempt that runs out of memory leaves nothing in ``statistics``.
     """
-    policy, critic, config, objective = learner.policy, learner.critic, learner.loss, learner.objective
+    config = learner.loss
     for parameter in chain(*learner.parameters()):
         parameter.grad = None
     if record is not None:
         record.tokens.clear()
     lengths = [len(row.token_ids) for row in rows]
     coefficient_N = coefficients(config.aggregation, lengths, learner.rollout.max_new_tokens)
+    rows = with_batch_statistics(learner, rows, max_tokens or learner.update.max_tokens)
+    places = range(len(rows))
+    work = partial(_backward, learner, rows, coefficient_N, sum(lengths), record, fresh, max_tokens)
+    parts = ranks.gather(lambda: work(ranks.share(places)))
+    for part in parts:
+        statistics.add(part.seen)
+    if record is not None:
+        record.tokens[:] = [tokens for part in parts for tokens in part.tokens]
+    parameters = [parameter for group in learner.parameters() for parameter in group]
+    learned = [p for p, *has in zip(parameters, *(part.has_gradient for part in parts), strict=True) if any(has)]
+    for parameter in learned:
+        if parameter.grad is None:  # of a rank without rows
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.total([cast(Tensor, parameter.grad) for parameter in learned])
+    return torch.stack([part.loss for part in parts]).sum()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank's rows of an optimizer batch gave, besides its gradient."""
+
+    seen: Statistics
+    loss: Tensor
+    has_gradient: list[bool]  # of each parameter
+    tokens: list[Tensor]  # of the record, if there is one
+
+
+def _backward(
+    learner: Learner,
+    rows: Sequence[Row],
+    coefficient_N: Sequence[float],
+    num_tokens: int,
+    record: Record | None,
+    fresh: bool,
+    max_tokens: int | None,
+    own: Sequence[int],
+) -> _Part:
+    """Add the gradient of some rows of an optimizer batch, ``own`` by index, to that of the parameters."""
+    policy, critic, config, objective = learner.policy, learner.critic, learner.loss, learner.objective
     seen, total = Statistics(), torch.zeros((), dtype=torch.float64, device=policy.device)
     own_reference = config.kl != "none" and config.reference == "start"
     optional = {"reference_logprobs": own_reference, "target": objective.needs_batch, "kept": config.drop == "m2"}
-    rows = with_batch_statistics(learner, rows, max_tokens or learner.update.max_tokens)
     with policy.recomputing():
-        for places, batch in micro_batches(rows, policy, max_tokens or learner.update.max_tokens):
-            micro, mask_BT = [rows[i] for i in places], batch.mask_BT
+        for places, batch in micro_batches([rows[i] for i in own], policy, max_tokens or learner.update.max_tokens):
+            micro, mask_BT = [rows[own[i]] for i in places], batch.mask_BT
             hidden_NH = predicting_states(policy.model.get_decoder(), batch, policy.autocast)
             logprob_BT, entropy_BT = token_logprobs(
                 policy.model, batch, hidden_NH, learner.rollout.temperature, policy.autocast, config.entropy_weight > 0
@@ -148,7 +189,7 @@ def accumulate(
                 column(micro, name, logprob_BT) if used else None for name, used in optional.items()
             )
             tokens = replace(tokens, target_BT=target_BT)
-            coefficient_B1 = logprob_BT.new_tensor([[coefficient_N[i]] for i in places])
+            coefficient_B1 = logprob_BT.new_tensor([[coefficient_N[own[i]]] for i in places])
             correction_BT = column(micro, "corrections", logprob_BT) if rows[0].corrections is not None else None
             loss, x, gradient_BT, whole_BT = batch_loss(
                 config, objective, tokens, entropy_BT, reference_BT, coefficient_B1, seen, correction_BT,
@@ -159,7 +200,7 @@ def accumulate(
                 old_value_BT, return_BT = (column(micro, name, value_BT) for name in ("values", "returns"))
                 error_BT = critic.loss(value_BT, old_value_BT, return_BT)
                 seen.mean("critic/loss_mean", error_BT, mask_BT)
-                loss = loss + torch.where(mask_BT, error_BT, 0.0).sum() / sum(lengths)
+                loss = loss + torch.where(mask_BT, error_BT, 0.0).sum() / num_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             padding_RS = batch.owner_RS < 0
             seen.mean("update/padding_rate", padding_RS.double(), torch.ones_like(padding_RS))
@@ -170,8 +211,8 @@ def accumulate(
                 seen.max(GAP_MAX, gap_BT, mask_BT)
             finite = (logprob_BT.isfinite() & old_logprob_BT.isfinite()).all()
             total += torch.where(finite, loss.detach().double(), torch.nan)
-    statistics.add(seen)
-    return total
+    has_gradient = [parameter.grad is not None for parameter in chain(*learner.parameters())]
+    return _Part(seen.cpu(), total.cpu(), has_gradient, [] if record is None else [t.cpu() for t in record.tokens])
 
 
 def _gradient(learner: Learner, rows: Sequence[Row], max_tokens: int, objective: Objective) -> Tensor:

@@ -1,0 +1,135 @@
+"""Ranks: the processes that train one policy together, and the only place that knows of more than one.
+
+``torchrun`` starts them and sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; a process by itself is rank 0 of 1,
+for which everything here is nothing. All ranks run the same code and meet where they ``gather``. Rank 0 alone writes.
+"""
+
+import datetime
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pspo.base.schema import ConfigError
+
+T = TypeVar("T")
+BUCKET_BYTES = 2**26
+"""Bytes that one collective sums; larger tensors are summed by themselves."""
+
+LONGEST_WAIT_H = 6
+"""Hours that ranks wait for one that is at work, before they give up."""
+
+
+class RankError(RuntimeError):
+    """Another rank has ended."""
+
+
+def start() -> None:
+    """Join the other ranks, if there are any; all but rank 0 are silent from then on. Raises ConfigError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if os.environ["RANK"] != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  to the process's end
+    if gpus:
+        if local >= gpus:
+            ranks = os.environ.get("LOCAL_WORLD_SIZE")
+            raise ConfigError(f"{ranks} ranks on a node of {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=LONGEST_WAIT_H))
+
+
+def end() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, the one that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of the items, which is empty where there are fewer items than ranks."""
+    number, ranks = (dist.get_rank(), count()) if dist.is_initialized() else (0, 1)
+    return items[len(items) * number // ranks : len(items) * (number + 1) // ranks]
+
+
+def gather(work: Callable[[], T]) -> list[T]:
+    """The results of all ranks' calls, on the CPU, by rank; what one rank's call raises, all ranks raise.
+
+    Raises RankError where a rank has ended.
+    """
+    if count() == 1:
+        return [work()]
+    result, error = None, None
+    try:
+        result = work()
+    except BaseException as raised:  # noqa: BLE001  also the signal that one rank has got
+        error = raised
+    outcomes: list[Any] = [None] * count()
+    try:
+        dist.all_gather_object(outcomes, (result, _portable(error)))
+    except RuntimeError as lost:
+        raise (error or RankError("another rank has ended; the same command resumes")) from lost
+    errors = [(rank, other) for rank, (_, other) in enumerate(outcomes) if other is not None]
+    if error is not None:
+        raise error
+    for rank, other in errors:
+        other.add_note(f"raised in rank {rank}")
+        raise other
+    return [outcome for outcome, _ in outcomes]
+
+
+def first(work: Callable[[], T]) -> T:
+    """What rank 0's call returns, or raises, for all."""
+    return cast(T, gather(lambda: work() if is_first() else None)[0])
+
+
+def spread(items: Sequence[T], work: Callable[[Sequence[T]], list[Any]]) -> list[Any]:
+    """``work(items)``, a list for every item one after the other, of which each rank makes the list for its share."""
+    return [result for results in gather(lambda: work(share(items))) for result in results]
+
+
+def total(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over all ranks."""
+    if count() == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype, of ``BUCKET_BYTES`` at most or of one tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (bucket[0].dtype != tensor.dtype or sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _portable(error: BaseException | None) -> BaseException | None:
+    """The error, or a RankError with its text where it cannot be sent to another process."""
+    try:
+        return cast(BaseException | None, pickle.loads(pickle.dumps(error)))
+    except Exception:  # noqa: BLE001  whatever a class of exception does when it is made again
+        return RankError(f"{type(error).__name__}: {error}")
