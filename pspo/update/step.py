@@ -1,11 +1,10 @@
 """The updates of one step: epochs over a rollout, minibatches, micro-batches, optimizer steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -127,38 +126,29 @@ def accumulate(
     weights still are the ones that sampled the rows, so that the difference of log-probabilities is the gap of
     ``check_gap``. An attempt that runs out of memory leaves nothing in ``statistics``.
     """
-    config = learner.loss
     for parameter in chain(*learner.parameters()):
         parameter.grad = None
     if record is not None:
         record.tokens.clear()
     lengths = [len(row.token_ids) for row in rows]
-    coefficient_N = coefficients(config.aggregation, lengths, learner.rollout.max_new_tokens)
+    coefficient_N = coefficients(learner.loss.aggregation, lengths, learner.rollout.max_new_tokens)
     rows = with_batch_statistics(learner, rows, max_tokens or learner.update.max_tokens)
     places = range(len(rows))
     work = partial(_backward, learner, rows, coefficient_N, sum(lengths), record, fresh, max_tokens)
     parts = ranks.gather(lambda: work(ranks.share(places)))
-    for part in parts:
-        statistics.add(part.seen)
+    all_seen, losses, learned, all_tokens = zip(*parts, strict=True)
+    for seen in all_seen:
+        statistics.add(seen)
     if record is not None:
-        record.tokens[:] = [tokens for part in parts for tokens in part.tokens]
-    parameters = [parameter for group in learner.parameters() for parameter in group]
-    learned = [p for p, *has in zip(parameters, *(part.has_gradient for part in parts), strict=True) if any(has)]
-    for parameter in learned:
-        if parameter.grad is None:  # of a rank without rows
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.total([cast(Tensor, parameter.grad) for parameter in learned])
-    return torch.stack([part.loss for part in parts]).sum()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one rank's rows of an optimizer batch gave, besides its gradient."""
-
-    seen: Statistics
-    loss: Tensor
-    has_gradient: list[bool]  # of each parameter
-    tokens: list[Tensor]  # of the record, if there is one
+        record.tokens[:] = chain(*all_tokens)
+    gradients = []
+    for parameter, *has_gradient in zip(chain(*learner.parameters()), *learned, strict=True):
+        if any(has_gradient):
+            if parameter.grad is None:  # of a rank without rows
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    ranks.total(gradients)
+    return torch.stack(losses).sum()
 
 
 def _backward(
@@ -170,8 +160,11 @@ def _backward(
     fresh: bool,
     max_tokens: int | None,
     own: Sequence[int],
-) -> _Part:
-    """Add the gradient of some rows of an optimizer batch, ``own`` by index, to that of the parameters."""
+) -> tuple[Statistics, Tensor, list[bool], list[Tensor]]:
+    """Add the gradient of some rows of an optimizer batch, ``own`` by index, to that of the parameters.
+
+    Returns on the CPU their statistics, loss, whether each parameter has a gradient, and the record's tokens.
+    """
     policy, critic, config, objective = learner.policy, learner.critic, learner.loss, learner.objective
     seen, total = Statistics(), torch.zeros((), dtype=torch.float64, device=policy.device)
     own_reference = config.kl != "none" and config.reference == "start"
@@ -212,7 +205,7 @@ def _backward(
             finite = (logprob_BT.isfinite() & old_logprob_BT.isfinite()).all()
             total += torch.where(finite, loss.detach().double(), torch.nan)
     has_gradient = [parameter.grad is not None for parameter in chain(*learner.parameters())]
-    return _Part(seen.cpu(), total.cpu(), has_gradient, [] if record is None else [t.cpu() for t in record.tokens])
+    return seen.cpu(), total.cpu(), has_gradient, [] if record is None else [t.cpu() for t in record.tokens]
 
 
 def _gradient(learner: Learner, rows: Sequence[Row], max_tokens: int, objective: Objective) -> Tensor:
