@@ -118,6 +118,7 @@ class Trainer:
         except interrupt.Interrupted:  # between steps, in a rollout, when nothing has changed yet, or in a validation
             if self.unsaved:
                 self._save()
+            ranks.gather(lambda: None)  # none leaves before the first has saved
             raise
         if state.best_score is not None:
             checkpoint.load_weights(self.policy, self.checkpoints / f"best_{state.best_step:06d}")

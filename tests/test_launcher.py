@@ -60,7 +60,7 @@ BAD = {
     "memory_gib=0": "hydra.launcher.memory_gib must be in (0, inf), got 0",
     "gpus=-1": "hydra.launcher.gpus must be in [0, inf), got -1",
     "{gpus: 0, gpu_type: a100}": "hydra.launcher.gpu_type='a100': needs hydra.launcher.gpus of at least 1",
-    "nodes=2": "hydra.launcher.nodes must be in [1, 1], got 2",
+    "nodes=0": "hydra.launcher.nodes must be in [1, inf), got 0",
     "setup=module load cuda": "hydra.launcher.setup must be a list, each item text, got 'module load cuda'",
     "{additional: {nice: [1]}}": "hydra.launcher.additional.nice must be text, a number or true, got [1]",
     "partion=gpu": "unknown key hydra.launcher.partion (did you mean hydra.launcher.partition?)",

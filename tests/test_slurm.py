@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pspo.base.files import read_lines
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
 from pspo.launcher import configure, make_plan
@@ -137,6 +138,23 @@ def test_usr2(node, settings, unbroken):
     assert_unbroken(directory, unbroken)
     assert "restart 1" in (directory / "run.log").read_text()
     assert state(directory).restarts == 1
+
+
+@pytest.mark.slurm
+def test_two_ranks_are_stopped_and_requeued_together(node, settings, unbroken):
+    """A task for each GPU of the job; the resumed run is that of two undisturbed ranks, to the bit."""
+    _, whole = submit([*settings[0], "group=whole"], gpus=2)
+    wait_for_end(whole)
+    job, directory = submit([*settings[0], "group=broken"], gpus=2)
+    reach_the_middle(job, directory)
+    node.call("scancel", "--signal=USR2", job)
+    wait_for(lambda: slurm.job_states([job])[job].restarts == 1, what=lambda: log(directory))
+    wait_for_end(directory)
+    groups = {"config.yaml": "", "overrides.yaml": ""}  # which name it
+    assert lasting(directory) | groups == lasting(whole) | groups
+    one, two = (read_lines(path / "metrics.jsonl") for path in (unbroken, directory))
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    assert two[1]["reward/mean"] == pytest.approx(one[1]["reward/mean"], abs=0.5)  # tokens may flip in float32
 
 
 @pytest.mark.slurm

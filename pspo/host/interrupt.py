@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 from pspo.base.console import log
-from pspo.host import slurm
+from pspo.host import ranks, slurm
 
 STATUS = {signal.SIGUSR2: 75, signal.SIGTERM: 143}  # sysexits' EX_TEMPFAIL; what shells call the end by SIGTERM
+REQUEUE_S = 60.0  # until SLURM ends the ranks of a job that its first rank has requeued
 STEPS_AND_SAVES_LEFT = 1.5  # longest steps, each with its save: a checkpoint is due when a job has time for no more
 
 _received: signal.Signals | None = None
@@ -73,6 +74,8 @@ def caught() -> Iterator[None]:
     if signum == signal.SIGUSR2 and callable(requeue):
         log.warning("stopped by %s; handing over to %s", signum.name, getattr(requeue, "__qualname__", requeue))
         requeue(signum, None)
+        if not ranks.is_first():
+            time.sleep(REQUEUE_S)  # for submitit returns here, and the exit of one task may end the first one's requeue
     log.warning("stopped by %s, exit status %d; the same command resumes", signum.name, STATUS[signum])
     raise SystemExit(STATUS[signum])
 

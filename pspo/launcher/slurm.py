@@ -20,7 +20,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from pspo.base.console import log
 from pspo.base.schema import ConfigError, key
 from pspo.config import compose
-from pspo.host import slurm
+from pspo.host import ranks, slurm
 from pspo.launcher.base import Launcher, Outcome, Planned, counted, outcomes, record_runs
 from pspo.run.outcome import result
 
@@ -47,6 +47,9 @@ class Job(submitit.helpers.Checkpointable):
             return None
         from pspo.run.job import run
 
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            ranks.start()
         return result(run(compose(self.overrides), self.overrides))
 
 
@@ -59,10 +62,10 @@ class Slurm(Launcher):
     qos: str | None = key("quality of service")
     time_min: int = key("minutes of one job at most; a longer run is requeued and resumes", within="[1, inf)")
     memory_gib: float | None = key("memory of one job in GiB", within="(0, inf)")
-    gpus: int = key("GPUs of one job", within="[0, inf)")
+    gpus: int = key("GPUs of one node of a job, with a rank of the run on each", within="[0, inf)")
     gpu_type: str | None = key("kind of GPU, as in --gres=gpu:<kind>:1")
-    cpus: int = key("processors of one job, and so its CPU threads", within="[1, inf)")
-    nodes: int = key("nodes of one job; a run is one process", within="[1, 1]")
+    cpus: int = key("processors of one rank, and so its CPU threads", within="[1, inf)")
+    nodes: int = key("nodes of one job", within="[1, inf)")
     constraint: str | None = key("features that a node must have")
     exclude: str | None = key("nodes not to use")
     comment: str | None = key("text that SLURM stores with the job")
@@ -139,7 +142,7 @@ class Slurm(Launcher):
         return jobs
 
     def _notes(self, todo: list[Planned]) -> list[str]:
-        notes = [self._cost(len(todo), self.gpus)]
+        notes = [self._cost(len(todo), self.gpus * self.nodes)]
         for array, folder, parameters in self._arrays(todo):
             command = f"{sys.executable} -u -m submitit.core._submit {folder}"
             notes += ["", _make_sbatch_string(command=command, folder=folder, map_count=len(array), **parameters)]
@@ -157,7 +160,7 @@ class Slurm(Launcher):
             "mem": None if self.memory_gib is None else f"{round(self.memory_gib * 1024)}M",
             "gres": ":".join(filter(None, ["gpu", self.gpu_type, str(self.gpus)])) if self.gpus else None,
             "cpus_per_task": self.cpus,
-            "ntasks_per_node": 1,
+            "ntasks_per_node": max(1, self.gpus),
             "array_parallelism": max(1, self.array_parallelism // max(1, num_arrays)),
             "signal_delay_s": self.notice_s,
             "setup": self.setup or None,

@@ -105,6 +105,8 @@ def agree(config: Config) -> None:
     for rank, other in enumerate(others, start=1):
         if changed := [name for name in first if other.get(name) != first[name]]:
             raise ConfigError(f"rank {rank} has another {', '.join(changed)} than rank 0; give all ranks the same")
+    if config.rollout.sampler == "vllm":
+        raise config.rollout.refuse("sampler", "serves one process; set rollout.sampler=own, or start one rank")
     if ranks.count() > config.rollout.prompts:
         why = f"are fewer than the {ranks.count()} ranks that share them; start fewer, or raise rollout.prompts"
         raise config.rollout.refuse("prompts", why)
