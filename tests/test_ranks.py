@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import traceback
 
 import numpy as np
@@ -37,9 +38,8 @@ def on_ranks(tmp_path):
                     os.environ |= {
                         name: str(value) for name, value in (about | {"RANK": rank, "LOCAL_RANK": rank}).items()
                     }
-                    if number > 1:
-                        ranks.start()
-                    result = work()
+                    with ranks.joined():
+                        result = work()
                 except BaseException:  # noqa: BLE001  its text is the test's
                     result = traceback.format_exc()
                 (tmp_path / f"{rank}.pickle").write_bytes(pickle.dumps(result))
@@ -132,6 +132,34 @@ def test_a_rank_that_has_ended_ends_the_others(on_ranks):
     first, gone, last = on_ranks(3, work)
     assert gone is None
     assert all("RankError: another rank has ended" in text for text in (first, last))
+
+
+def test_the_reason_of_a_rank_that_leaves_is_known_to_the_others(on_ranks):
+    def work():
+        if rank() == 1:
+            raise ValueError("its own mistake")
+        ranks.gather(lambda: None)
+
+    first, _, last = on_ranks(3, work)
+    assert all("RankError: rank 1: ValueError: its own mistake" in text for text in (first, last))
+
+
+def test_a_rank_that_is_silent_ends_the_others(on_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "BEAT_S", 0.1)
+    monkeypatch.setattr(ranks, "SILENT_S", 2.0)
+
+    def work():
+        if rank() == 1:
+            subprocess.Popen(["sh", "-c", f"sleep 20; kill -9 {os.getpid()}"])
+            ranks.gather(lambda: None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ranks.gather(lambda: None)
+        with ranks.watched((tmp_path / f"reason_{rank()}").write_text):
+            ranks.gather(lambda: None)
+
+    assert on_ranks(3, work) == [None] * 3
+    for other in (0, 2):
+        assert (tmp_path / f"reason_{other}").read_text() == "rank 1 gave no sign of life for 2 s"
 
 
 def rows(number):

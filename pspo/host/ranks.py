@@ -4,10 +4,13 @@
 for which everything here is nothing. All ranks run the same code and meet where they ``gather``. Rank 0 alone writes.
 """
 
+import contextlib
 import datetime
 import os
 import pickle
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -25,31 +28,82 @@ LONGEST_WAIT_H = 6
 """Hours that ranks wait for one that is at work, before they give up."""
 
 
+BEAT_S, SILENT_S = 5.0, 60.0
+"""Seconds from one sign of life of a rank to the next, and without one until the others give up."""
+
+_store: Any = None  # what all ranks read and write, besides the collectives
+_ended = threading.Event()
+_on_loss: list[Callable[[str], None]] = []
+
+
 class RankError(RuntimeError):
     """Another rank has ended."""
 
 
-def start() -> None:
-    """Join the other ranks, if there are any; all but rank 0 are silent from then on. Raises ConfigError."""
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the ranks, if there are several; all but rank 0 are silent from then on. Raises ConfigError."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count()
+    _start()
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, RankError | SystemExit):  # the first reason of all
+            with contextlib.suppress(RuntimeError):
+                _store.set("reason", f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        raise
+    else:
+        dist.destroy_process_group()
+    finally:
+        _ended.set()
+
+
+def _start() -> None:
+    global _store  # noqa: PLW0603  it belongs to the process, as the ranks do
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if os.environ["RANK"] != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  to the process's end
     if gpus:
         if local >= gpus:
-            ranks = os.environ.get("LOCAL_WORLD_SIZE")
-            raise ConfigError(f"{ranks} ranks on a node of {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
+            number = os.environ.get("LOCAL_WORLD_SIZE")
+            raise ConfigError(f"{number} ranks on a node of {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
+    _ended.clear()
+    longest = datetime.timedelta(hours=LONGEST_WAIT_H)
+    store, rank, number = next(dist.rendezvous("env://", timeout=longest))  # type: ignore[attr-defined]
+    group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=LONGEST_WAIT_H))
+    dist.init_process_group(backend, store=group, rank=rank, world_size=number, timeout=longest)
+    _store = store.clone()  # with a connection of its own, as that of the collectives may be waiting
+    threading.Thread(target=_beat, args=(store.clone(), rank, number), daemon=True).start()
 
 
-def end() -> None:
-    """Leave the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _beat(store: Any, rank: int, number: int) -> None:
+    """Give signs of life and look for those of the others; ends the process where one has gone silent."""
+    heard, since = dict[int, bytes](), dict.fromkeys(range(number), time.monotonic())
+    with contextlib.suppress(RuntimeError):  # the store has gone with rank 0, which the next collective says
+        while not _ended.wait(BEAT_S):
+            store.set(f"pulse {rank}", str(time.monotonic()))
+            for other in range(number):
+                value = store.get(f"pulse {other}") if store.check([f"pulse {other}"]) else b""
+                if value != heard.get(other, b""):
+                    heard[other], since[other] = value, time.monotonic()
+                elif time.monotonic() - since[other] > SILENT_S and not _ended.is_set():
+                    for tell in _on_loss:
+                        tell(f"rank {other} gave no sign of life for {SILENT_S:g} s")
+                    os._exit(1)  # the main thread waits in a collective, which nothing else ends
+
+
+@contextlib.contextmanager
+def watched(tell: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, ``tell`` is called with the reason before this process ends because a rank is silent."""
+    _on_loss.append(tell)
+    try:
+        yield
+    finally:
+        _on_loss.remove(tell)
 
 
 def count() -> int:
@@ -84,7 +138,7 @@ def gather(work: Callable[[], T]) -> list[T]:
     try:
         dist.all_gather_object(outcomes, (result, _portable(error)))
     except RuntimeError as lost:
-        raise (error or RankError("another rank has ended; the same command resumes")) from lost
+        raise (error or RankError(f"{_reason()}; the same command resumes")) from lost
     errors = [(rank, other) for rank, (_, other) in enumerate(outcomes) if other is not None]
     if error is not None:
         raise error
@@ -92,6 +146,13 @@ def gather(work: Callable[[], T]) -> list[T]:
         other.add_note(f"raised in rank {rank}")
         raise other
     return [outcome for outcome, _ in outcomes]
+
+
+def _reason() -> str:
+    with contextlib.suppress(RuntimeError):
+        if _store.check(["reason"]):
+            return str(_store.get("reason").decode())
+    return "another rank has ended"
 
 
 def first(work: Callable[[], T]) -> T:

@@ -49,8 +49,8 @@ class Job(submitit.helpers.Checkpointable):
 
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-            ranks.start()
-        return result(run(compose(self.overrides), self.overrides))
+        with ranks.joined():
+            return result(run(compose(self.overrides), self.overrides))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class Slurm(Launcher):
             "array_parallelism": max(1, self.array_parallelism // max(1, num_arrays)),
             "signal_delay_s": self.notice_s,
             "setup": self.setup or None,
-            "srun_args": [f"--cpus-per-task={self.cpus}"],
+            "srun_args": [f"--cpus-per-task={self.cpus}", "--kill-on-bad-exit=1"],
             "additional_parameters": {"requeue": True} | self.additional,
         }
         parameters, arrays = {name: value for name, value in values.items() if value is not None}, []

@@ -41,7 +41,7 @@ from pspo.run.job import run
 from pspo.run.outcome import result
 from pspo.update import UpdateError
 
-FAILED = (UpdateError, FloatingPointError, NoRoomError, SaveError, RewardError, RunsFailed)
+FAILED = (UpdateError, FloatingPointError, NoRoomError, SaveError, RewardError, RunsFailed, ranks.RankError)
 EXPECTED = (ConfigError, HydraException, OmegaConfBaseException, *FAILED)
 """Errors shown as one sentence; any other is a bug and shows its traceback."""
 
@@ -97,9 +97,8 @@ def cli() -> None:
             raise ConfigError("--cfg and --info show one run; hydra.launcher.dry_run=true lists those of -m or a sweep")
         if {"-m", "--multirun"} & flags and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("torchrun starts the ranks of one run; give one value to each key, without -m")
-        ranks.start()
-        main()
-        ranks.end()
+        with ranks.joined():
+            main()
         if {"-c", "--cfg"} & flags:  # Hydra shows it unchecked
             make_plan([[argument for argument in arguments if re.match(r"[^-].*=|~", argument)]])
 

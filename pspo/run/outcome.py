@@ -9,7 +9,7 @@ from pathlib import Path
 from pspo.base.console import log, log_to_file
 from pspo.base.files import SaveError, read_json, read_lines, write_json
 from pspo.base.schema import ConfigError
-from pspo.host import interrupt
+from pspo.host import interrupt, ranks
 from pspo.host.memory import NoRoomError, is_out_of_memory
 from pspo.reward import RewardError
 from pspo.run import lock
@@ -25,6 +25,7 @@ KINDS = {
     SaveError: "cannot save",
     RewardError: "reward",
     ConfigError: "configuration",
+    ranks.RankError: "rank",
 }
 
 
@@ -48,9 +49,11 @@ def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
     """Record the block's error in ``FAILED`` and raise it, a full disk as one sentence; an earlier record goes."""
     path = directory / "FAILED"
     path.unlink(missing_ok=True)
+    about = {"job_id": owner.job_id, "restart": owner.restart}
     try:
         try:
-            yield
+            with ranks.watched(lambda reason: write_json(path, {"kind": "rank", "error": reason} | about)):
+                yield
         except OSError as error:
             if error.errno not in CANNOT_WRITE:
                 raise
@@ -64,7 +67,7 @@ def recorded(directory: Path, owner: lock.Owner) -> Iterator[None]:
         kinds = (kind for error_class, kind in KINDS.items() if isinstance(error, error_class))
         kind = "out of memory" if is_out_of_memory(error) else next(kinds, "error")
         lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
-        record = {"kind": kind, "error": "\n".join(lines), "job_id": owner.job_id, "restart": owner.restart}
+        record = {"kind": kind, "error": "\n".join(lines)} | about
         with contextlib.suppress(OSError):  # the very disk may be the failure
             write_json(path, record)
         raise
