@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 
 from pspo.base.schema import Schema, key
+from pspo.host import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,21 @@ class AdamW(Optimizer):
     beta2: float = key("decay of the mean of squared gradients", within="[0, 1)")
     eps: float = key("added to the root of the mean of squares", within="(0, inf)")
     weight_decay: float = key("decoupled weight decay", within="[0, inf)")
+    sharded: bool = key("each rank holds the state of its part of the parameters: equal numbers", before=False)
 
     def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
-        betas = (self.beta1, self.beta2)
-        return torch.optim.AdamW(parameters, self.lr, betas, self.eps, self.weight_decay, fused=True)
+        about: dict[str, Any] = {
+            "betas": (self.beta1, self.beta2),
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "fused": True,
+        }
+        if self.sharded and ranks.count() > 1:  # ZeRO's first stage (Rajbhandari et al. 2020, arXiv 1910.02054)
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # which compiles scripts
+
+            groups = [group | {"params": [p for _, p in group["params"]]} for group in parameters]
+            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=self.lr, **about)
+        return torch.optim.AdamW(parameters, self.lr, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +112,8 @@ class Muon(AdamW):
                 raise self.refuse(name, f"is no regular expression: {error}") from error
 
     def make(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        if self.sharded:
+            raise self.refuse("sharded", "goes with optimizer=adamw")
         by_adamw: list[dict[str, Any]] = []
         by_muon: list[dict[str, Any]] = []
         for group in parameters:
@@ -145,6 +159,14 @@ class Joint:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for part, own in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(own)
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state; of one that is sharded all ranks call this, and rank 0 alone gets its whole state."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict()
+        return optimizer.state_dict() if ranks.is_first() else {}
+    return optimizer.state_dict()
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "muon": Muon}

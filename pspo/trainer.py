@@ -23,6 +23,7 @@ from pspo.host import interrupt, ranks
 from pspo.host.memory import peak_gib
 from pspo.model import Policy
 from pspo.objective import default_objective
+from pspo.optimizer import whole_state
 from pspo.reward import Reward
 from pspo.rollout import Completion, collect, rewards, rollout_metrics, training
 from pspo.rollout.samplers import make_sampler
@@ -231,13 +232,13 @@ class Trainer:
         return metrics
 
     def _save(self) -> None:
-        self.unsaved = False
+        self.unsaved, optimizer = False, whole_state(self.optimizer)
         if not ranks.is_first():
             return
         self.check_owner()
         state = {
             "weights": checkpoint.weights(self.policy),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "random": self.random,
             "state": asdict(self.state),
             "tracker": self.tracker.state(),

@@ -875,7 +875,7 @@ def test_vespo_takes_no_ratio_for_smaller_than_1e_8(sign):
 
 ADAMW = AdamW(
     name="adamw", lr=1e-2, warmup_steps=0, decay="constant", max_grad_norm=math.inf,
-    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0,
+    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, sharded=False,
 )  # fmt: skip
 PLAIN_SGD = SGD(name="sgd", lr=0.5, warmup_steps=0, decay="constant", max_grad_norm=math.inf, momentum=0.0)
 

@@ -12,7 +12,7 @@ from pspo.base.schema import ConfigError, build
 from pspo.optimizer import OPTIMIZERS, SGD, AdamW, Muon, Optimizer
 
 SHARED = {"lr": 0.5, "warmup_steps": 4, "decay": "linear", "max_grad_norm": 1.0}
-ADAMW = {"name": "adamw", **SHARED, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+ADAMW = {"name": "adamw", **SHARED, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1, "sharded": False}
 MUON = ADAMW | {"name": "muon", "momentum": 0.9, "adjust_lr_fn": "original"}
 MUON |= {"matrices": r".*(a|embed)\.weight", "embeddings": r"embed\.weight"}
 PLAIN = {"name": "sgd", **SHARED, "momentum": 0.3}

@@ -217,6 +217,7 @@ RUNS = [
     ["loss.kl=k3", "loss.kl_weight=0.1", "loss.kl_target=0.01", "update.old_logprobs=recompute"],
     ["objective=tpo", "diagnostics.counterfactual_every=1"],
     ["optimizer=sgd", "rollout.prompts=5", "update.num_epochs=3"],
+    ["optimizer.sharded=true", "update.num_minibatches=2"],
 ]
 
 
@@ -252,6 +253,31 @@ def comparable(row):
         for name, value in row.items()
         if isinstance(value, int | float | None) and not name.startswith(elsewhere)
     }
+
+
+@pytest.mark.parametrize("sharded", ["true", "false"])
+def test_a_run_goes_on_with_another_number_of_ranks(on_ranks, tiny_policy, tmp_path, sharded):
+    """2 ranks, then 1, then 4, to what one process comes to without a break."""
+
+    def train(steps, name):
+        def work():
+            directory = tmp_path / name
+            if not ranks.is_first():
+                directory = tmp_path / f"{name}_{ranks.count()}_{rank()}"
+                directory.mkdir()
+                (directory / "checkpoints").symlink_to(tmp_path / name / "checkpoints")
+            keys = (f"optimizer.sharded={sharded}", "checkpoint.every=3", f"budget.steps={steps}")
+            policy = tiny_policy(torch.float64, exact=True)
+            make_trainer(policy, directory, *keys).run()
+            return torch.cat([p.detach().flatten() for p in policy.trainable().values()]).numpy()
+
+        return work
+
+    (expected,) = on_ranks(1, train(9, "unbroken"))
+    for number, steps in ((2, 3), (1, 6), (4, 9)):
+        found = on_ranks(number, train(steps, "broken"))
+    for weights in found:
+        np.testing.assert_allclose(weights, expected, atol=1e-10)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(on_ranks, tiny_policy, tmp_path):
