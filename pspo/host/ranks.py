@@ -111,6 +111,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def nodes() -> int:
+    """On how many nodes the ranks are."""
+    return count() // int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
 def is_first() -> bool:
     """Whether this is rank 0, the one that writes."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from pspo.base.files import read_json, read_yaml
 from pspo.base.schema import ConfigError
-from pspo.host import slurm
+from pspo.host import environment, slurm
 from pspo.run.lock import is_held
 
 STATES = {
@@ -143,10 +143,13 @@ def _row(group: GroupStatus, run: str, owner: Mapping[str, Any]) -> RunStatus:
 
 
 def _phase(directory: Path) -> tuple[str, float | None]:
-    """The phase in a running run's ``.phase`` with its counts, and the seconds left in it when it was written."""
+    """The phase in a running run's ``.phase``, its counts and ranks, and the seconds left in it when it was written."""
     phase = read_json(directory / ".phase")
     counts = "" if phase.get("total") is None else f" {phase['done']:.0f}/{phase['total']:.0f}"
-    return phase.get("phase", IMPORTING) + counts, phase.get("left_s")
+    about = (environment.history(directory) or [{}])[-1]
+    number, nodes = about.get("ranks", 1), about.get("nodes", 1)
+    where = f", {number} ranks" * (number > 1) + f" on {nodes} nodes" * (nodes > 1)
+    return phase.get("phase", IMPORTING) + counts + where, phase.get("left_s")
 
 
 def _ended(job: slurm.JobState, log: str) -> tuple[str, str]:
