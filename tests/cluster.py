@@ -40,11 +40,11 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge/socket,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
+SlurmdPidFile={root}/slurmd.%n.pid
 SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.log
+SlurmdLogFile={root}/slurmd.%n.log
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
+SlurmdSpoolDir={root}/spool.%n
 MailProg=/bin/true
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -69,9 +69,12 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 AccountingStorageType=accounting_storage/none
-NodeName={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=8 RealMemory=8000 Gres=gpu:fake:2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
-PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
+NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=8000 Gres=gpu:fake:2 State=UNKNOWN
+NodeName={host} Port={node_port}
+NodeName={second} Port={second_port}
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=pair Nodes={host},{second} MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 # Whatever columns are asked for, it answers with these: readers go by the header.
@@ -94,31 +97,36 @@ squeue --noheader --array --states=all \
 
 @dataclass
 class Cluster:
-    """One node with 8 processors and 2 GPUs, partitions ``main`` and ``high``; jobs of ``high`` preempt ``main``'s."""
+    """A node with 8 processors and 2 GPUs, partitions ``main`` and ``high``; jobs of ``high`` preempt ``main``'s.
+
+    The partition ``pair`` has it and a second one.
+    """
 
     root: Path
     environment: dict[str, str] = field(init=False)
 
     def __post_init__(self):
         self.host = socket.gethostname().split(".")[0]
+        self.second = "zz-second"  # after the host's name, which alone can be looked up
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
         path = f"{self.root}/bin:/usr/sbin:/sbin:{os.environ['PATH']}"
         self.environment = inherited | {"SLURM_CONF": f"{self.root}/slurm.conf", "PATH": path}
 
     def start(self):
-        for name in ("bin", "state", "spool", "munge"):
+        for name in ("bin", "state", f"spool.{self.host}", f"spool.{self.second}", "munge"):
             (self.root / name).mkdir(parents=True)
         (self.root / "munge").chmod(0o700)
         key = self.root / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        names = {"controller_port": free_port(), "node_port": free_port(), "host": self.host, "root": self.root}
+        names = {name: free_port() for name in ("controller_port", "node_port", "second_port")}
+        names |= {"host": self.host, "second": self.second, "root": self.root}
         (self.root / "slurm.conf").write_text(CONF.format(**names))
         with (self.root / "gres.conf").open("w") as file:
             for i in range(2):
                 device = self.root / f"gpu{i}"
                 os.mknod(device, 0o20666, os.makedev(1, 3))
-                file.write(f"NodeName={self.host} Name=gpu Type=fake File={device}\n")
+                file.write(f"NodeName={self.host},{self.second} Name=gpu Type=fake File={device}\n")
         (self.root / "bin" / "sacct").write_text(SACCT)
         (self.root / "bin" / "sacct").chmod(0o755)
         munge = [f"--{name}-file={self.root}/munge/{name}" for name in ("key", "pid", "log", "seed")]
@@ -126,22 +134,23 @@ class Cluster:
         self.call("munged", "--force", "--num-threads=2", f"--socket={self.root}/munge/socket", *munge)
         self.call("slurmctld", "-f", f"{self.root}/slurm.conf")
         self.start_node()
+        self.call("slurmd", "-N", self.second, "-f", f"{self.root}/slurm.conf")
 
     def stop(self):
         if (self.root / "slurmctld.pid").exists():
             self.call("scancel", "--user=root", check=False)
             wait_for(lambda: not self.call("squeue", "-h", check=False), 20, "jobs to end", strict=False)
-        for name in ("slurmd.pid", "slurmctld.pid", "munge/pid"):
+        for name in (f"slurmd.{self.second}.pid", f"slurmd.{self.host}.pid", "slurmctld.pid", "munge/pid"):
             self._end(self.root / name, signal.SIGTERM)
 
     def start_node(self):
-        self.call("slurmd", "-f", f"{self.root}/slurm.conf")
+        self.call("slurmd", "-N", self.host, "-f", f"{self.root}/slurm.conf")
         states = ("idle", "mixed", "allocated", "completing")
         wait_for(lambda: self.call("sinfo", "-h", "-p", "main", "-o", "%T").rstrip("*") in states, what=self._logs)
 
     def stop_node(self):
         """Kill slurmd as when its machine fails; what runs under it goes on, as when only the network fails."""
-        self._end(self.root / "slurmd.pid", signal.SIGKILL)
+        self._end(self.root / f"slurmd.{self.host}.pid", signal.SIGKILL)
 
     @contextlib.contextmanager
     def configured(self, line, instead):

@@ -1,5 +1,6 @@
 """What the launcher, the signals, the lock and ``status`` promise, on a real SLURM: each run is hit in its middle."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from pspo.base.files import read_lines
 from pspo.base.schema import ConfigError
 from pspo.host import slurm
+from pspo.host.environment import history
 from pspo.launcher import configure, make_plan
 from pspo.status.__main__ import cancel, retry
 from pspo.status.state import collect
@@ -155,6 +157,34 @@ def test_two_ranks_are_stopped_and_requeued_together(node, settings, unbroken):
     one, two = (read_lines(path / "metrics.jsonl") for path in (unbroken, directory))
     assert [row["step"] for row in two] == [row["step"] for row in one]
     assert two[1]["reward/mean"] == pytest.approx(one[1]["reward/mean"], abs=0.5)  # tokens may flip in float32
+
+
+@pytest.mark.slurm
+def test_two_nodes_go_on_after_one_of_their_ranks_was_killed(node, settings):
+    keys = {"gpus": 1, "nodes": 2, "partition": "pair"}
+    _, whole = submit([*settings[0], "group=whole"], **keys)
+    wait_for_end(whole)
+    assert [(entry["ranks"], entry["nodes"]) for entry in history(whole)] == [(2, 2)]
+    job, directory = submit([*settings[0], "group=broken"], **keys)
+    reach_the_middle(job, directory)
+    assert state(directory).phase.endswith("2 ranks on 2 nodes")
+    (pid,) = rank_of(job, 1)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: state(directory).state == "failed", what=lambda: log(directory))
+    submit([*settings[0], "group=broken"], **keys, retry_failed=True)
+    wait_for_end(directory)
+    groups = {"config.yaml": "", "overrides.yaml": ""}
+    assert lasting(directory) | groups == lasting(whole) | groups
+
+
+def rank_of(job, rank):
+    """The processes of a rank of a job."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            python = b"submitit" in (path.parent / "cmdline").read_bytes()
+            if python and f"SLURM_JOB_ID={job}".encode() in words and f"SLURM_PROCID={rank}".encode() in words:
+                yield int(path.parent.name)
 
 
 @pytest.mark.slurm
