@@ -69,9 +69,9 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 AccountingStorageType=accounting_storage/none
-NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory=8000 Gres=gpu:fake:2 State=UNKNOWN
-NodeName={host} Port={node_port}
-NodeName={second} Port={second_port}
+NodeName=DEFAULT CPUs=8 RealMemory=8000 Gres=gpu:fake:2 State=UNKNOWN
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port}
+NodeName={second} NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port}
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=pair Nodes={host},{second} MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10

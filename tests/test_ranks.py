@@ -17,6 +17,7 @@ from training import by_length, learner_of, make_trainer
 from pspo.base.schema import ConfigError
 from pspo.base.statistics import Statistics
 from pspo.host import interrupt, ranks
+from pspo.model.source import save_parts
 from pspo.objective import default_objective
 from pspo.update.rows import Row
 from pspo.update.step import accumulate
@@ -160,6 +161,18 @@ def test_a_rank_that_is_silent_ends_the_others(on_ranks, tmp_path, monkeypatch):
     assert on_ranks(3, work) == [None] * 3
     for other in (0, 2):
         assert (tmp_path / f"reason_{other}").read_text() == "rank 1 gave no sign of life for 2 s"
+
+
+def test_any_rank_can_make_a_policy(on_ranks, tiny_policy, tmp_path):
+    policy = tiny_policy()
+
+    def work():
+        save_parts(tmp_path / str(rank()), policy.model, policy.tokenizer)
+        return sorted(path.name for path in (tmp_path / str(rank())).iterdir())
+
+    first, second = on_ranks(2, work)
+    assert first == second
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(second)
 
 
 def rows(number):

@@ -42,7 +42,7 @@ class RankError(RuntimeError):
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the ranks, if there are several; all but rank 0 are silent from then on. Raises ConfigError."""
+    """Be one of the ranks, if there are several; under ``torchrun`` rank 0 alone is heard. Raises ConfigError."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -63,7 +63,7 @@ def joined() -> Iterator[None]:
 def _start() -> None:
     global _store  # noqa: PLW0603  it belongs to the process, as the ranks do
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if os.environ["RANK"] != "0":
+    if os.environ["RANK"] != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # where all ranks share a terminal
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  to the process's end
     if gpus:
         if local >= gpus:

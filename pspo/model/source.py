@@ -156,6 +156,13 @@ def made_once(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     return directory
 
 
+def save_parts(directory: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model and its tokenizer from any rank; the library leaves it to rank 0, whose disk may be another one."""
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    for part in (model, tokenizer):
+        part.save_pretrained(directory)
+
+
 def converted(path: Path, setting: str) -> Path:
     """The folder of a GGUF file's model, dequantized to float32 on first use.
 
@@ -171,8 +178,7 @@ def converted(path: Path, setting: str) -> Path:
             raise ConfigError(f"{setting} cannot be read by transformers ({reason}); choose another") from error
         model.hf_quantizer = None  # the weights are plain float32 now, which save_pretrained would not believe
         vars(model.config).pop("quantization_config", None)
-        for part in (model, tokenizer):
-            part.save_pretrained(directory)
+        save_parts(directory, model, tokenizer)
 
     versions = [importlib.metadata.version(package) for package in ("transformers", "gguf")]
     content = "\n".join([*versions, digest(path), digest(Path(__file__))])

@@ -23,7 +23,7 @@ from pspo.model import bits, tiny
 from pspo.model.batch import Batch, make_batch
 from pspo.model.config import BitsArchitecture, ModelConfig, WordsArchitecture
 from pspo.model.logprob import predicting_states, token_logprobs
-from pspo.model.source import made_once
+from pspo.model.source import made_once, save_parts
 
 log = logging.getLogger("pspo")
 CODE = ("tiny", "bits", "warm_start", "batch", "logprob")  # modules of this folder that influence the weights
@@ -74,8 +74,7 @@ def cached(config: ModelConfig, seed: int) -> Path:
     """The folder of a policy that is made here and its tokenizer; on first use, shared by all arms at one seed."""
 
     def make(directory: Path) -> None:
-        for part in _made(config, seed):
-            part.save_pretrained(directory)
+        save_parts(directory, *_made(config, seed))
 
     return made_once("warm_start", _digest(config, seed), make)
 
