@@ -47,7 +47,7 @@ def table(start: Path, runs: Sequence[Path]) -> str:
             cells = [kind, "all" if run is None else str(number), f"{100 * first.correct.mean():.1f}"]
             cells += [
                 f"{100 * last.correct.mean():.1f}",
-                f"{100 * found.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                f"{100 * found.mean:+.1f} [{low:+.1f}, {high:+.1f}]",
             ]
             cells += [f"{100 * last.truncated.mean():.1f}", f"{last.tokens.mean():.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
@@ -76,10 +76,10 @@ def draw(start: Path, runs: Sequence[Path], file: Path) -> None:
     left.set_title("64 validation problems, %")
     left.set_xlabel("step")
     left.legend(fontsize=8)
-    right.set_title("696 test problems: points above the supervised start")
+    right.set_title("696 test problems: points gained")
     right.axhline(0, color=GREY, lw=1)
     right.set_xticks(range(len(runs) + 1), [*(f"seed {n}" for n in range(len(runs))), "all"])
-    write_png(figure, file)
+    write_png(figure, file, dpi=150)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pickle
 import signal
 import socket
 import subprocess
+import time
 import traceback
 
 import numpy as np
@@ -143,6 +144,19 @@ def test_the_reason_of_a_rank_that_leaves_is_known_to_the_others(on_ranks):
 
     first, _, last = on_ranks(3, work)
     assert all("RankError: rank 1: ValueError: its own mistake" in text for text in (first, last))
+
+
+def test_a_rank_that_has_left_is_not_missed(on_ranks, monkeypatch):
+    monkeypatch.setattr(ranks, "BEAT_S", 0.1)
+    monkeypatch.setattr(ranks, "SILENT_S", 1.0)
+
+    def work():
+        ranks.gather(lambda: None)
+        if rank() == 0:  # as it saves the model
+            time.sleep(3)
+        return "done"
+
+    assert on_ranks(2, work) == ["done", "done"]
 
 
 def test_a_rank_that_is_silent_ends_the_others(on_ranks, tmp_path, monkeypatch):

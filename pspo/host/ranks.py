@@ -31,6 +31,9 @@ LONGEST_WAIT_H = 6
 BEAT_S, SILENT_S = 5.0, 60.0
 """Seconds from one sign of life of a rank to the next, and without one until the others give up."""
 
+ENDED = "ended"
+"""The last sign of a rank that has left."""
+
 _store: Any = None  # what all ranks read and write, besides the collectives
 _ended = threading.Event()
 _on_loss: list[Callable[[str], None]] = []
@@ -46,7 +49,7 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    _start()
+    beat = _start()
     try:
         yield
     except BaseException as error:
@@ -58,17 +61,21 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
     finally:
         _ended.set()
+        beat.join()
+        with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
+            _store.set(f"pulse {os.environ['RANK']}", ENDED)
 
 
-def _start() -> None:
+def _start() -> threading.Thread:
+    """Join the process group; returns the thread that gives signs of life."""
     global _store  # noqa: PLW0603  it belongs to the process, as the ranks do
-    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, beside = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
+    gpus = torch.cuda.device_count()
     if os.environ["RANK"] != "0" and "TORCHELASTIC_RUN_ID" in os.environ:  # where all ranks share a terminal
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  to the process's end
     if gpus:
-        if local >= gpus:
-            number = os.environ.get("LOCAL_WORLD_SIZE")
-            raise ConfigError(f"{number} ranks on a node of {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
+        if beside > gpus:
+            raise ConfigError(f"{beside} ranks on a node of {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     _ended.clear()
     longest = datetime.timedelta(hours=LONGEST_WAIT_H)
@@ -77,7 +84,9 @@ def _start() -> None:
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=group, rank=rank, world_size=number, timeout=longest)
     _store = store.clone()  # with a connection of its own, as that of the collectives may be waiting
-    threading.Thread(target=_beat, args=(store.clone(), rank, number), daemon=True).start()
+    beat = threading.Thread(target=_beat, args=(store.clone(), rank, number), daemon=True)
+    beat.start()
+    return beat
 
 
 def _beat(store: Any, rank: int, number: int) -> None:
@@ -88,7 +97,7 @@ def _beat(store: Any, rank: int, number: int) -> None:
             store.set(f"pulse {rank}", str(time.monotonic()))
             for other in range(number):
                 value = store.get(f"pulse {other}") if store.check([f"pulse {other}"]) else b""
-                if value != heard.get(other, b""):
+                if value == ENDED.encode() or value != heard.get(other, b""):
                     heard[other], since[other] = value, time.monotonic()
                 elif time.monotonic() - since[other] > SILENT_S and not _ended.is_set():
                     for tell in _on_loss:
