@@ -233,13 +233,15 @@ class Trainer:
 
     def _save(self) -> None:
         self.unsaved, optimizer = False, whole_state(self.optimizer)
+        random, *others = ranks.gather(lambda: self.random)
         if not ranks.is_first():
             return
         self.check_owner()
         state = {
             "weights": checkpoint.weights(self.policy),
             "optimizer": optimizer,
-            "random": self.random,
+            "random": random,
+            "random_of_others": others,
             "state": asdict(self.state),
             "tracker": self.tracker.state(),
             "critic": self.critic.state_dict() if self.critic else {},
@@ -268,7 +270,8 @@ class Trainer:
         checkpoint.restore_weights(self.policy, saved["weights"])
         self.sampler.refresh(self.policy)
         self.optimizer.load_state_dict(saved["optimizer"])
-        checkpoint.restore_random_state(saved["random"])
+        random = [saved["random"], *saved.get("random_of_others", [])]
+        checkpoint.restore_random_state(random[ranks.index() % len(random)])
         self.state = State(**saved["state"] | {"progress": Progress(**saved["state"]["progress"])})
         if self.critic is not None:
             self.critic.load_state_dict(saved["critic"])

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,11 +11,14 @@ import time
 import numpy as np
 import pytest
 from forked import REWARD, TINY, ends, fork, make, only_run, wait
+from training import composed
 
+from pspo.host import ranks
+from pspo.run.job import run
 from pspo.sync import sync
 from tests.wandb_server import serving
 
-NUM_KILLS, NUM_PROCESS_KILLS = 200, 8
+NUM_KILLS, NUM_RANK_KILLS, NUM_PROCESS_KILLS = 200, 50, 8
 SEED = int(os.environ.get("PSPO_KILLS_SEED", "0"))
 
 
@@ -84,6 +88,48 @@ def test_200_kills_of_forks(cache, tmp_path, threads):
     lost, corrupt = kill_runs(start, length_s, expected, tmp_path, NUM_KILLS // 2)
     assert not lost
     assert not corrupt
+
+
+@pytest.mark.slow
+def test_50_kills_of_a_rank(cache, tmp_path, monkeypatch):
+    """One of two ranks is killed; the other leaves by itself, and the same command goes on."""
+    for name, seconds in {"START_S": 5.0, "BEAT_S": 0.5, "SILENT_S": 5.0}.items():
+        monkeypatch.setattr(ranks, name, seconds)
+    assert make(tmp_path / "warm", cache) == 0
+    begun = time.time()
+    assert [wait(pid) for pid in fork_ranks(tmp_path / "unbroken", cache)] == [0, 0]
+    length_s, expected = length(tmp_path / "unbroken", begun), ends(only_run(tmp_path / "unbroken"))
+    random, kills = np.random.default_rng(SEED), 0
+    for number in itertools.count():
+        cwd = tmp_path / f"run{number}"
+        for attempt in itertools.count():
+            pids = fork_ranks(cwd, cache)
+            if kills < NUM_RANK_KILLS:
+                time.sleep(random.uniform(0, length_s * (1 + attempt / 8)))
+                os.kill(pids[random.integers(2)], signal.SIGKILL)
+                kills += 1
+            statuses = [wait(pid) for pid in pids]  # returns, as none stays
+            if statuses == [0, 0] or (only_run(cwd) / "DONE").exists():
+                break
+        assert ends(only_run(cwd)) == expected
+        if kills == NUM_RANK_KILLS:
+            break
+    print(f"{kills} kills, {number + 1} runs: 0 lost, 0 corrupt")
+
+
+def fork_ranks(cwd, cache):
+    """Start the two ranks of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = composed(*TINY)
+
+    def work():
+        with ranks.joined():
+            run(config, TINY)
+
+    return [fork(cwd, cache, work=work, environment=shared | {"RANK": n, "LOCAL_RANK": n}) for n in "01"]
 
 
 @pytest.mark.slow

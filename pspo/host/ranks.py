@@ -28,6 +28,9 @@ LONGEST_WAIT_H = 6
 """Hours that ranks wait for one that is at work, before they give up."""
 
 
+START_S = 300.0
+"""Seconds in which rank 0 must have begun."""
+
 BEAT_S, SILENT_S = 5.0, 60.0
 """Seconds from one sign of life of a rank to the next, and without one until the others give up."""
 
@@ -78,14 +81,14 @@ def _start() -> threading.Thread:
             raise ConfigError(f"{beside} ranks on a node of {gpus} GPUs; give torchrun --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     _ended.clear()
-    longest = datetime.timedelta(hours=LONGEST_WAIT_H)
-    store, rank, number = next(dist.rendezvous("env://", timeout=longest))  # type: ignore[attr-defined]
-    group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, store=group, rank=rank, world_size=number, timeout=longest)
+    start, longest = datetime.timedelta(seconds=START_S), datetime.timedelta(hours=LONGEST_WAIT_H)
+    store, rank, number = next(dist.rendezvous("env://", timeout=start))  # type: ignore[attr-defined]
     _store = store.clone()  # with a connection of its own, as that of the collectives may be waiting
     beat = threading.Thread(target=_beat, args=(store.clone(), rank, number), daemon=True)
     beat.start()
+    group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=group, rank=rank, world_size=number, timeout=longest)
     return beat
 
 
@@ -120,6 +123,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def index() -> int:
+    """This rank's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def nodes() -> int:
     """On how many nodes the ranks are."""
     return count() // int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
@@ -127,13 +135,13 @@ def nodes() -> int:
 
 def is_first() -> bool:
     """Whether this is rank 0, the one that writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return index() == 0
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This rank's part of the items, which is empty where there are fewer items than ranks."""
-    number, ranks = (dist.get_rank(), count()) if dist.is_initialized() else (0, 1)
-    return items[len(items) * number // ranks : len(items) * (number + 1) // ranks]
+    number = index()
+    return items[len(items) * number // count() : len(items) * (number + 1) // count()]
 
 
 def gather(work: Callable[[], T]) -> list[T]:
