@@ -49,7 +49,7 @@ oracle: $(VENV)/.installed  ## compare the recipes with TRL, which this installs
 # vLLM's build for CPUs in an environment of its own: it wants the CPU's torch, 2.13.0+cpu, and this transformers. What
 # it brings of vision, audio and Triton is made for another torch, does not load beside this one, and text needs none.
 vllm: .venv-vllm/.installed  ## vLLM on the CPU beside our sampler, in .venv-vllm, which this makes (3.5 GB, 3 minutes)
-	.venv-vllm/bin/python -m pytest -m vllm $(ARGS)
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py $(ARGS)
 
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
